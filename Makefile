@@ -1,0 +1,48 @@
+# Every target makes its own .venv first; nothing outside this folder is changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+# Without an NVIDIA GPU the CPU build of torch is enough, and several gigabytes smaller.
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+CONSTRAINTS := $(if $(GPU),,-c constraints-cpu.txt)
+
+.PHONY: help demo test lint wheel clean
+
+help:
+	@echo "make demo   export the embedded example and measure it"
+	@echo "make test   lint, types and tests"
+	@echo "make lint   lint and types only"
+	@echo "make wheel  build dist/*.whl"
+	@echo "make clean  remove what was made here, the environment included"
+
+# Made anew when what is installed has changed; the code itself is installed in place.
+$(VENV)/.installed: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/hirelc-deploy demo
+
+# One thread a worker: two workers that take all cores each only wait for one another.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# mypy knows nothing of setuptools' package-dir, so it is shown the packages where they are installed.
+TYPED := build/typed/hirelc_deploy
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(TYPED) && mkdir -p $(TYPED)
+	ln -s $(CURDIR)/hirelc_deploy/* $(CURDIR)/exporters $(CURDIR)/kernels $(CURDIR)/profiles $(TYPED)
+	cd $(dir $(TYPED)) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --package hirelc_deploy
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,89 @@
+"""What a runtime is: one file in this folder, with a `RUNTIME` that exports, loads, runs and says what ran.
+
+Timing, scoring and judging are the same for every runtime and live in `hirelc_deploy.verify`.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from hirelc_deploy.policy import Precision
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Arrays = Mapping[str, np.ndarray]
+"""Inputs or outputs of one batch by name; the first axis is the example."""
+
+
+class Session(Protocol):
+    """A file that a runtime has loaded, ready to run."""
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """The outputs of one batch, by the names that the PyTorch model's outputs have."""
+        ...
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model file as bytes, and where each layer's weights lie in it."""
+
+    data: bytes
+    tensors: Mapping[str, str]
+    """Layer name -> name of the tensor in the file that holds its weights; layers that are gone are not in it."""
+
+
+class Runtime(Protocol):
+    """One runtime, on the machine that it is called on."""
+
+    name: str
+    suffix: str
+    """Of its files: .onnx, .engine"""
+
+    def version(self) -> str: ...
+
+    def float_graph(self, model: "nn.Module", example: Arrays, *, opset: int) -> Any:
+        """A model in eval mode as this runtime's float graph: what baseline and artifact are both written from."""
+        ...
+
+    def write(
+        self,
+        graph: Any,
+        precisions: Mapping[str, Precision],
+        *,
+        calibration: Iterable[Arrays] = (),
+        largest: int = 127,
+        ir_version: int = 8,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Exported:
+        """The file of a float graph under the given precisions; layers without one stay fp32.
+
+        `calibration` yields inputs, read once, for the ranges of int8 activations; `largest` bounds int8 codes.
+        """
+        ...
+
+    def predicted_bytes(
+        self,
+        graph: Any,
+        shapes: Mapping[str, tuple[int, ...]],
+        precisions: Mapping[str, Precision],
+        *,
+        ir_version: int = 8,
+        metadata: Mapping[str, str] | None = None,
+    ) -> int:
+        """The size of the file that `write` would make if the graph's parameters had these shapes."""
+        ...
+
+    def load(self, path: Path, *, threads: int) -> Session:
+        """Load a file at the optimisation level that is deployed.  Raises UserError if it cannot be loaded."""
+        ...
+
+    def runs_as(self, path: Path, tensors: Mapping[str, str], *, threads: int) -> dict[str, str | None]:
+        """Layer name -> the compute that the runtime chose for it (`int8`, `fp32` …), None where unreadable.
+
+        Read from the runtime after it has optimised the graph, not from the file.
+        """
+        ...

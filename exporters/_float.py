@@ -1,0 +1,267 @@
+"""From a PyTorch model to a clean float ONNX graph in which every layer's weight can be found by name.
+
+The exporter of PyTorch folds BatchNorm and constants.  What is left to do is to bring inputs and outputs to
+the names of the model's own, to drop what a deployed file does not need (stack traces with the paths of the
+machine, value_info, default attributes), and to say where each layer's weight lies.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from torch import Tensor, nn
+
+from hirelc_deploy.errors import UserError
+from hirelc_deploy.graph import forward
+
+WRAPPED = "wrapped"
+"""Under this name the model lies in the module that is exported; it is taken off all names again."""
+
+EXAMPLES_TRACED = 2
+"""At one example PyTorch would take the batch axis for a constant 1."""
+
+
+@dataclass(frozen=True)
+class FloatGraph:
+    """A float model and, for each layer that is in it, the name of the initializer with its weight."""
+
+    model: ir.Model
+    weights: Mapping[str, str]
+
+    def copy(self) -> "FloatGraph":
+        """Independent of this one; tensors are shared, as they are never written to."""
+        return FloatGraph(self.model.clone(), self.weights)
+
+
+class _Flat(nn.Module):
+    """The model with inputs by position and outputs as a flat tuple, whatever its own look like."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.add_module(WRAPPED, model)
+        self.names = names
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        model = self.get_submodule(WRAPPED)
+        return tuple(forward(model, dict(zip(self.names, inputs, strict=True))).values())
+
+
+def float_graph(model: nn.Module, example: Mapping[str, np.ndarray], *, opset: int) -> FloatGraph:
+    """Export `model` (in eval mode) with a free batch axis at the given opset.
+
+    `example` holds one batch by input name.  Raises UserError with the exporter's own words if the model
+    cannot be exported.
+    """
+    inputs = {name: torch.as_tensor(np.asarray(array)) for name, array in example.items()}
+    inputs = {name: _at_least(tensor, EXAMPLES_TRACED) for name, tensor in inputs.items()}
+    with torch.no_grad():
+        output_names = list(forward(model, inputs))
+    batch = torch.export.Dim("batch")
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                _Flat(model, tuple(inputs)),
+                tuple(inputs.values()),
+                dynamo=True,
+                opset_version=opset,
+                external_data=False,
+                dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+                verbose=False,
+            )
+        except Exception as error:  # whatever the exporter raises is the model's own story
+            raise UserError(
+                f"the model cannot be written as ONNX: {_first_cause(error)}",
+                fix="PyTorch's exporter needs a forward without data-dependent Python; see torch.onnx.export",
+            ) from error
+    assert program is not None
+    exported = program.model
+    layers = {name: module.get_parameter("weight") for name, module in model.named_modules() if _has_weight(module)}
+    weights = _locate(exported.graph, layers)
+    for value, name in zip(exported.graph.inputs, inputs, strict=True):
+        value.name = name
+    for value, name in zip(exported.graph.outputs, output_names, strict=True):
+        value.name = name
+    tidy(exported)
+    return FloatGraph(
+        exported, {name: weight for name, weight in weights.items() if weight in exported.graph.initializers}
+    )
+
+
+def tidy(model: ir.Model) -> None:
+    """Drop what no runtime reads: metadata, value_info, attributes at their defaults, dead nodes."""
+    passes.ClearMetadataAndDocStringPass()(model)
+    passes.IdentityEliminationPass()(model)
+    _drop_added_zeros(model.graph)
+    _pool_instead_of_mean(model.graph)
+    passes.RemoveUnusedNodesPass()(model)
+    kept = {*model.graph.inputs, *model.graph.outputs}
+    for node in model.graph:
+        for name, attribute in list(node.attributes.items()):
+            if isinstance(attribute, ir.Attr) and _is_default(node, attribute):
+                del node.attributes[name]
+        if node.op_type == "Conv":
+            node.attributes.pop("kernel_shape", None)  # the weight says it
+        for value in node.outputs:
+            if value not in kept:
+                value.type = value.shape = None
+    model.producer_name = model.producer_version = model.doc_string = None
+    model.graph.doc_string = None
+
+
+DEFAULTS: dict[str, dict[str, object]] = {
+    "Conv": {"auto_pad": "NOTSET", "group": 1},
+    "MaxPool": {"auto_pad": "NOTSET", "ceil_mode": 0, "storage_order": 0},
+    "AveragePool": {"auto_pad": "NOTSET", "ceil_mode": 0, "count_include_pad": 0},
+    "Gemm": {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0},
+    "Reshape": {"allowzero": 0},
+    "ReduceMean": {"noop_with_empty_axes": 0, "keepdims": 1},
+    "LayerNormalization": {"axis": -1, "stash_type": 1},
+    "Softmax": {"axis": -1},
+    "Shape": {"start": 0},
+}
+"""Attributes at these values say nothing that the operator's definition does not (opset 18)."""
+
+UNIFORM_DEFAULTS = {"strides": 1, "dilations": 1, "pads": 0}
+"""The same for attributes that have an entry a spatial axis."""
+
+
+def _is_default(node: ir.Node, attribute: ir.Attr) -> bool:
+    if node.op_type in ("Conv", "MaxPool", "AveragePool") and attribute.name in UNIFORM_DEFAULTS:
+        return all(entry == UNIFORM_DEFAULTS[attribute.name] for entry in attribute.as_ints())
+    defaults = DEFAULTS.get(node.op_type, {})
+    return attribute.name in defaults and attribute.value == defaults[attribute.name]
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """The value as an array if it is an initializer, else None."""
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def _drop_added_zeros(graph: ir.Graph) -> None:
+    """x + 0 is x: what is left of a residual branch that is gone."""
+    for node in list(graph):
+        if node.op_type != "Add":
+            continue
+        for zero, other in ((0, 1), (1, 0)):
+            array = constant(node.inputs[zero])
+            kept = node.inputs[other]
+            if array is not None and array.size == 1 and array.ndim <= 1 and not array.any() and kept is not None:
+                if kept.producer() is None and node.outputs[0].is_graph_output():
+                    continue  # the graph would hand its input through
+                replace(node.outputs[0], kept)
+                graph.remove(node, safe=True)
+                break
+
+
+def _pool_instead_of_mean(graph: ir.Graph) -> None:
+    """ReduceMean over the places of an image becomes GlobalAveragePool, which has an integer kernel."""
+    for node in list(graph):
+        if node.op_type != "ReduceMean" or len(node.inputs) != 2:
+            continue
+        x, axes = node.inputs[0], constant(node.inputs[1])
+        if x is None or x.shape is None or len(x.shape) != 4 or axes is None:
+            continue
+        if sorted(int(axis) % 4 for axis in axes.ravel()) != [2, 3]:
+            continue
+        keeps_axes = node.attributes.get_int("keepdims", 1) == 1
+        pooled = ir.node("GlobalAveragePool", [x])
+        added = [pooled] if keeps_axes else [pooled, ir.node("Flatten", [pooled.outputs[0]])]
+        graph.insert_before(node, added)
+        replace(node.outputs[0], added[-1].outputs[0])
+        graph.remove(node, safe=True)
+
+
+def replace(old: ir.Value, new: ir.Value, *, except_in: ir.Node | None = None) -> None:
+    """Let all that read `old` read `new`, the graph's outputs included; an output keeps its name.
+
+    `except_in` is a node that goes on reading `old`.
+    """
+    if old.is_graph_output():
+        name, old.name = old.name, f"{old.name}#before"
+        new.name, new.type, new.shape = name, old.type, old.shape
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    if except_in is not None:
+        except_in.replace_input_with(0, old)
+
+
+def _has_weight(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() >= 2
+
+
+def _locate(graph: ir.Graph, layers: Mapping[str, Tensor]) -> dict[str, str]:
+    """Layer name -> initializer name; layers that are not in the graph are left out.
+
+    An initializer keeps the name of its parameter.  A Linear on three-dimensional input is the exception:
+    its weight was transposed and folded into a constant, which is told by its node's scope and its values.
+    """
+    prefix = f"{WRAPPED}."
+    for value in list(graph.initializers.values()):
+        if value.name and value.name.startswith(prefix):
+            value.name = value.name.removeprefix(prefix)
+    found = {name: f"{name}.weight" for name in layers if f"{name}.weight" in graph.initializers}
+    for node in graph:
+        constant_operand = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
+        if constant_operand is None or constant_operand.const_value is None:
+            continue
+        layer = _layer_of(node, constant_operand.const_value, {n: w for n, w in layers.items() if n not in found})
+        if layer is not None and constant_operand.name not in found.values():
+            constant_operand.name = found[layer] = f"{layer}.weight"
+    for name, parameter in layers.items():  # layers that share a parameter share its initializer
+        twin = next((other for other in found if layers[other] is parameter), None)
+        if name not in found and twin is not None:
+            found[name] = found[twin]
+    return found
+
+
+def _layer_of(node: ir.Node, values: ir.TensorProtocol, layers: Mapping[str, Tensor]) -> str | None:
+    """The layer whose transposed weight this is: the one that the node's scope names, or the first that is equal."""
+    scope = _scope(node)
+    candidates = [scope] if scope in layers else list(layers)
+    return next((layer for layer in candidates if _equal(values, layers[layer].detach().T)), None)
+
+
+def _scope(node: ir.Node) -> str:
+    """The module that a node came from, by the exporter's metadata."""
+    text = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    scopes = [part.strip(" '\"") for part in text.strip("[]").split(",")]
+    name = scopes[-2] if len(scopes) > 1 else ""
+    return name.removeprefix(f"{WRAPPED}.")
+
+
+def _equal(tensor: ir.TensorProtocol, weight: Tensor) -> bool:
+    return tuple(tensor.shape.numpy()) == tuple(weight.shape) and np.array_equal(tensor.numpy(), weight.numpy())
+
+
+def _at_least(tensor: Tensor, examples: int) -> Tensor:
+    return tensor if len(tensor) >= examples else tensor[:1].repeat(examples, *[1] * (tensor.dim() - 1))
+
+
+def _first_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints progress and warns of packages that are not needed: nothing that a user can act on."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

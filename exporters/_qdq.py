@@ -1,0 +1,341 @@
+"""Where a graph turns to integers and back: Q/DQ in the flavour of ONNX Runtime's CPU kernels.
+
+A layer that computes in int8 reads a quantised input and has an int8 weight and an int32 bias; a convolution
+also writes a quantised output, without which ONNX Runtime keeps it in float.  A tensor has one Q and one DQ,
+however many read it.  Activations are uint8 with a zero point, weights int8 and symmetric.
+
+`plan` decides which tensors those are from the graph alone, so that the size of a file can be told before
+anything is calibrated; `place` writes the nodes once the ranges are known.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from hirelc_deploy.exporters._float import FloatGraph, constant, replace
+from hirelc_deploy.kernels import load_format
+from hirelc_deploy.policy import Compute, Precision
+
+LEVELS = 255
+"""Steps of an activation's uint8 grid."""
+
+MOVES = {"MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
+"""Operators whose outputs are some of their inputs: the grid stays the same."""
+
+INTEGER = {"Add", "GlobalAveragePool", "AveragePool", "Concat"}
+"""Operators with an integer kernel of their own, used where all that they read comes from integers."""
+
+ACTIVATIONS = {"Relu", "Clip"}
+"""What a kernel does on the way out: the tensor behind it is the one to quantise."""
+
+
+REQUANTISED = {"Conv", "ConvTranspose", "Gemm"}
+"""Float layers whose weights ONNX Runtime rounds to int8 by itself if their input comes from DequantizeLinear."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """One tensor that is held in uint8."""
+
+    name: str
+    nonnegative: bool
+    """Its zero point is then 0, whatever the calibration saw."""
+    from_integers: bool
+    """An integer kernel writes it: there is no float original that a float reader could use instead."""
+    same_grid_as: str | None = None
+    """The tensor whose scale and zero point it shares."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tensors to hold in uint8, in the order of the graph, and the nodes that read them as integers."""
+
+    tensors: Mapping[str, Held]
+    integer_nodes: frozenset[str]
+    """By the name of their first output."""
+
+    @property
+    def calibrated(self) -> list[str]:
+        """The tensors whose ranges have to be seen."""
+        return [name for name, tensor in self.tensors.items() if tensor.same_grid_as is None]
+
+
+@dataclass(frozen=True)
+class Range:
+    """What the values of a tensor span."""
+
+    low: float
+    high: float
+
+    def grid(self, *, nonnegative: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Scale and zero point, float32 and uint8 scalars, of a grid that spans the range and holds zero."""
+        low = 0.0 if nonnegative else min(self.low, 0.0)
+        span = max(self.high, 0.0) - low
+        scale = np.array(span / LEVELS if span > 0 else 1 / LEVELS, np.float32)
+        if span > 0 and float(scale) * LEVELS > span:  # rounded up: the grid must not end beyond the range
+            scale = np.nextafter(scale, np.float32(0))
+        return scale, np.array(np.clip(round(-low / float(scale)), 0, LEVELS), np.uint8)
+
+
+def plan(graph: FloatGraph, precisions: Mapping[str, Precision]) -> Plan:
+    """Which tensors become uint8 so that every int8 layer of `precisions` has an integer kernel."""
+    integer_weights = {
+        weight
+        for layer, weight in graph.weights.items()
+        if layer in precisions and precisions[layer].compute is Compute.INT8
+    }
+    planner = _Planner()
+    for node in graph.model.graph:
+        if any(x is not None and x.name in integer_weights for x in node.inputs):
+            planner.layer(node)
+        elif node.op_type in INTEGER | MOVES:
+            planner.between(node)
+    return Plan(planner.tensors, frozenset(planner.integer_nodes))
+
+
+class _Planner:
+    def __init__(self) -> None:
+        self.tensors: dict[str, Held] = {}
+        self.integer_nodes: set[str] = set()
+
+    def layer(self, node: ir.Node) -> None:
+        """A layer that was decided to compute in int8."""
+        x = node.inputs[0]
+        assert x is not None
+        self.hold(x, from_integers=False)
+        self.integer_nodes.add(_name(node.outputs[0]))
+        if node.op_type == "Conv":
+            self.hold_output(node)
+
+    def between(self, node: ir.Node) -> None:
+        """An operator without weights: it stays in integers if all that it reads comes from integers."""
+        read = [x for x in node.inputs if x is not None]
+        if node.op_type in MOVES:
+            read = read[:1]  # the others are shapes
+        held = [self.tensors.get(_name(x)) for x in read]
+        first = held[0]
+        if first is None or not all(tensor is not None and tensor.from_integers for tensor in held):
+            return
+        self.integer_nodes.add(_name(node.outputs[0]))
+        if node.op_type in MOVES:
+            self.hold(node.outputs[0], from_integers=True, same_grid_as=first.same_grid_as or first.name)
+        else:
+            self.hold_output(node)
+
+    def hold_output(self, node: ir.Node) -> None:
+        """Hold what the node writes, behind the activation that its kernel takes along."""
+        output = node.outputs[0]
+        uses = list(output.uses())
+        if len(uses) == 1 and uses[0].node.op_type in ACTIVATIONS and not output.is_graph_output():
+            self.integer_nodes.add(_name(uses[0].node.outputs[0]))
+            output = uses[0].node.outputs[0]
+        self.hold(output, from_integers=True)
+
+    def hold(self, value: ir.Value, *, from_integers: bool, same_grid_as: str | None = None) -> None:
+        self.tensors.setdefault(_name(value), Held(_name(value), _nonnegative(value), from_integers, same_grid_as))
+
+
+def _nonnegative(value: ir.Value) -> bool:
+    """Whether the operators before it say that no value can be below zero."""
+    node = value.producer()
+    if node is None:
+        return False
+    if node.op_type in ("Relu", "Sigmoid", "Softmax"):
+        return True
+    if node.op_type == "Clip":
+        low = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        return low is not None and float(low) >= 0
+    if node.op_type in (MOVES | INTEGER) - {"Add"}:
+        read = node.inputs[:1] if node.op_type in MOVES else node.inputs
+        return all(x is not None and _nonnegative(x) for x in read)
+    return False
+
+
+def place(
+    graph: FloatGraph,
+    plan: Plan,
+    ranges: Mapping[str, Range],
+    precisions: Mapping[str, Precision],
+    *,
+    largest: int,
+) -> dict[str, str]:
+    """Write plan and precisions into the graph, in place; layers without a precision stay as they are.
+
+    `ranges` holds what calibration saw for the tensors of `plan.calibrated`; `largest` bounds int8 codes.
+    Returns layer name -> the tensor that now holds its weights.
+    """
+    writer = _Writer(graph, plan, ranges, largest)
+    writer.activations()
+    tensors: dict[str, str] = {}
+    for layer, weight in graph.weights.items():
+        shared = next((other for other in tensors if graph.weights[other] == weight), None)
+        if shared is not None:
+            tensors[layer] = tensors[shared]
+        elif layer in precisions:
+            tensors[layer] = writer.weight(weight, precisions[layer])
+        else:
+            tensors[layer] = weight
+    return tensors
+
+
+class _Writer:
+    """Adds nodes and initializers to one graph."""
+
+    def __init__(self, graph: FloatGraph, plan: Plan, ranges: Mapping[str, Range], largest: int) -> None:
+        self.graph = graph.model.graph
+        self.plan = plan
+        self.integer_nodes = {node for node in self.graph if _name(node.outputs[0]) in plan.integer_nodes}
+        self.ranges = ranges
+        self.largest = largest
+        self.zero_points: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
+        self.grids: dict[str, tuple[ir.Value, ir.Value]] = {}
+        self.input_scale: dict[ir.Node, np.ndarray] = {}
+        """Scale of what a node reads first, where that is held in uint8."""
+
+    def activations(self) -> None:
+        values = {_name(value): value for value in self.graph.inputs}
+        values |= {_name(value): value for node in self.graph for value in node.outputs}
+        for tensor in self.plan.tensors.values():
+            self.activation(values[tensor.name], tensor)
+
+    def activation(self, value: ir.Value, tensor: Held) -> None:
+        """value -> Q -> DQ, for its integer readers; for every reader where it comes from an integer kernel."""
+        source = self.plan.tensors[tensor.same_grid_as or tensor.name]
+        scale, zero = self.ranges[source.name].grid(nonnegative=source.nonnegative)
+        if source.name not in self.grids:
+            zero_value = self.zeros(zero) if source.nonnegative else self.constant("zero", zero)
+            self.grids[source.name] = (self.constant("scale", scale), zero_value)
+        grid = self.grids[source.name]
+        uses = [use for use in value.uses() if tensor.from_integers or use.node in self.integer_nodes]
+        source_value = self.before_activation(value, tensor)
+        quantise = ir.node("QuantizeLinear", [source_value, *grid])
+        dequantise = ir.node("DequantizeLinear", [quantise.outputs[0], *grid])
+        producer = source_value.producer()
+        if producer is None:
+            self.graph.insert_before(self.graph[0], [quantise, dequantise])
+        else:
+            self.graph.insert_after(producer, [quantise, dequantise])
+        left_float = [use for use in uses if use.idx == 0 and self.must_stay_float(use.node)]
+        for use in uses:
+            use.node.replace_input_with(use.idx, dequantise.outputs[0])
+            if use.idx == 0:
+                self.input_scale[use.node] = scale
+        if left_float:
+            shield = self.shield(dequantise, nonnegative=source.nonnegative)
+            for use in left_float:
+                use.node.replace_input_with(0, shield)
+        if tensor.from_integers and value.is_graph_output():
+            replace(value, dequantise.outputs[0], except_in=quantise if source_value is value else None)
+
+    def must_stay_float(self, node: ir.Node) -> bool:
+        """Whether ONNX Runtime would quantise a layer that was decided to compute in fp32."""
+        return node.op_type in REQUANTISED and node not in self.integer_nodes
+
+    def shield(self, dequantise: ir.Node, *, nonnegative: bool) -> ir.Value:
+        """The same tensor behind an operator that changes nothing and that no optimisation takes out.
+
+        Without it ONNX Runtime rounds the float weights of a layer that reads a DequantizeLinear to int8, with one
+        scale a tensor (seen on 1.32, where the output is quantised as well): the file's accuracy would pay for it.
+        """
+        x = dequantise.outputs[0]
+        unchanged = (
+            ir.node("Relu", [x])
+            if nonnegative
+            else ir.node("Clip", [x, self.constant("lowest", np.array(np.finfo(np.float32).min))])
+        )
+        self.graph.insert_after(dequantise, [unchanged])
+        return unchanged.outputs[0]
+
+    def before_activation(self, value: ir.Value, tensor: Held) -> ir.Value:
+        """What to quantise: the input of a Relu or Clip where quantising does the same.
+
+        A grid that begins at zero cuts off what is below, and one that was calibrated behind a Clip ends within
+        it.  ONNX Runtime makes an integer Add only of one that is quantised directly.
+        """
+        node = value.producer()
+        if node is None or node not in self.integer_nodes or node.op_type not in ACTIVATIONS or not tensor.nonnegative:
+            return value
+        assert node.inputs[0] is not None
+        return node.inputs[0]
+
+    def weight(self, name: str, precision: Precision) -> str:
+        """Store a layer's weight in its format and decode it for the nodes that read it."""
+        value = self.graph.initializers[name]
+        array = constant(value)
+        assert array is not None
+        uses = list(value.uses())
+        axis = output_axis(uses[0].node)
+        storage = precision.storage
+        numbers = load_format(storage.format)
+        packed = numbers.pack(torch.from_numpy(array.copy()), storage, axis=axis, largest=self.largest)
+        if packed.scale is None:
+            return name
+        stored = {role: self.constant(f"{name}_{role}", tensor) for role, tensor in packed.tensors.items()}
+        nodes, codes = numbers.unpack(stored)
+        if precision.compute is Compute.INT8:
+            decode = [self.dequantise(codes, packed.scale, axis, explicit_zero=uses[0].node.op_type != "Conv")]
+        else:
+            shape = [-1 if a == axis and packed.scale.ndim else 1 for a in range(array.ndim)]
+            cast = ir.node("Cast", [codes], {"to": int(ir.DataType.FLOAT)})
+            scale = self.constant(f"{name}_scale", packed.scale.reshape(shape))
+            decode = [cast, ir.node("Mul", [cast.outputs[0], scale])]
+        self.graph.insert_before(self.graph[0], [*nodes, *decode])
+        for use in uses:
+            use.node.replace_input_with(use.idx, decode[-1].outputs[0])
+            if precision.compute is Compute.INT8:
+                self.bias(use.node, packed.scale)
+        return _name(stored["codes"])
+
+    def bias(self, node: ir.Node, weight_scale: np.ndarray) -> None:
+        """The bias of an integer kernel: int32 in steps of input scale times weight scale."""
+        value = node.inputs[2] if node.op_type in ("Conv", "Gemm") and len(node.inputs) > 2 else None
+        array = constant(value)
+        if value is None or array is None:
+            return
+        steps = (self.input_scale[node] * weight_scale).astype(np.float32)
+        limits = np.iinfo(np.int32)
+        codes = np.clip(np.round(array.astype(np.float64) / steps), limits.min, limits.max).astype(np.int32)
+        stored = self.constant(f"{value.name}_codes", codes)
+        decode = self.dequantise(stored, steps, axis=0, explicit_zero=node.op_type != "Conv")
+        self.graph.insert_before(self.graph[0], [decode])
+        node.replace_input_with(2, decode.outputs[0])
+
+    def dequantise(self, codes: ir.Value, scale: np.ndarray, axis: int, *, explicit_zero: bool) -> ir.Node:
+        """DequantizeLinear of a constant.
+
+        ONNX Runtime keeps a Gemm or MatMul in float unless the zero points are spelt out; a Conv does without.
+        """
+        inputs = [codes, self.constant("scale", scale)]
+        if explicit_zero:
+            assert codes.const_value is not None
+            inputs.append(self.zeros(np.zeros(scale.shape, codes.const_value.dtype.numpy())))
+        is_default_axis = axis == 1 or scale.ndim == 0
+        return ir.node("DequantizeLinear", inputs, {} if is_default_axis else {"axis": axis})
+
+    def zeros(self, array: np.ndarray) -> ir.Value:
+        """Zero points: one initializer for each type and shape."""
+        key = (array.dtype.name, array.shape)
+        if key not in self.zero_points:
+            self.zero_points[key] = self.constant("zero", array)
+        return self.zero_points[key]
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        unique = f"{name}#{len(self.graph.initializers)}"
+        value = ir.Value(name=unique, const_value=ir.Tensor(np.array(array, order="C"), name=unique))
+        self.graph.register_initializer(value)
+        return value
+
+
+def output_axis(reader: ir.Node) -> int:
+    """The axis of output channels of a weight, by the operator that reads it."""
+    if reader.op_type == "Gemm":
+        return 0 if reader.attributes.get_int("transB", 0) else 1
+    return 1 if reader.op_type in ("MatMul", "ConvTranspose") else 0
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name is not None
+    return value.name

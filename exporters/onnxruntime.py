@@ -1,0 +1,264 @@
+"""ONNX Runtime on CPU: files that run on every version from 1.16 on, in its own Q/DQ flavour.
+
+The path of a model: PyTorch -> float graph (`_float`) -> plan and Q/DQ (`_qdq`) -> bytes (`_compact`).
+"""
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+from torch import nn
+
+from hirelc_deploy.errors import UserError
+from hirelc_deploy.exporters._base import Arrays, Exported
+from hirelc_deploy.exporters._compact import drop_unused, share, shorten, to_bytes
+from hirelc_deploy.exporters._float import FloatGraph, float_graph
+from hirelc_deploy.exporters._qdq import Plan, Range, place, plan
+from hirelc_deploy.policy import Precision
+
+COMPUTE_OF = {
+    **dict.fromkeys(["QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"], "int8"),
+    **dict.fromkeys(["DynamicQuantizeMatMul", "MatMulInteger", "ConvInteger"], "int8_dynamic"),
+    **dict.fromkeys(["Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"], "fp32"),
+    **dict.fromkeys(["Gather"], "fp32"),
+}
+"""What a layer computes in, by the operator that it is after a session has optimised the graph."""
+
+LAYER_OPERATORS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"}
+"""What a layer is in the file."""
+
+BLOCKED_SUFFIX = "_nchwc"
+"""ONNX Runtime renames the weights that it reorders into blocks of channels, and calls the node by its output."""
+
+
+class OnnxRuntime:
+    """The `Runtime` contract of `_base` for ONNX Runtime's CPU provider."""
+
+    name = "onnxruntime"
+    suffix = ".onnx"
+
+    def version(self) -> str:
+        return str(ort.__version__)
+
+    def float_graph(self, model: nn.Module, example: Arrays, *, opset: int) -> FloatGraph:
+        """The float ONNX graph of a model in eval mode: what both baseline and artifact are written from."""
+        graph = float_graph(model, example, opset=opset)
+        share(graph.model)
+        return graph
+
+    def write(
+        self,
+        graph: FloatGraph,
+        precisions: Mapping[str, Precision],
+        *,
+        calibration: Iterable[Arrays] = (),
+        largest: int = 127,
+        ir_version: int = 8,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Exported:
+        """The file of a float graph under the given precisions; layers without one stay fp32.
+
+        `calibration` yields inputs, read once, for the ranges of int8 activations.
+        """
+        chosen = {layer: precisions[layer] for layer in graph.weights if layer in precisions}
+        layout = plan(graph, chosen)
+        ranges = self._ranges(graph, layout, calibration) if layout.tensors else {}
+        return _finish(graph, chosen, layout, ranges, largest=largest, ir_version=ir_version, metadata=metadata or {})
+
+    def predicted_bytes(
+        self,
+        graph: FloatGraph,
+        shapes: Mapping[str, tuple[int, ...]],
+        precisions: Mapping[str, Precision],
+        *,
+        ir_version: int = 8,
+        metadata: Mapping[str, str] | None = None,
+    ) -> int:
+        """The size of the file that `write` will make once the model has parameters of these shapes.
+
+        `graph` is the float graph before anything was removed; `shapes` gives each parameter's shape after.
+        Nothing is pruned, trained or calibrated for it: the plan depends on the graph alone, and the size of a
+        tensor on its shape alone.
+        """
+        small = _with_shapes(graph, shapes)
+        chosen = {layer: precisions[layer] for layer in small.weights if layer in precisions}
+        layout = plan(small, chosen)
+        # Any range will do, but a zero point is one byte whatever it is.
+        ranges = dict.fromkeys(layout.calibrated, Range(-1.0, 1.0))
+        exported = _finish(small, chosen, layout, ranges, largest=127, ir_version=ir_version, metadata=metadata or {})
+        return len(exported.data)
+
+    def load(self, path: Path, *, threads: int) -> "OnnxSession":
+        return OnnxSession(path, threads=threads)
+
+    def runs_as(self, path: Path, tensors: Mapping[str, str], *, threads: int) -> dict[str, str | None]:
+        """Layer -> `int8`, `int8_dynamic`, `fp32` or None, read from the graph that the session has optimised."""
+        with tempfile.TemporaryDirectory() as folder:
+            written = Path(folder) / "optimised.onnx"
+            options = _options(threads)
+            options.optimized_model_filepath = str(written)
+            _session(path, options)
+            return computes(onnx.load(path).graph, onnx.load(written).graph, tensors)
+
+    def _ranges(self, graph: FloatGraph, layout: Plan, calibration: Iterable[Arrays]) -> dict[str, Range]:
+        """Smallest and largest value of each tensor over the calibration data, one batch in memory at a time."""
+        probe = graph.copy()
+        outputs = probe.model.graph.outputs
+        inputs = {value.name for value in probe.model.graph.inputs}
+        values = {v.name: v for node in probe.model.graph for v in node.outputs}
+        watched = [name for name in layout.calibrated if name not in inputs]
+        present = {value.name for value in outputs}
+        for name in watched:
+            if name not in present:
+                values[name].type = ir.TensorType(ir.DataType.FLOAT)
+                outputs.append(values[name])
+        session = ort.InferenceSession(
+            ir.serde.serialize_model(probe.model).SerializeToString(), _options(threads=1), ["CPUExecutionProvider"]
+        )
+        ranges: dict[str, Range] = {}
+        for batch in calibration:
+            seen = dict(zip(watched, session.run(watched, dict(batch)), strict=True)) if watched else {}
+            for name in layout.calibrated:
+                array = np.asarray(batch[name] if name in inputs else seen[name])
+                low, high = float(array.min()), float(array.max())
+                known = ranges.get(name, Range(low, high))
+                ranges[name] = Range(min(low, known.low), max(high, known.high))
+        missing = [name for name in layout.calibrated if name not in ranges]
+        if missing:
+            raise ValueError(f"no calibration data for {len(missing)} tensors, {missing[0]} among them")
+        return ranges
+
+
+class OnnxSession:
+    """A loaded file; runs in the calling thread when `threads` is 1."""
+
+    def __init__(self, path: Path, *, threads: int) -> None:
+        self._session = _session(path, _options(threads))
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """The outputs of one batch by name."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+
+
+def _finish(
+    graph: FloatGraph,
+    precisions: Mapping[str, Precision],
+    layout: Plan,
+    ranges: Mapping[str, Range],
+    *,
+    largest: int,
+    ir_version: int,
+    metadata: Mapping[str, str],
+) -> Exported:
+    written = graph.copy()
+    tensors = place(written, layout, ranges, precisions, largest=largest)
+    drop_unused(written.model)
+    renamed = shorten(written.model)
+    data = to_bytes(written.model, ir_version=ir_version, metadata=metadata)
+    return Exported(data, {layer: renamed.get(name, name) for layer, name in tensors.items()})
+
+
+def _with_shapes(graph: FloatGraph, shapes: Mapping[str, tuple[int, ...]]) -> FloatGraph:
+    """A copy whose initializers have the shapes that they will have, and no values worth reading."""
+    small = graph.copy()
+    initializers = small.model.graph.initializers
+    layer_of = {weight: layer for layer, weight in small.weights.items()}
+    wanted = {name: shapes[name] for name in initializers if name in shapes and name not in layer_of}
+    for node in small.model.graph:
+        weight = node.inputs[1] if len(node.inputs) > 1 else None
+        if weight is None or weight.name not in layer_of:
+            continue
+        assert weight.name is not None
+        assert weight.shape is not None
+        shape = shapes[f"{layer_of[weight.name]}.weight"]
+        before = tuple(int(size) for size in weight.shape.numpy())
+        transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not node.attributes.get_int("transB", 0))
+        wanted[weight.name] = shape[::-1] if transposed else shape
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if bias is not None and bias.name in initializers and len(before) == len(shape):
+            assert bias.name is not None
+            wanted[bias.name] = (shape[1] if node.op_type == "ConvTranspose" else shape[0],)
+    for name, shape in wanted.items():
+        value = initializers[name]
+        assert value.const_value is not None
+        dtype = value.const_value.dtype.numpy()
+        value.const_value = ir.Tensor(np.zeros(shape, dtype), name=name)
+    return small
+
+
+def _options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3  # the optimiser's warnings are about names that we shortened
+    return options
+
+
+def _session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    except Exception as error:
+        raise UserError(
+            f"ONNX Runtime {ort.__version__} cannot load {path.name}: {str(error).splitlines()[0]}",
+            fix="is the file whole, and the runtime at least the version that the target names?",
+        ) from error
+
+
+def computes(file: onnx.GraphProto, optimised: onnx.GraphProto, tensors: Mapping[str, str]) -> dict[str, str | None]:
+    """Layer -> what it computes in after optimisation; None where its node is not found again.
+
+    A node is found by the name of its weight, which optimising keeps, or of what the weight is decoded into,
+    and otherwise by its output.
+    """
+    by_input: dict[str, str] = {}
+    by_name: dict[str, str] = {}
+    for node in optimised.node:
+        if node.op_type in COMPUTE_OF:
+            by_name[node.name] = node.op_type
+            for name in node.input:
+                by_input[name] = node.op_type
+
+    def operator(names: list[str], outputs: list[str]) -> str | None:
+        by_weight = (by_input[name] for name in names if name in by_input)
+        by_output = (by_name[name + BLOCKED_SUFFIX] for name in outputs if name + BLOCKED_SUFFIX in by_name)
+        return next(by_weight, None) or next(by_output, None)
+
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in file.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found: dict[str, str | None] = {}
+    for layer, tensor in tensors.items():
+        seen = {operator(*place) for place in _places(tensor, readers)}
+        kinds = {None if name is None else COMPUTE_OF[name] for name in seen}
+        found[layer] = kinds.pop() if len(kinds) == 1 else None
+    return found
+
+
+def _places(tensor: str, readers: Mapping[str, list[onnx.NodeProto]]) -> list[tuple[list[str], list[str]]]:
+    """Each node that computes with a weight: the names that the weight has on the way there, and the node's outputs.
+
+    The outputs of elementwise operators behind the node count as its own, since they are fused into it.
+    """
+    places = []
+    names, pending = [tensor], [tensor]
+    while pending:
+        for node in readers.get(pending.pop(), []):
+            if node.op_type not in LAYER_OPERATORS:
+                names += node.output
+                pending += node.output
+                continue
+            outputs = [node.output[0]]
+            while len(behind := readers.get(outputs[-1], [])) == 1 and behind[0].op_type not in LAYER_OPERATORS:
+                outputs.append(behind[0].output[0])
+            places.append((names, outputs))
+    return places
+
+
+RUNTIME = OnnxRuntime()

@@ -1,0 +1,333 @@
+"""The command line: one function a verb, and no logic.
+
+Whatever takes long to import is imported by the verb that needs it: `--help` and `targets` answer at once.
+"""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hirelc_deploy import __version__
+from hirelc_deploy.errors import ExitStatus, UserError
+
+if TYPE_CHECKING:
+    from hirelc_deploy.pipeline import Outcome
+
+NAME = "hirelc-deploy"
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+EXIT_STATUSES = (
+    "Exit status: 0 every limit is met; 1 a mistake in what was asked; 2 a limit is missed or a file was changed; "
+    "3 the figure cannot be verified here; 70 an error of this program."
+)
+
+app = typer.Typer(
+    help="From a trained PyTorch checkpoint to a small, fast file, measured on the device it is for.",
+    epilog=EXIT_STATUSES,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # `main` prints what went wrong
+)
+
+INPUT, LIMITS, CHOICE, TUNING, RUN = "What to export", "Limits", "How to choose", "Effort", "Run"
+
+MaxLatency = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", help="Median time of one inference, such as 5ms or 800us.", rich_help_panel=LIMITS),
+]
+MinSpeedup = Annotated[
+    float | None,
+    typer.Option(metavar="RATIO", help="How much faster than the model's own fp32 file.", rich_help_panel=LIMITS),
+]
+MaxSize = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Bytes of the file, such as 400KB or 2MiB.", rich_help_panel=LIMITS),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Memory of an inference, such as 8MB.", rich_help_panel=LIMITS),
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        metavar="POINTS",
+        help="What the score may lose, in its own unit: percentage points for a classifier.",
+        rich_help_panel=LIMITS,
+    ),
+]
+AllowEstimates = Annotated[
+    bool | None,
+    typer.Option(
+        "--allow-estimates",
+        help="Judge a limit on an estimate where nothing can be measured, instead of status 3.",
+        rich_help_panel=LIMITS,
+    ),
+]
+Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact folder, as `export` writes it.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"{NAME} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog=EXIT_STATUSES)
+def export(
+    context: typer.Context,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The device: a name from `targets`, or FILE.toml. Required.", rich_help_panel=INPUT
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="What builds the network: FILE.py:callable, package.module:callable, timm:NAME, torchvision:NAME or "
+            "hf:FOLDER. Required.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Its trained weights: .safetensors, .pt or .pth. Left out, the network is taken as it is built.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Training and test data: digits, FILE.npz, a folder of images, or FILE.py:callable that returns a "
+            "Task. Required.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
+    max_latency: MaxLatency = None,
+    min_speedup: MinSpeedup = None,
+    max_size: MaxSize = None,
+    max_memory: MaxMemory = None,
+    max_drop: MaxDrop = None,
+    allow_estimates: AllowEstimates = None,
+    search: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            help="What chooses channels and formats. recipe (default) tries uniform recipes, smallest change first.",
+            rich_help_panel=CHOICE,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Build one uniform recipe, without a search: keep=50%,compute=int8.",
+            rich_help_panel=CHOICE,
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Build the policy of a policy.json, without a search.", rich_help_panel=CHOICE
+        ),
+    ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option(metavar="ORDER", help="auto (default) or prune-first.", rich_help_panel=CHOICE),
+    ] = None,
+    importance: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MEASURE",
+            help="Which channels go first: those with the smallest weights, l2 (default), or the smallest effect on "
+            "the loss, taylor.",
+            rich_help_panel=CHOICE,
+        ),
+    ] = None,
+    evaluations: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Try at most N candidates. Default: as many as needed.", rich_help_panel=TUNING),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Epochs of fine-tuning (default 4); 0 changes no trained weight.", rich_help_panel=TUNING
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Candidates tried side by side (default 1).", rich_help_panel=TUNING),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Of everything that is drawn at random (default 0).", rich_help_panel=TUNING),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Threads of the measured inference (default 1).", rich_help_panel=RUN),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Examples of the measured inference (default 1).", rich_help_panel=RUN),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where to write the artifact (default out/export).", rich_help_panel=RUN),
+    ] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option("--resume", help="Go on with the run in DIR that was interrupted.", rich_help_panel=RUN),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.toml",
+            help="Read these options from a file, by the same names; the command line wins.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+) -> ExitStatus:
+    """Compress a trained network for a device, write the file, and measure it."""
+    from hirelc_deploy.config import export_settings
+
+    # the parameters are declared for the command line; they are read together, by name
+    given = {name: value for name, value in context.params.items() if name != "config"}
+    settings = export_settings(given, config)
+
+    from hirelc_deploy import pipeline
+
+    return _close(pipeline.export(settings))
+
+
+@app.command(epilog=EXIT_STATUSES)
+def verify(folder: Artifact, allow_estimates: AllowEstimates = None) -> ExitStatus:
+    """Measure an artifact again, on this machine, and judge it by the limits it was exported with."""
+    from hirelc_deploy import pipeline
+
+    return _close(pipeline.verify(folder, allow_estimates=bool(allow_estimates)))
+
+
+@app.command(epilog=EXIT_STATUSES)
+def gate(
+    folder: Artifact,
+    max_latency: MaxLatency = None,
+    min_speedup: MinSpeedup = None,
+    max_size: MaxSize = None,
+    max_memory: MaxMemory = None,
+    max_drop: MaxDrop = None,
+    allow_estimates: AllowEstimates = None,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the verdict as JUnit XML.")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the verdict as Markdown.")] = None,
+) -> ExitStatus:
+    """Judge an artifact by its recorded figures, and check that its files are unchanged; nothing is run.
+
+    Without a limit, those that it was exported with hold.
+    """
+    from hirelc_deploy import console
+    from hirelc_deploy.budget import Budget
+    from hirelc_deploy.config import read_options
+    from hirelc_deploy.rundir import write_atomic
+    from hirelc_deploy.verify import judge, junit as formats, manifest as manifests
+
+    given = read_options({"max_latency": max_latency, "max_size": max_size, "max_memory": max_memory})
+    budget = Budget(
+        latency_ms=given["max_latency_ms"],
+        speedup=min_speedup,
+        size_bytes=given["max_size_bytes"],
+        memory_bytes=given["max_memory_bytes"],
+        drop=max_drop,
+    )
+    verdict = judge.gate(folder, budget, bool(allow_estimates))
+    name, unit = folder.resolve().name, manifests.read(folder).task.unit
+    summary = formats.markdown(verdict, title=name, unit=unit)
+    console.show(summary)
+    if markdown is not None:
+        write_atomic(markdown, summary.encode())
+    if junit is not None:
+        write_atomic(junit, formats.junit(verdict, suite=name, unit=unit).encode())
+    return verdict.status
+
+
+@app.command()
+def report(folder: Artifact) -> ExitStatus:
+    """Show an artifact's figures and write its report.html again."""
+    from hirelc_deploy import console, report as reports
+    from hirelc_deploy.verify import manifest as manifests
+
+    manifest = manifests.read(folder)
+    reports.write(manifest, folder)
+    console.show(reports.closing_table(manifest))
+    return ExitStatus.OK
+
+
+@app.command()
+def targets() -> ExitStatus:
+    """List the devices, and what each can run."""
+    from hirelc_deploy import console
+    from hirelc_deploy.profiles import load_target, target_names
+
+    console.show(console.targets_table(load_target(name) for name in target_names()))
+    return ExitStatus.OK
+
+
+@app.command(epilog=EXIT_STATUSES)
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the artifact.")] = Path("out/demo"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was interrupted.")] = False,
+) -> ExitStatus:
+    """Export a small trained network on data that is installed with this program: no download, a few minutes."""
+    from hirelc_deploy import pipeline
+
+    return _close(pipeline.demo(out, resume=resume))
+
+
+def _close(outcome: "Outcome") -> ExitStatus:
+    from hirelc_deploy import console
+    from hirelc_deploy.report import closing_table
+
+    console.show(closing_table(outcome.manifest))
+    return outcome.status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command, by default that of `sys.argv`, and return its exit status (DESIGN: the command line)."""
+    try:
+        status = app(arguments, prog_name=NAME, standalone_mode=False)
+    except UserError as error:
+        return _complain(error)
+    except typer.TyperException as error:  # a mistyped option or the like; the library would make it status 2
+        if not error.format_message():  # no verb at all: the library has printed the help
+            return ExitStatus.USER_ERROR
+        command = getattr(getattr(error, "ctx", None), "command_path", NAME)
+        return _complain(UserError(error.format_message(), fix=f"{command} --help lists what can be given"))
+    except Exception:
+        traceback.print_exc()
+        print(f"{NAME} {__version__}: this is an error of the program, not yours; please report it.", file=sys.stderr)
+        return ExitStatus.INTERNAL
+    if status == INTERRUPTED:  # the library turns KeyboardInterrupt into this status
+        print(f"{NAME}: interrupted; the same command with --resume goes on where it stopped.", file=sys.stderr)
+    return status
+
+
+def _complain(error: UserError) -> ExitStatus:
+    from hirelc_deploy import console
+
+    console.complain(error)
+    return ExitStatus.USER_ERROR

@@ -1,0 +1,1 @@
+"""Networks made smaller: channels gone, number formats applied, weights tuned again."""

@@ -1,0 +1,225 @@
+"""Fine-tuning after compression: the small network learns the outputs of the original one.
+
+The original's outputs on the train split are computed once and kept, so that an epoch costs what the small
+network costs.  A run that is killed goes on at its last checkpoint and ends with the same weights.
+"""
+
+import io
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hirelc_deploy.compress.simulate import Simulation
+from hirelc_deploy.errors import UserError
+from hirelc_deploy.graph import forward
+from hirelc_deploy.task import Batches, Inputs, Task
+
+CACHE_BYTES = 1 << 30
+"""Outputs of the original up to this size are kept in memory; larger ones are computed in every step."""
+
+CHECKPOINT_SECONDS = 30.0
+"""What a killed run loses at most."""
+
+WARM_UP = 0.1
+"""Part of the steps in which the rate rises."""
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How to fine-tune.  The same settings, seed and threads give the same weights."""
+
+    epochs: int
+    seed: int = 0
+    rate: float = 2e-3
+    """Peak of Adam's rate; it rises linearly, then falls along a cosine to zero."""
+    weight_decay: float = 1e-4
+    task_weight: float = 0.5
+    """Weight of the task's own loss beside the distance to the original's outputs."""
+
+
+class Checkpoints(Protocol):
+    """Where an unfinished fine-tuning lies; `hirelc_deploy.rundir.RunFolder` is one."""
+
+    def save_state(self, name: str, data: bytes) -> None: ...
+
+    def load_state(self, name: str) -> bytes | None: ...
+
+    def drop_state(self, name: str) -> None: ...
+
+
+class Teacher:
+    """Outputs of the original network on the train split, by position; computed once where they fit."""
+
+    def __init__(self, model: nn.Module, train: Batches, *, cache_bytes: int = CACHE_BYTES) -> None:
+        self._model = model.eval()
+        self._train = train
+        self._cached: dict[str, Tensor] | None = None
+        self._spread: dict[str, Tensor] = {}
+        self._fill(cache_bytes)
+
+    def outputs(self, positions: np.ndarray, inputs: Inputs) -> dict[str, Tensor]:
+        """What the original says of these examples."""
+        if self._cached is not None:
+            return {name: cached[positions] for name, cached in self._cached.items()}
+        return self._run(inputs)
+
+    def distance(self, outputs: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> Tensor:
+        """Mean squared difference in units of the original's variance, averaged over the outputs.
+
+        Matching logits in this way does as well as matching softened probabilities, and needs no temperature
+        (Kim et al., 2021); and it means something for every task.
+        """
+        terms = [F.mse_loss(outputs[name], original[name]) / self._spread[name] for name in self._spread]
+        return torch.stack(terms).mean()
+
+    def _fill(self, cache_bytes: int) -> None:
+        cached: dict[str, Tensor] = {}
+        start = 0
+        for inputs, _ in self._train:
+            outputs = self._run(inputs)
+            if not cached:
+                examples = len(next(iter(outputs.values())))
+                per_example = sum(o.nbytes for o in outputs.values()) // examples
+                self._spread = {n: o.float().var().clamp(min=1e-12) for n, o in outputs.items() if _differs(o)}
+                if per_example * self._train.examples > cache_bytes:
+                    return
+                cached = {n: o.new_empty((self._train.examples, *o.shape[1:])) for n, o in outputs.items()}
+            for name, output in outputs.items():
+                cached[name][start : start + len(output)] = output
+            start += len(output)
+        self._cached = cached
+        self._spread = {n: o.float().var().clamp(min=1e-12) for n, o in cached.items() if _differs(o)}
+
+    @torch.no_grad()
+    def _run(self, inputs: Inputs) -> dict[str, Tensor]:
+        return forward(self._model, as_tensors(inputs))
+
+
+def _differs(output: Tensor) -> bool:
+    """Whether an output can be matched by its distance: floats, not indices."""
+    return output.is_floating_point()
+
+
+def distil(
+    student: nn.Module,
+    teacher: Teacher,
+    task: Task,
+    simulation: Simulation,
+    settings: FineTuning,
+    *,
+    checkpoints: Checkpoints,
+    name: str,
+    advance: Callable[[str], None] = lambda detail: None,
+) -> None:
+    """Train `student` in place, under its simulated formats, towards the original and the task's targets.
+
+    `name` tells this fine-tuning's checkpoint from others'; `advance` is called after each epoch.
+    Raises UserError if the loss is not finite.
+    """
+    steps = settings.epochs * math.ceil(task.train.examples / task.train.batch)
+    optimizer = torch.optim.AdamW(_groups(student, settings.weight_decay), lr=settings.rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    held = _Held(student, simulation, optimizer, schedule)
+    with torch.random.fork_rng():  # dropout draws from torch's own generator
+        torch.manual_seed(settings.seed)
+        done = held.restore(checkpoints.load_state(name))
+        saved = time.monotonic()
+        for step, (positions, inputs, target) in _steps(task.train, settings, done):
+            student.train()
+            simulation.train(True)
+            outputs = forward(student, as_tensors(inputs))
+            original = teacher.outputs(positions, inputs)
+            loss = teacher.distance(outputs, original) + settings.task_weight * task.loss(
+                outputs, torch.from_numpy(target)
+            )
+            if not torch.isfinite(loss):
+                raise UserError(
+                    f"the loss is {loss.item()} after {step} steps of fine-tuning",
+                    fix="does the model give finite outputs on the train data? --epochs 0 exports without fine-tuning",
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                checkpoints.save_state(name, held.dump(step + 1))
+                saved = time.monotonic()
+            if (step + 1) % (steps // settings.epochs) == 0:
+                advance(f"loss {loss.item():.3f}")
+    simulation.train(False)
+    student.eval()
+
+
+def as_tensors(inputs: Inputs) -> dict[str, Tensor]:
+    """A batch's inputs as tensors that share memory with the arrays."""
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
+
+
+def _steps(
+    train: Batches, settings: FineTuning, done: int
+) -> Iterator[tuple[int, tuple[np.ndarray, Inputs, np.ndarray]]]:
+    """All steps from number `done` on; the order of each epoch is drawn from the seed and its number alone."""
+    step = 0
+    for epoch in range(settings.epochs):
+        for batch in train.shuffled(settings.seed, epoch):
+            if step >= done:
+                yield step, batch
+            step += 1
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the peak rate: a linear rise, then half a cosine."""
+    rise = max(1, round(WARM_UP * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weights decay; biases and the scales of norms do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+class _Held:
+    """Everything that the next step depends on."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        simulation: Simulation,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LambdaLR,
+    ) -> None:
+        self._parts: dict[str, Any] = {
+            "model": model,
+            "ranges": simulation,
+            "optimizer": optimizer,
+            "schedule": schedule,
+        }
+
+    def dump(self, step: int) -> bytes:
+        buffer = io.BytesIO()
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        torch.save({**state, "step": step, "random": torch.get_rng_state()}, buffer)
+        return buffer.getvalue()
+
+    def restore(self, data: bytes | None) -> int:
+        """The number of steps that were already done."""
+        if data is None:
+            return 0
+        state = torch.load(io.BytesIO(data), weights_only=True)
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["random"])
+        return int(state["step"])

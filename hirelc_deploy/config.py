@@ -1,0 +1,243 @@
+"""What a user may set: quantities with units, and the settings of an export.
+
+Settings come from the command line, from a TOML file, or from both; the command line wins.  Both use the same
+names and the same notation, so that an option can be moved from one to the other as it is.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hirelc_deploy.errors import UserError
+
+MS_PER_UNIT = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
+BYTES_PER_UNIT = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([^\W\d]*)\s*")
+
+SEARCHES = ("recipe",)
+"""What can choose a policy; each name is something that exists."""
+ORDERS = ("auto", "prune-first")
+IMPORTANCES = ("l2", "taylor")
+
+
+def parse_duration_ms(text: object) -> float:
+    """Milliseconds of "5ms", "800us" or "0.1s".  Raises UserError without a unit, with another one, or for zero."""
+    return _quantity(text, MS_PER_UNIT, kind="time", example="5ms, 800us or 0.1s")
+
+
+def parse_size_bytes(text: object) -> int:
+    """Bytes of "400KB" (1000 a KB) or "2MiB" (1024 a KiB), rounded to whole ones; upper and lower case are the same.
+
+    Raises UserError without a unit, with another one, or for less than a byte.
+    """
+    size_bytes = round(_quantity(text, BYTES_PER_UNIT, kind="size", example="400KB or 2MiB"))
+    if size_bytes < 1:
+        raise UserError(f"{text!r} is less than one byte", fix="give a size such as 400KB or 2MiB")
+    return size_bytes
+
+
+def _quantity(text: object, units: Mapping[str, float], *, kind: str, example: str) -> float:
+    match = _QUANTITY.fullmatch(str(text))
+    if match is None:
+        raise UserError(f"{text!r} is no {kind}", fix=f"write a number and its unit: {example}")
+    number, unit = match.groups()
+    if not unit:
+        raise UserError(f"{text!r} is a {kind} without a unit", fix=f"add the unit: {example}")
+    if unit.lower() not in units:
+        raise UserError(f"{text!r}: {unit!r} is no unit of {kind}", fix=f"write {example}")
+    if float(number) == 0:
+        raise UserError(f"{text!r} is a {kind} of zero", fix=f"write {example}")
+    return float(number) * units[unit.lower()]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The name in `known`, which is not empty, that `name` was most likely meant to be."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    return by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.  Raises UserError, with the line, where it is missing or cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist", fix="check the path; it is relative to where you are") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", fix="is it a file, and may you read it?") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}", fix='lines look like max-latency = "5ms"') from error
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Everything that `export` may be told, with its defaults.  Raises UserError for what cannot be meant.
+
+    The limits are judged as a `Budget`, which refuses those that nothing can meet.
+    """
+
+    model: str
+    """FILE.py:callable, package.module:callable, timm:NAME, torchvision:NAME or hf:FOLDER"""
+    data: str
+    """digits, FILE.npz, a folder of images, or FILE.py:callable"""
+    target: str
+    """A name that `hirelc-deploy targets` lists, or FILE.toml"""
+    checkpoint: Path | None = None
+    max_latency_ms: float | None = None
+    """Judged on the median of single inferences."""
+    min_speedup: float | None = None
+    """Against the fp32 file of the same model, on the same runtime."""
+    max_size_bytes: int | None = None
+    max_memory_bytes: int | None = None
+    max_drop: float | None = None
+    """In the unit of the task's score: percentage points for classification."""
+    search: str = "recipe"
+    recipe: str | None = None
+    """One uniform recipe instead of a search: keep=50%,compute=int8"""
+    policy: Path | None = None
+    """A policy file instead of a search."""
+    order: str = "auto"
+    importance: str = "l2"
+    allow_estimates: bool = False
+    evaluations: int | None = None
+    """At most so many; None lets the method decide."""
+    epochs: int = 4
+    """Of fine-tuning; 0 is post-training only."""
+    seed: int = 0
+    workers: int = 1
+    threads: int = 1
+    """Of the runtime that is measured."""
+    batch: int = 1
+    """Examples an inference that is measured."""
+    out: Path = Path("out/export")
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("search", SEARCHES), ("order", ORDERS), ("importance", IMPORTANCES)):
+            _require_one_of(name, getattr(self, name), choices)
+        for name in ("evaluations", "workers", "threads", "batch"):
+            _require_at_least(1, name, getattr(self, name))
+        for name in ("epochs", "seed"):
+            _require_at_least(0, name, getattr(self, name))
+        if self.recipe is not None and self.policy is not None:
+            raise UserError("recipe and policy are both given", fix="each says what to build: give one of them")
+
+
+def _require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(
+            f"{name} is {value!r}, which does not exist",
+            fix=f"did you mean {nearest(value, choices)}? There is {', '.join(choices)}",
+        )
+
+
+def _require_at_least(least: int, name: str, value: int | None) -> None:
+    if value is not None and value < least:
+        raise UserError(f"{name} is {value}", fix=f"it is {least} or more")
+
+
+def _text(value: object) -> str:
+    return _of_type(value, str, "a text in quotes")
+
+
+def _path(value: object) -> Path:
+    return Path(_of_type(value, (str, Path), "a path in quotes")).expanduser()
+
+
+def _flag(value: object) -> bool:
+    return _of_type(value, bool, "true or false")
+
+
+def _whole(value: object) -> int:
+    return _of_type(value, int, "a whole number")
+
+
+def _number(value: object) -> float:
+    return float(_of_type(value, (int, float), "a number"))
+
+
+def _of_type(value: object, types: type | tuple[type, ...], wanted: str) -> Any:
+    # bool is a subclass of int in Python, but nobody who writes `epochs = true` means 1
+    if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
+        raise UserError(f"{value!r} is not {wanted}", fix=f"write {wanted}")
+    return value
+
+
+class Option(NamedTuple):
+    """How an option's notation becomes a field of ExportSettings."""
+
+    field: str
+    read: Callable[[object], Any]
+
+
+OPTIONS: Mapping[str, Option] = {
+    "model": Option("model", _text),
+    "data": Option("data", _text),
+    "target": Option("target", _text),
+    "checkpoint": Option("checkpoint", _path),
+    "max_latency": Option("max_latency_ms", parse_duration_ms),
+    "min_speedup": Option("min_speedup", _number),
+    "max_size": Option("max_size_bytes", parse_size_bytes),
+    "max_memory": Option("max_memory_bytes", parse_size_bytes),
+    "max_drop": Option("max_drop", _number),
+    "search": Option("search", _text),
+    "recipe": Option("recipe", _text),
+    "policy": Option("policy", _path),
+    "order": Option("order", _text),
+    "importance": Option("importance", _text),
+    "allow_estimates": Option("allow_estimates", _flag),
+    "evaluations": Option("evaluations", _whole),
+    "epochs": Option("epochs", _whole),
+    "seed": Option("seed", _whole),
+    "workers": Option("workers", _whole),
+    "threads": Option("threads", _whole),
+    "batch": Option("batch", _whole),
+    "out": Option("out", _path),
+    "resume": Option("resume", _flag),
+}
+"""By the option's name, with underscores; on the command line and in the file dashes stand for them."""
+
+
+def read_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ExportSettings by name from options by name; None, an option that was left out, stays None.
+
+    Raises UserError, which names the option, for a value that cannot be read.
+    """
+    return {OPTIONS[name].field: None if value is None else _read(name, value) for name, value in given.items()}
+
+
+def export_settings(given: Mapping[str, Any], file: Path | None = None) -> ExportSettings:
+    """The settings that the command line (`given`, None where an option was left out) and a TOML file make.
+
+    Raises UserError for an unknown key of the file, with the nearest one, for a value that cannot be read, with its
+    key, and for a required option that neither has.
+    """
+    in_file = {} if file is None else {_known(key, file): value for key, value in read_toml(file).items()}
+    on_line = {name: value for name, value in given.items() if value is not None}
+    values = read_options(in_file | on_line)
+    for field in fields(ExportSettings):
+        if field.default is MISSING and field.name not in values:
+            raise UserError(
+                f"{field.name} is missing",
+                fix=f'give --{field.name}, or {field.name} = "…" in the file that --config names',
+            )
+    return ExportSettings(**values)
+
+
+def _known(key: str, file: Path) -> str:
+    name = key.replace("-", "_")
+    if name not in OPTIONS:
+        meant = nearest(name, OPTIONS).replace("_", "-")
+        known = ", ".join(OPTIONS).replace("_", "-")
+        raise UserError(f"{file} has an unknown key {key!r}", fix=f"did you mean {meant}? The keys are {known}")
+    return name
+
+
+def _read(key: str, value: object) -> Any:
+    try:
+        return OPTIONS[key].read(value)
+    except UserError as error:
+        raise UserError(f"{key.replace('_', '-')}: {error.what}", fix=error.fix) from error

@@ -1,0 +1,1 @@
+"""What a policy costs before anything is built: parameters, operations, bytes, milliseconds."""

@@ -1,0 +1,64 @@
+"""The ground on which groups are tried: a private copy with weights that hide nothing, and how outputs compare."""
+
+import copy
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+SEED = 0
+"""Of the noise and of the choice of channels; a trial gives the same answer every time."""
+
+TOLERANCE = 1e-3
+"""Relative error of the outputs.  Right groups differ by rounding (1e-7 to 1e-5), wrong ones by 0.01 to 1."""
+
+SCALE_NOISE, STATISTIC_SPREAD = 0.3, 0.5
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """A copy on the CPU in eval mode, all of whose weights take gradients: what a trial may do anything to."""
+    own = copy.deepcopy(model).cpu().eval()
+    for parameter in own.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return own
+
+
+@torch.no_grad()
+def jitter(model: nn.Module) -> nn.Module:
+    """A copy with noise on every weight and norm statistic, so that no branch is silent and no channel is like another.
+
+    Trained networks begin many branches at zero (the last BatchNorm's scale, a LayerScale of 1e-6), and attention
+    begins nearly uniform: there a wrong cut would change nothing, and the proof would prove nothing.
+    """
+    own = copy.deepcopy(model)
+    random = torch.Generator().manual_seed(SEED)
+    for parameter in own.parameters():
+        if parameter.is_floating_point():
+            fan_in = prod(parameter.shape[1:])
+            spread = fan_in**-0.5 if fan_in > 1 else SCALE_NOISE
+            parameter.add_(spread * torch.randn(parameter.shape, generator=random))
+    for name, buffer in own.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.add_(SCALE_NOISE * torch.randn(buffer.shape, generator=random))
+        elif name.endswith("running_var"):
+            buffer.mul_(1 + STATISTIC_SPREAD * (torch.rand(buffer.shape, generator=random) - 0.5))
+    return own
+
+
+def shapes(outputs: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(output.shape) for name, output in outputs.items()}
+
+
+def relative_error(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The largest over all outputs of |output - expected| / |expected| (Frobenius norms); NaN where one is not finite.
+
+    Shapes must be equal.
+    """
+    errors = []
+    for name, right in expected.items():
+        difference = torch.linalg.vector_norm(outputs[name].detach().double() - right.detach().double())
+        size = torch.linalg.vector_norm(right.detach().double())
+        errors.append(float(difference / size) if difference > 0 or not difference.isfinite() else 0.0)
+    return max(errors) if all(error == error for error in errors) else float("nan")

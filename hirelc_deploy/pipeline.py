@@ -1,0 +1,391 @@
+"""The path of a model, from a checkpoint to a judged artifact (DESIGN: the path of a model)."""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+
+from hirelc_deploy import __version__, checkpoint, console, datasets, demo as demonstration, graph, report as reports
+from hirelc_deploy.budget import Budget
+from hirelc_deploy.compress.distil import FineTuning
+from hirelc_deploy.config import ExportSettings
+from hirelc_deploy.cpu import cpu_flags
+from hirelc_deploy.errors import ExitStatus, UserError
+from hirelc_deploy.exporters import load_runtime
+from hirelc_deploy.kernels import load_format
+from hirelc_deploy.policy import FP32, Policy
+from hirelc_deploy.profiles import Target, load_target
+from hirelc_deploy.rundir import RunFolder, write_atomic
+from hirelc_deploy.search import recipe as recipes
+from hirelc_deploy.search.space import Choice
+from hirelc_deploy.task import check_labels
+from hirelc_deploy.verify import judge, manifest as manifests
+from hirelc_deploy.verify.environment import environment
+from hirelc_deploy.verify.manifest import Artifact, LayerRecord, Manifest, Predicted, PredictionError
+from hirelc_deploy.verify.measure import BASELINE_FILE, Measurement, measure
+from hirelc_deploy.workbench import Workbench
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hirelc_deploy.checkpoint import Checkpoint
+    from hirelc_deploy.exporters._base import Exported
+    from hirelc_deploy.graph.model_graph import Layer, ModelGraph
+    from hirelc_deploy.task import Task
+
+POLICY_FILE = "policy.json"
+RUN_FOLDER = "run"
+
+DECIDES_NOTHING = frozenset({"out", "resume", "workers", "model", "data", "checkpoint", "target", "policy"})
+"""Settings that are no part of a run's identity, or that are part of it by their contents."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command came to."""
+
+    folder: Path
+    manifest: Manifest
+    status: ExitStatus
+
+
+def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: "Task | None" = None) -> Outcome:
+    """Compress a model for its target, write the artifact into `settings.out`, measure it and judge it.
+
+    `model` and `task` are taken instead of what `settings.model` and `settings.data` name, which then are only
+    their names in the manifest.  Raises UserError for whatever the user can mend; what was computed until then
+    stays in the run folder.
+    """
+    target = load_target(settings.target)
+    given = _read_policy(settings.policy) if settings.policy else None
+    task = task or datasets.load_task(settings.data, seed=settings.seed)
+    trained = checkpoint.of(model, settings.model) if model else checkpoint.load(settings.model, settings.checkpoint)
+    _check_labels(trained, task)
+    with RunFolder.open(
+        settings.out / RUN_FOLDER, _fingerprint(settings, target, task, trained, given), settings.resume
+    ) as run:
+        began = time.monotonic()
+        network = graph.trace(trained.model, task.example)
+        bench = _workbench(settings, target, task, trained, network, run)
+        choice = _choose(settings, bench, given)
+        seconds = run.step("seconds of search", lambda: time.monotonic() - began)
+        policy = choice.best.policy
+
+        exported = bench.write(bench.compressed(policy).model, policy)
+        file = f"model{bench.runtime.suffix}"
+        _write(settings.out, {file: exported.data, BASELINE_FILE: bench.write_baseline().data})
+        _write(settings.out, {POLICY_FILE: _json(policy.to_dict())})
+        seen = _measured(run, settings, target, task, file, exported.tensors)
+
+        manifest = Manifest(
+            schema=manifests.SCHEMA,
+            tool_version=__version__,
+            created=manifests.now(),
+            target=target.name,
+            runtime=manifests.RuntimeRecord(name=bench.runtime.name, version=bench.runtime.version()),
+            model=manifests.ModelRecord(spec=settings.model, checkpoint_sha256=trained.sha256),
+            task=_task_record(task, settings.data),
+            artifact=Artifact.of(settings.out / file),
+            baseline=seen.baseline,
+            predicted=_predicted(choice),
+            measured=seen.measured,
+            error=PredictionError.between(_predicted(choice), seen.measured),
+            layers=_layer_records(network, policy, exported, seen.runs_as),
+            search=manifests.SearchRecord(
+                method=_method(settings),
+                evaluations=len(choice.evaluations),
+                seconds=seconds,
+                seed=settings.seed,
+                order=policy.order,
+            ),
+            budget=_budget(settings),
+            checks=(),
+            verdict="unverified",
+            environment=environment(threads=settings.threads, batch=settings.batch, clock=seen.clock),
+            notes=tuple(f"{left.name}: {left.reason}" for left in network.left_out),
+        )
+        return _judged(settings.out, manifest, allow_estimates=settings.allow_estimates)
+
+
+def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" = None) -> Outcome:
+    """Measure an artifact again on this machine, write the figures into its manifest, and judge it.
+
+    The data is loaded anew by its spec, or is `task`.  Raises UserError if it is not the data of the manifest.
+    """
+    manifest = manifests.read(folder)
+    task = task or datasets.load_task(manifest.task.spec, seed=manifest.search.seed)
+    if task.fingerprint() != manifest.task.sha256:
+        raise UserError(
+            f"{manifest.task.spec} is not the data that this artifact was measured on",
+            fix="restore the data, or export again on what there is now",
+        )
+    seen = measure(
+        folder,
+        manifest.artifact.path,
+        {layer.name: layer.tensor for layer in manifest.layers if layer.tensor is not None},
+        task,
+        load_runtime(manifest.runtime.name),
+        threads=manifest.environment.threads,
+        batch=manifest.environment.batch,
+        seed=manifest.search.seed,
+    )
+    again = manifest.model_copy(
+        update={
+            "created": manifests.now(),
+            "runtime": manifests.RuntimeRecord(
+                name=manifest.runtime.name, version=load_runtime(manifest.runtime.name).version()
+            ),
+            "baseline": seen.baseline,
+            "measured": seen.measured,
+            "error": PredictionError.between(manifest.predicted, seen.measured),
+            "layers": tuple(
+                layer.model_copy(update={"runs_as": seen.runs_as.get(layer.name)}) for layer in manifest.layers
+            ),
+            "environment": environment(
+                threads=manifest.environment.threads, batch=manifest.environment.batch, clock=seen.clock
+            ),
+        }
+    )
+    return _judged(folder, again, allow_estimates=allow_estimates)
+
+
+def gate(folder: Path, budget: Budget, *, allow_estimates: bool = False) -> Outcome:
+    """Judge an artifact folder as it lies there, by `budget` or, if that is empty, by the limits of its manifest."""
+    verdict = judge.gate(folder, budget, allow_estimates)
+    manifest = manifests.read(folder)
+    judged = manifest.model_copy(
+        update={
+            "checks": verdict.checks,
+            "verdict": verdict.word,
+            "budget": budget if budget.given else manifest.budget,
+        }
+    )
+    return Outcome(folder, judged, verdict.status)
+
+
+def report(folder: Path) -> Outcome:
+    """Write report.html again from the manifest, which is not judged anew."""
+    manifest = manifests.read(folder)
+    reports.write(manifest, folder)
+    return Outcome(folder, manifest, ExitStatus.OK)
+
+
+def demo(out: Path, *, resume: bool = False) -> Outcome:
+    """Export the network that is installed with this program."""
+    return export(
+        ExportSettings(
+            model=demonstration.MODEL,
+            data=demonstration.DATA,
+            target="host",
+            checkpoint=demonstration.CHECKPOINT,
+            recipe=demonstration.RECIPE,
+            epochs=demonstration.EPOCHS,
+            max_drop=demonstration.MAX_DROP,
+            min_speedup=demonstration.MIN_SPEEDUP,
+            max_size_bytes=demonstration.MAX_SIZE_BYTES,
+            out=out,
+            resume=resume,
+        )
+    )
+
+
+def _workbench(
+    settings: ExportSettings,
+    target: Target,
+    task: "Task",
+    trained: "Checkpoint",
+    network: "ModelGraph",
+    run: RunFolder,
+) -> Workbench:
+    return Workbench(
+        trained.model,
+        task,
+        network,
+        target,
+        run,
+        importance="taylor" if settings.importance == "taylor" else "l2",
+        fine_tuning=FineTuning(epochs=settings.epochs, seed=settings.seed),
+        threads=settings.threads,
+        batch=settings.batch,
+        progress=console.progress,
+    )
+
+
+def _choose(settings: ExportSettings, bench: Workbench, given: Policy | None) -> Choice:
+    """The policy: a given one, one recipe, or what a search finds."""
+    for left in bench.graph.left_out:
+        console.note(f"left as it is: {left.name}: {left.reason}")
+    if settings.recipe is not None:
+        given = recipes.Recipe.parse(settings.recipe).policy(bench.space)
+    if given is not None:
+        evaluation = bench.evaluate(bench.check(given))
+        return Choice(evaluation, (evaluation,))
+    return recipes.search(
+        bench.space, _budget(settings), bench.predict, bench.evaluate, evaluations=settings.evaluations
+    )
+
+
+def _method(settings: ExportSettings) -> str:
+    if settings.policy is not None:
+        return "policy"
+    return f"recipe {settings.recipe}" if settings.recipe is not None else settings.search
+
+
+def _measured(
+    run: RunFolder, settings: ExportSettings, target: Target, task: "Task", file: str, tensors: Mapping[str, str]
+) -> Measurement:
+    """Measured once a run: a resumed one does not open the test split again."""
+    seen = run.step(
+        "measurement",
+        lambda: measure(
+            settings.out,
+            file,
+            tensors,
+            task,
+            load_runtime(target.runtime.name),
+            threads=settings.threads,
+            batch=settings.batch,
+            seconds=target.timing.min_seconds,
+            warmup=target.timing.warmup_rounds,
+            seed=settings.seed,
+        ).model_dump(mode="json"),
+    )
+    return Measurement.model_validate(seen)
+
+
+def _judged(folder: Path, manifest: Manifest, *, allow_estimates: bool) -> Outcome:
+    """Judge, and write manifest and report."""
+    runtime = load_runtime(manifest.runtime.name)
+    loaded = judge.loads(runtime, folder / manifest.artifact.path, threads=manifest.environment.threads)
+    verdict = judge.judge(
+        manifest.budget,
+        manifest.measured,
+        manifest.layers,
+        of_the_file=(loaded, *judge.unchanged(folder, manifest.artifact)),
+        allow_estimates=allow_estimates,
+    )
+    judged = manifest.model_copy(
+        update={
+            "checks": verdict.checks,
+            "verdict": verdict.word,
+            "notes": (*manifest.notes, *judge.warnings(manifest.budget, manifest.measured)),
+        }
+    )
+    manifests.write(judged, folder)
+    reports.write(judged, folder)
+    return Outcome(folder, judged, verdict.status)
+
+
+def _layer_records(
+    network: "ModelGraph", policy: Policy, exported: "Exported", runs_as: Mapping[str, str | None]
+) -> tuple[LayerRecord, ...]:
+    shapes = graph.shapes_after(network, policy.keep)
+    return tuple(
+        _layer_record(layer, shapes.get(layer.weight), policy, exported.tensors.get(layer.name), runs_as)
+        for layer in network.layers
+    )
+
+
+def _layer_record(
+    layer: "Layer",
+    shape: tuple[int, ...] | None,
+    policy: Policy,
+    tensor: str | None,
+    runs_as: Mapping[str, str | None],
+) -> LayerRecord:
+    precision = policy.precisions.get(layer.name, FP32)
+    transposed = layer.op.startswith("ConvTranspose")
+    kept = 0 if shape is None else shape[1] * layer.conv_groups if transposed else shape[0]
+    numbers = load_format(precision.storage.format)
+    return LayerRecord(
+        name=layer.name,
+        op=layer.op,
+        kept=kept,
+        of=layer.out_channels,
+        storage=str(precision.storage),
+        encoding=numbers.encoding if shape is not None else None,
+        compute=str(precision.compute),
+        weight_bytes=0 if shape is None else numbers.packed_bytes(shape, precision.storage, axis=int(transposed)),
+        runs_as=runs_as.get(layer.name),
+        tensor=tensor,
+    )
+
+
+def _predicted(choice: Choice) -> Predicted:
+    best = choice.best
+    return Predicted(size_bytes=best.figures.size_bytes, accuracy=best.score, latency_ms=best.figures.latency_ms)
+
+
+def _task_record(task: "Task", spec: str) -> manifests.TaskRecord:
+    return manifests.TaskRecord(
+        spec=spec,
+        sha256=task.fingerprint(),
+        test_examples=task.test.examples,
+        search_seen_in_training=task.search_seen_in_training,
+        unit=task.unit,
+    )
+
+
+def _budget(settings: ExportSettings) -> Budget:
+    return Budget(
+        latency_ms=settings.max_latency_ms,
+        speedup=settings.min_speedup,
+        size_bytes=settings.max_size_bytes,
+        memory_bytes=settings.max_memory_bytes,
+        drop=settings.max_drop,
+    )
+
+
+def _check_labels(trained: "Checkpoint", task: "Task") -> None:
+    """Labels that the model has no output for would only be noticed in the middle of fine-tuning."""
+    with torch.no_grad():
+        outputs = graph.forward(trained.model, graph.tensors(task.example, 1))
+    name = "logits" if "logits" in outputs else next(iter(outputs))
+    if outputs[name].dim() > 1:
+        check_labels(task, outputs[name].shape[1])
+
+
+def _read_policy(path: Path) -> Policy:
+    try:
+        return Policy.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", fix="name a policy.json of an artifact") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}", fix="name a policy.json of an artifact") from error
+
+
+def _fingerprint(
+    settings: ExportSettings, target: Target, task: "Task", trained: "Checkpoint", given: Policy | None
+) -> dict[str, str]:
+    """Whatever decides a run's results: to go on with a run under other ones would mix two runs."""
+    chosen = {name: str(value) for name, value in asdict(settings).items() if name not in DECIDES_NOTHING}
+    return {
+        "model": trained.sha256,
+        "data": task.fingerprint(),
+        "target": hashlib.sha256(target.model_dump_json().encode()).hexdigest(),
+        "policy": given.digest() if given else "none",
+        **{f"settings.{name}": value for name, value in sorted(chosen.items())},
+        "environment.cpu": " ".join(sorted(cpu_flags())),
+        "environment.torch threads": str(torch.get_num_threads()),
+        "environment.runtime": load_runtime(target.runtime.name).version(),
+        "environment.python": platform.python_version(),
+        "environment.torch": torch.__version__,
+        "environment.numpy": numpy.__version__,
+        "environment.hirelc-deploy": __version__,
+    }
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, data in files.items():
+        write_atomic(folder / name, data)
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()

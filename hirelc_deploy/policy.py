@@ -1,0 +1,163 @@
+"""What was decided for a network: a precision for every layer, a count for every prune group, and the order.
+
+A policy holds only decisions.  Words such as `fastest` are resolved before one exists.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal
+
+from hirelc_deploy.errors import UserError
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole weight."""
+
+    def __str__(self) -> str:
+        return "tensor"
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale an output channel."""
+
+    def __str__(self) -> str:
+        return "channel"
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale for every `size` consecutive weights of an output channel."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"a group of {self.size} weights")
+
+    def __str__(self) -> str:
+        return f"group{self.size}"
+
+
+Granularity = PerTensor | PerChannel | PerGroup
+
+
+def parse_granularity(text: str) -> Granularity:
+    """The inverse of `str`: tensor, channel or group64.  Raises UserError for anything else."""
+    if text == "tensor":
+        return PerTensor()
+    if text == "channel":
+        return PerChannel()
+    size = text.removeprefix("group")
+    if text.startswith("group") and size.isdigit() and int(size) > 0:
+        return PerGroup(int(size))
+    raise UserError(f"{text!r} is no granularity", fix="write tensor, channel or group64 (any size)")
+
+
+class Compute(StrEnum):
+    """In what arithmetic a layer runs."""
+
+    INT8 = "int8"
+    INT8_DYNAMIC = "int8_dynamic"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    FP8 = "fp8"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a layer's weights lie in the file; `format` is the name of a file in kernels/."""
+
+    format: str
+    bits: int
+    granularity: Granularity
+
+    def __str__(self) -> str:
+        name = self.format if self.format.endswith(str(self.bits)) else f"{self.format}{self.bits}"
+        return f"{name}/{self.granularity}"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Storage and compute of one layer: two choices, each with its own price."""
+
+    storage: Storage
+    compute: Compute
+
+    def __str__(self) -> str:
+        return f"{self.storage}->{self.compute}"
+
+
+FP32 = Precision(Storage("fp32", 32, PerTensor()), Compute.FP32)
+"""A layer left as it was trained."""
+
+INT8 = Precision(Storage("int", 8, PerChannel()), Compute.INT8)
+"""Integer arithmetic on 8-bit weights, one scale an output channel."""
+
+Step = Literal["prune", "quantize"]
+PRUNE_FIRST: tuple[Step, ...] = ("prune", "quantize")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Precision by layer name, units kept by group name, and the steps in the order they are applied.
+
+    A group that is not named keeps all its units.  Zero units means that the branch is gone.
+    """
+
+    precisions: Mapping[str, Precision]
+    keep: Mapping[str, int]
+    order: tuple[Step, ...] = PRUNE_FIRST
+
+    def to_dict(self) -> dict[str, Any]:
+        """As written to policy.json: plain data, keys sorted."""
+        return {
+            "order": list(self.order),
+            "keep": {name: self.keep[name] for name in sorted(self.keep)},
+            "precisions": {
+                name: {
+                    "format": p.storage.format,
+                    "bits": p.storage.bits,
+                    "granularity": str(p.storage.granularity),
+                    "compute": str(p.compute),
+                }
+                for name, p in sorted(self.precisions.items())
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "Policy":
+        """The inverse of `to_dict`.  Raises UserError, naming the entry, for data of another shape."""
+        try:
+            keep = {str(name): _count(name, count) for name, count in data["keep"].items()}
+            precisions = {
+                str(name): Precision(
+                    Storage(p["format"], int(p["bits"]), parse_granularity(p["granularity"])),
+                    Compute(p["compute"]),
+                )
+                for name, p in data["precisions"].items()
+            }
+            order = tuple(data.get("order", PRUNE_FIRST))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"the policy cannot be read: {type(error).__name__}: {error}",
+                fix="a policy is a JSON object with keep, precisions and order, as policy.json in an artifact",
+            ) from error
+        if not order or not set(order) <= {"prune", "quantize"}:
+            raise UserError(f"the policy's order is {list(order)}", fix="it is a list of 'prune' and 'quantize'")
+        return cls(precisions, keep, order)
+
+    def digest(self) -> str:
+        """SHA-256 of the policy's canonical JSON; equal policies have equal digests."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _count(name: str, count: Any) -> int:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise ValueError(f"keep[{name!r}] is {count!r}, not a count")
+    return count

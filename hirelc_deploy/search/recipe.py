@@ -1,0 +1,154 @@
+"""What an engineer would do by hand: one number for all channels, one precision for all layers.
+
+The search has to beat it, so it gets every advantage: sizes are known exactly, latencies are timed, and what
+it proposes is fine-tuned before it is judged.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from hirelc_deploy.budget import Budget, Check, Figures, judge, met
+from hirelc_deploy.config import nearest
+from hirelc_deploy.errors import UserError
+from hirelc_deploy.policy import Compute, Policy, Precision
+from hirelc_deploy.search.space import Choice, Evaluation, SearchSpace
+
+LADDER_KEEP_PERCENT = (100.0, 75.0, 50.0, 37.5, 25.0, 12.5)
+LADDER_COMPUTE = (Compute.INT8, Compute.FP32)
+
+Predict = Callable[[Policy], Figures]
+"""Size and latency of a policy; the drop stays unknown."""
+
+Evaluate = Callable[[Policy], Evaluation]
+"""The expensive step: the policy made real."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A uniform choice.  What a layer or the target cannot do stays as it was trained."""
+
+    keep_percent: float
+    compute: Compute
+    storage: str | None = None
+    """int8, int8/tensor …; None is the first that the compute allows."""
+
+    def __str__(self) -> str:
+        stored = "" if self.storage is None else f"storage={self.storage},"
+        return f"keep={self.keep_percent:g}%,{stored}compute={self.compute}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Recipe":
+        """keep=50%,compute=int8 in any order; what is left out is 100 % and fp32.  Raises UserError."""
+        parts = dict(_parts(text))
+        compute = parts.get("compute", Compute.FP32 if "storage" not in parts else Compute.INT8)
+        if compute not in list(Compute):
+            known = [str(each) for each in Compute]
+            raise UserError(
+                f"the recipe's compute is {compute!r}", fix=f"did you mean {nearest(compute, known)}? one of {known}"
+            )
+        return cls(_percent(parts.get("keep", "100%")), Compute(compute), parts.get("storage"))
+
+    def policy(self, space: SearchSpace) -> Policy:
+        """The recipe on every layer and group of a space.  Raises UserError if it fits no layer at all."""
+        precisions = {layer: self._precision(choices) for layer, choices in space.layers.items()}
+        if not any(self._fits(precision) for precision in precisions.values()):
+            offered = sorted({f"storage={p.storage},compute={p.compute}" for c in space.layers.values() for p in c})
+            raise UserError(
+                f"no layer of this network can be {self} on this target", fix=f"there is {'; '.join(offered)}"
+            )
+        return Policy(precisions, {group: self._count(space, group) for group in space.groups})
+
+    def _precision(self, choices: tuple[Precision, ...]) -> Precision:
+        return next((choice for choice in choices if self._fits(choice)), choices[0])
+
+    def _fits(self, precision: Precision) -> bool:
+        stored = str(precision.storage)
+        return precision.compute is self.compute and self.storage in (None, stored, stored.split("/")[0])
+
+    def _count(self, space: SearchSpace, group: str) -> int:
+        """The nearest count on offer, the larger of two, but never none: whole branches are not a uniform matter."""
+        wanted = self.keep_percent / 100 * space.totals[group]
+        counts = [count for count in space.groups[group] if count > 0]
+        return min(counts, key=lambda count: (abs(count - wanted), -count))
+
+
+def ladder(space: SearchSpace) -> dict[str, Policy]:
+    """The recipes that are tried, by name, without those that come out the same."""
+    recipes = [Recipe(keep, compute) for keep in LADDER_KEEP_PERCENT for compute in LADDER_COMPUTE]
+    offered = {precision.compute for choices in space.layers.values() for precision in choices}
+    found: dict[str, Policy] = {}
+    for recipe in recipes:
+        if recipe.compute in offered and (policy := recipe.policy(space)) not in found.values():
+            found[str(recipe)] = policy
+    return found
+
+
+def search(
+    space: SearchSpace, budget: Budget, predict: Predict, evaluate: Evaluate, *, evaluations: int | None = None
+) -> Choice:
+    """The best rung of the ladder.
+
+    With a limit on the drop, the rungs that meet the other limits are evaluated from the cheapest on, by bytes
+    times milliseconds, and the first that holds the drop wins.  With other limits only, all rungs that meet
+    them are evaluated and the best score wins.  Without any limit there is nothing to trade: full width, INT8.
+    If no rung meets everything, the one that misses by the least is returned.  `evaluations` is a maximum.
+    """
+    rungs = ladder(space)
+    if not budget.given:
+        chosen = evaluate(next(iter(rungs.values())))
+        return Choice(chosen, (chosen,))
+    figures = {name: predict(policy) for name, policy in rungs.items()}
+    before_drop = replace(budget, drop=None)
+    holding = [name for name in rungs if met(before_drop, figures[name])]
+    holding.sort(key=lambda name: _cost(figures[name]))
+    if not holding:
+        name = min(rungs, key=lambda name: _excess(before_drop, figures[name]))
+        chosen = evaluate(rungs[name])
+        return Choice(chosen, (chosen,))
+    seen: list[Evaluation] = []
+    for name in holding[:evaluations]:
+        seen.append(evaluate(rungs[name]))
+        if budget.drop is not None and met(budget, seen[-1].figures):
+            return Choice(seen[-1], tuple(seen))
+    best = min(seen, key=lambda evaluation: evaluation.figures.drop if evaluation.figures.drop is not None else 0.0)
+    return Choice(best, tuple(seen))
+
+
+def _cost(figures: Figures) -> float:
+    """Bytes times milliseconds."""
+    return float(figures.size_bytes or 0) * (figures.latency_ms or 0.0)
+
+
+def _excess(budget: Budget, figures: Figures) -> float:
+    """By how much the worst limit is missed, as a ratio."""
+    return max((_ratio(check) for check in judge(budget, figures) if check.ok is not True), default=0.0)
+
+
+def _ratio(check: Check) -> float:
+    if not isinstance(check.limit, (int, float)) or not isinstance(check.measured, (int, float)):
+        return 0.0
+    ratio = check.measured / check.limit
+    return max(ratio, 1 / ratio) if ratio > 0 else float("inf")
+
+
+def _parts(text: str) -> Iterator[tuple[str, str]]:
+    known = ("keep", "storage", "compute")
+    for part in text.split(","):
+        name, sign, value = (piece.strip() for piece in part.partition("="))
+        if not sign or not value or name not in known:
+            hint = nearest(name, known)
+            raise UserError(
+                f"{part!r} is no part of a recipe", fix=f"write keep=50%,compute=int8 (did you mean {hint}?)"
+            )
+        yield name, value
+
+
+def _percent(text: str) -> float:
+    number = text.removesuffix("%")
+    try:
+        percent = float(number)
+    except ValueError:
+        percent = float("nan")
+    if not text.endswith("%") or not 0 < percent <= 100:
+        raise UserError(f"keep is {text!r}", fix="it is a part of the channels, above 0 % and up to 100 %: keep=50%")
+    return percent

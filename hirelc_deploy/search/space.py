@@ -1,0 +1,40 @@
+"""What can be decided, and what a decision is known to give."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hirelc_deploy.budget import Figures
+from hirelc_deploy.policy import Policy, Precision
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Every choice that target and network allow: each policy made of them can be built and run."""
+
+    layers: Mapping[str, tuple[Precision, ...]]
+    """By layer; the first is the layer as it was trained."""
+    groups: Mapping[str, tuple[int, ...]]
+    """Counts of units by prune group, ascending, on the target's multiples; 0 where the branch can go."""
+    totals: Mapping[str, int]
+    """Units of each group before anything is removed."""
+    blocks: Mapping[str, tuple[str, ...]]
+    """Layers by block."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A policy that was made real and scored on the search split."""
+
+    policy: Policy
+    figures: Figures
+    """Size and latency as predicted, the drop as seen on the search split."""
+    score: float
+    """In the task's unit."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method decided, and everything that it had evaluated for it, in order."""
+
+    best: Evaluation
+    evaluations: tuple[Evaluation, ...]

@@ -1,0 +1,369 @@
+"""What a network is for: data in three splits, a loss and a score.
+
+The user's side of the contract.  `Classification` is ready made; any other task is a subclass of `Task` with a
+`loss` and a `score` of its own.  A model's inputs and outputs are mappings of name to array everywhere; a model
+that returns one tensor has one output, called `output`.
+"""
+
+import hashlib
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from hirelc_deploy.errors import UserError
+
+Inputs = Mapping[str, np.ndarray]
+Batch = tuple[Inputs, np.ndarray]
+"""Inputs by name and the target; the first axis of each is the example."""
+
+T = TypeVar("T")
+
+BATCH = 128
+EXAMPLE = 8  # examples in `Task.example`: more than one shows that the batch axis is free, many make a trace slow
+SEARCH_FRACTION = 0.1
+
+
+def stratified_holdout(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut off `fraction` of every class of `labels` (N,): the indices kept and those held out, each ascending."""
+    random = np.random.default_rng(seed)
+    held = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        held.append(random.permutation(members)[: round(fraction * len(members))])
+    held_out = np.sort(np.concatenate(held))
+    kept = np.setdiff1d(np.arange(len(labels)), held_out)
+    return kept, held_out
+
+
+class Source(Protocol):
+    """Examples that can be read by index.  Nothing is read before `take` or `targets` asks for it."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The targets of all examples, (N, ...), without reading the inputs where that is possible."""
+        ...
+
+    def take(self, indices: np.ndarray) -> Batch:
+        """The examples at `indices`, in that order."""
+        ...
+
+    def header(self) -> str:
+        """What tells this data from other data without reading the examples: shapes, names, checksums kept beside."""
+        ...
+
+
+class ArraySource:
+    """Arrays in memory: one input (N, ...) or several by name, and the targets (N, ...)."""
+
+    def __init__(self, inputs: np.ndarray | Inputs, targets: np.ndarray) -> None:
+        self._inputs: Inputs = {"input": inputs} if isinstance(inputs, np.ndarray) else dict(inputs)
+        self.targets = targets
+        for name, array in self._inputs.items():
+            if len(array) != len(targets):
+                raise UserError(
+                    f"{name} has {len(array)} examples and its targets have {len(targets)}",
+                    fix="give one target for each example, in the same order",
+                )
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, indices: np.ndarray) -> Batch:
+        return {name: array[indices] for name, array in self._inputs.items()}, self.targets[indices]
+
+    def header(self) -> str:
+        arrays = {**self._inputs, "target": self.targets}
+        return " ".join(f"{name}:{array.dtype}{list(array.shape)}" for name, array in sorted(arrays.items()))
+
+
+class MapDataset(Protocol):
+    """PyTorch's map-style dataset."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]: ...
+
+
+class DatasetSource:
+    """A map-style PyTorch dataset, `dataset[i] -> (input, target)`, read example by example.
+
+    An input is an array or tensor, or a mapping of name to those; all examples have one shape.  `dataset[i]` must be
+    the same each time: random augmentation would make outputs that are cached by index belong to other inputs.
+    """
+
+    def __init__(self, dataset: MapDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        known = getattr(self.dataset, "targets", None)  # a convention: most datasets hold their labels in memory
+        return np.asarray([self.dataset[i][1] for i in range(len(self))] if known is None else known)
+
+    def take(self, indices: np.ndarray) -> Batch:
+        examples = [self.dataset[int(i)] for i in indices]
+        inputs = [x if isinstance(x, Mapping) else {"input": x} for x, _ in examples]
+        stacked = {name: np.stack([np.asarray(x[name]) for x in inputs]) for name in inputs[0]}
+        return stacked, np.asarray([target for _, target in examples])
+
+    def header(self) -> str:
+        return f"{type(self.dataset).__qualname__}[{len(self)}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """One split: batches in a fixed order, as often as they are asked for.  Reading them is what opens the data.
+
+    Every batch is checked as it is read.  Raises UserError, naming the example, for NaN or infinity and for a label
+    outside `labels`.
+    """
+
+    split: str
+    """train, search or test."""
+    source: Source
+    batch: int
+    indices: np.ndarray
+    """The examples of the source that belong to the split, in order."""
+    labels: frozenset[int] | None = None
+    """The labels that may occur; None where targets are not labels."""
+
+    @property
+    def examples(self) -> int:
+        return len(self.indices)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The targets of the whole split, (examples, ...)."""
+        return self.source.targets[self.indices]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, self.examples, self.batch):
+            yield self.take(np.arange(start, min(start + self.batch, self.examples)))
+
+    def shuffled(self, seed: int, epoch: int) -> Iterator[tuple[np.ndarray, Inputs, np.ndarray]]:
+        """Positions in the split (n,), inputs and targets: every example once, in an order of (seed, epoch) alone.
+
+        Batches differ by one example at most, so that no BatchNorm meets a last batch of one.
+        """
+        order = np.random.default_rng([seed, epoch]).permutation(self.examples)
+        for positions in np.array_split(order, math.ceil(self.examples / self.batch)):
+            inputs, target = self.take(positions)
+            yield positions, inputs, target
+
+    def take(self, positions: np.ndarray) -> Batch:
+        """The examples at these positions of the split."""
+        indices = self.indices[positions]
+        inputs, target = self.source.take(indices)
+        for name, array in (*inputs.items(), ("target", target)):
+            self._check_finite(name, array, indices)
+        if self.labels is not None:
+            self._check_labels(target, indices)
+        return inputs, target
+
+    def _check_finite(self, name: str, array: np.ndarray, indices: np.ndarray) -> None:
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            bad = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
+            raise UserError(
+                f"the {self.split} data holds NaN or infinity: {name} of example {indices[bad][0]}",
+                fix="remove such examples, or find what made them (a division by zero while normalising?)",
+            )
+
+    def _check_labels(self, target: np.ndarray, indices: np.ndarray) -> None:
+        assert self.labels is not None
+        unknown = ~np.isin(target, list(self.labels))
+        if unknown.any():
+            example = int(np.flatnonzero(unknown.reshape(len(target), -1).any(axis=1))[0])
+            raise UserError(
+                f"the {self.split} data has the label {target[unknown][0]} (example {indices[example]}), "
+                "which the train data lacks",
+                fix="number the classes alike in every split, and leave out those that train does not have",
+            )
+
+
+class Task(ABC):
+    """Data, a loss and a score.  Subclasses give `loss` and `score`, and `unit` and `higher_is_better` if need be.
+
+    Without a search split of its own a task cuts SEARCH_FRACTION of the train data, with `seed`, and says so in
+    `search_seen_in_training`: the network was trained on those examples.  The test split is read by nobody but the
+    one who iterates `test`.
+    """
+
+    spec: str = ""
+    """What the user wrote behind --data."""
+    unit: str = "%"
+    higher_is_better: bool = True
+
+    def __init__(
+        self, train: Source, test: Source, search: Source | None = None, *, batch: int = BATCH, seed: int = 0
+    ) -> None:
+        for name, source in (("train", train), ("test", test), ("search", search)):
+            if source is not None and len(source) == 0:
+                raise UserError(f"the {name} split is empty", fix="give it at least one example")
+        labels = self.labels(train)
+        self.search_seen_in_training = search is None
+        kept, held_out = (
+            self.holdout(train, seed) if search is None else (np.arange(len(train)), np.arange(len(search)))
+        )
+        if not len(held_out):
+            raise UserError(
+                f"{len(train)} train examples are too few to cut a search split of {SEARCH_FRACTION:.0%} from",
+                fix="bring a search split (x_search and y_search, or a folder search/) or more data",
+            )
+        self.train = Batches("train", train, batch, kept, labels)
+        self.search = Batches("search", train if search is None else search, batch, held_out, labels)
+        self.test = Batches("test", test, batch, np.arange(len(test)), labels)
+
+    @abstractmethod
+    def loss(self, outputs: Mapping[str, Tensor], target: Tensor) -> Tensor:
+        """What fine-tuning lowers, a scalar: the mean over the batch."""
+
+    @abstractmethod
+    def score(self, outputs: Mapping[str, np.ndarray], targets: np.ndarray) -> float:
+        """How good the outputs of a whole split are, in `unit`."""
+
+    def agreement(self, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float | None:
+        """How often two models decide alike, in percent; None where outputs are no decisions."""
+        return None
+
+    def holdout(self, train: Source, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The train examples that stay and those that become the search split: a plain random cut."""
+        return stratified_holdout(np.zeros(len(train)), SEARCH_FRACTION, seed)
+
+    def labels(self, train: Source) -> frozenset[int] | None:
+        """The labels that may occur in any split; None where targets are not labels."""
+        return None
+
+    def drop(self, before: float, after: float) -> float:
+        """What a score lost from `before` to `after`, in `unit`; positive is worse, whatever the direction."""
+        return before - after if self.higher_is_better else after - before
+
+    @cached_property
+    def example(self) -> Inputs:
+        """The inputs of the first EXAMPLE train examples."""
+        return self.train.take(np.arange(min(EXAMPLE, self.train.examples)))[0]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the settings, the train and search data, and the header of the test data, which stays unread."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
+        for batches in (self.train, self.search):
+            for inputs, target in batches:
+                for name, array in (*sorted(inputs.items()), ("target", target)):
+                    digest.update(f"{batches.split}.{name}:{array.dtype}{list(array.shape)}".encode())
+                    digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "task": type(self).__qualname__,
+            "unit": self.unit,
+            "higher_is_better": self.higher_is_better,
+            "search_seen_in_training": self.search_seen_in_training,
+            "batch": self.train.batch,
+            "test": self.test.source.header(),
+        }
+
+
+class Classification(Task):
+    """One label an example, 0 to classes - 1; scored by accuracy in percent.
+
+    Logits are (N, classes) or (N, classes, ...), targets (N,) or (N, ...) of integers.  `output` names the logits of
+    a model with several outputs; by default `logits` if there is one, otherwise the first.
+    """
+
+    def __init__(
+        self,
+        train: Source,
+        test: Source,
+        search: Source | None = None,
+        *,
+        output: str | None = None,
+        batch: int = BATCH,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(train, test, search, batch=batch, seed=seed)
+        self.output = output
+
+    def loss(self, outputs: Mapping[str, Tensor], target: Tensor) -> Tensor:
+        """Cross entropy."""
+        return F.cross_entropy(self._logits(outputs), target.long())
+
+    def score(self, outputs: Mapping[str, np.ndarray], targets: np.ndarray) -> float:
+        """Percent of targets that have the highest logit."""
+        return float(100 * np.mean(self._logits(outputs).argmax(1) == targets))
+
+    def agreement(self, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
+        """Percent of equal decisions."""
+        return float(100 * np.mean(self._logits(a).argmax(1) == self._logits(b).argmax(1)))
+
+    def holdout(self, train: Source, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """A cut with the same share of every class, where an example has one label."""
+        if train.targets.ndim > 1:
+            return super().holdout(train, seed)
+        return stratified_holdout(train.targets, SEARCH_FRACTION, seed)
+
+    def labels(self, train: Source) -> frozenset[int]:
+        """Those of the train data.  Raises UserError unless they are integers from 0."""
+        return _labels(train.targets)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "output": self.output}
+
+    def _logits(self, outputs: Mapping[str, T]) -> T:
+        return outputs[self._output_name(outputs)]
+
+    def _output_name(self, outputs: Mapping[str, Any]) -> str:
+        name = self.output or ("logits" if "logits" in outputs else next(iter(outputs)))
+        if name not in outputs:
+            raise UserError(
+                f"the model has no output {name!r}", fix=f"name one of its outputs: {', '.join(sorted(outputs))}"
+            )
+        return name
+
+
+def _labels(targets: np.ndarray) -> frozenset[int]:
+    if not np.issubdtype(targets.dtype, np.integer):
+        raise UserError(
+            f"the train labels are {targets.dtype}, not integers",
+            fix="store class numbers, y.astype('int64'); for another kind of target write a Task: FILE.py:callable",
+        )
+    if targets.min() < 0:
+        example = int(np.flatnonzero(targets.reshape(len(targets), -1).min(axis=1) < 0)[0])
+        raise UserError(
+            f"the train data has the label {targets.min()} (example {example})",
+            fix="number the classes from 0, and leave out examples without a class",
+        )
+    return frozenset(np.unique(targets).tolist())
+
+
+def check_labels(task: Task, classes: int) -> None:
+    """Raises UserError if a train or search label has no place among the model's `classes` outputs.
+
+    The test labels are held against those of train when they are read.  Tasks without labels pass.
+    """
+    if not isinstance(task, Classification):
+        return
+    for batches in (task.train, task.search):
+        outside = batches.targets >= classes
+        if outside.any():
+            example = int(np.flatnonzero(outside.reshape(len(outside), -1).any(axis=1))[0])
+            raise UserError(
+                f"the {batches.split} data has the label {batches.targets.max()}, and the model has {classes} outputs, "
+                f"0 to {classes - 1} (first in example {batches.indices[example]})",
+                fix="is it the model of this data? classes are numbered from 0",
+            )

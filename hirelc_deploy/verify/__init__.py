@@ -1,0 +1,1 @@
+"""What the file on disk is really worth: bytes, milliseconds, accuracy, and whether that is enough."""

@@ -1,0 +1,90 @@
+"""What a file's outputs are worth, scored on the host by the same function as the PyTorch model's."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hirelc_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from hirelc_deploy.exporters._base import Arrays, Session
+    from hirelc_deploy.task import Batch, Task
+
+Outputs = Mapping[str, np.ndarray]
+"""Outputs of a whole split by name, each (examples, ...)."""
+
+RESAMPLES = 1000
+INTERVAL_PCT = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One split, before and after; scores and drop in the task's unit, a positive drop is worse."""
+
+    before: float
+    after: float
+    drop: float
+    drop_ci95: tuple[float, float]
+    agreement: float | None
+    """Percent of equal decisions; None where outputs are no decisions."""
+
+
+def outputs(
+    run: "Session | Callable[[Arrays], Mapping[str, np.ndarray]]", batches: "Iterable[Batch]"
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Outputs by name and targets of a whole split, each (examples, ...).
+
+    Raises UserError if there is no batch, and ValueError if an output does not have one row an example.
+    """
+    call = run if callable(run) else run.run
+    collected: dict[str, list[np.ndarray]] = {}
+    targets = []
+    for inputs, target in batches:
+        for name, output in call(inputs).items():
+            if len(output) != len(target):
+                raise ValueError(f"output {name} has {len(output)} rows for {len(target)} examples")
+            collected.setdefault(name, []).append(output)
+        targets.append(target)
+    if not targets:
+        raise UserError("the split has no examples", fix="give it at least one, or leave the split out")
+    return {name: np.concatenate(arrays) for name, arrays in collected.items()}, np.concatenate(targets)
+
+
+def compare(task: "Task", before: Outputs, after: Outputs, targets: np.ndarray, seed: int) -> Comparison:
+    """Score two models' outputs on the same examples.  Raises UserError if a score is not a finite number."""
+    was, now = (_score(task, name, o, targets) for name, o in (("original", before), ("compressed", after)))
+    interval = paired_interval(task, before, after, targets, seed)
+    return Comparison(was, now, task.drop(was, now), interval, task.agreement(before, after))
+
+
+def paired_interval(
+    task: "Task", before: Outputs, after: Outputs, targets: np.ndarray, seed: int
+) -> tuple[float, float]:
+    """The 95 % interval of the drop, by a paired bootstrap: a resample draws the same examples for both.
+
+    What two models have in common (hard examples, above all) cancels, so it is far narrower than two intervals.
+    """
+    random = np.random.default_rng(seed)
+    drops = [
+        task.drop(task.score(_rows(before, picks), targets[picks]), task.score(_rows(after, picks), targets[picks]))
+        for picks in (random.integers(len(targets), size=len(targets)) for _ in range(RESAMPLES))
+    ]
+    lo, hi = np.percentile(drops, INTERVAL_PCT).tolist()
+    return lo, hi
+
+
+def _rows(arrays: Outputs, picks: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: array[picks] for name, array in arrays.items()}
+
+
+def _score(task: "Task", name: str, of: Outputs, targets: np.ndarray) -> float:
+    score = task.score(of, targets)
+    if not math.isfinite(score):
+        raise UserError(
+            f"the {name} model's score is {score}",
+            fix="do its outputs hold NaN or infinity? keep the layers that overflow in fp32, or mend the task's score",
+        )
+    return score

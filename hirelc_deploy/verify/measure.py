@@ -1,0 +1,82 @@
+"""One artifact measured beside its baseline: bytes, milliseconds, and scores of the files themselves."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hirelc_deploy.verify import accuracy, timing
+from hirelc_deploy.verify.manifest import Baseline, Measured, MeasuredBasis, Percentiles, Record
+
+if TYPE_CHECKING:
+    from hirelc_deploy.exporters._base import Arrays, Runtime
+    from hirelc_deploy.task import Task
+
+BASELINE_FILE = "baseline.onnx"
+"""In every artifact folder: the stripped fp32 file, so that anyone can measure again."""
+
+
+class Measurement(Record):
+    """What was seen, as it is journalled."""
+
+    baseline: Baseline
+    measured: Measured
+    runs_as: dict[str, str | None]
+    clock: str
+
+
+def measure(
+    folder: Path,
+    file: str,
+    tensors: Mapping[str, str],
+    task: "Task",
+    runtime: "Runtime",
+    *,
+    threads: int,
+    batch: int,
+    seed: int,
+    seconds: float = timing.SECONDS,
+    warmup: int = timing.WARMUP_RUNS,
+) -> Measurement:
+    """Measure `file` and the baseline in `folder` on this machine, in this process, in turns.
+
+    `tensors` says where each layer's weights lie in the file.  This is what reads the test split.
+    """
+    paths = {"baseline": folder / BASELINE_FILE, "artifact": folder / file}
+    sessions = {name: runtime.load(path, threads=threads) for name, path in paths.items()}
+    times = timing.interleave(sessions, example(task, batch), warmup=warmup, seconds=seconds)
+    clock = timing.clock_for(threads)
+    speedup = timing.ratio(times["baseline"], times["artifact"], clock=clock, seed=seed)
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+
+    searched, search_targets = accuracy.outputs(sessions["artifact"], task.search)
+    before, targets = accuracy.outputs(sessions["baseline"], task.test)
+    after, _ = accuracy.outputs(sessions["artifact"], task.test)
+    compared = accuracy.compare(task, before, after, targets, seed)
+    return Measurement(
+        baseline=Baseline(
+            size_bytes=sizes["baseline"],
+            accuracy=compared.before,
+            latency_ms=Percentiles.model_validate(times["baseline"].latency_ms()),
+        ),
+        measured=Measured(
+            size_bytes=sizes["artifact"],
+            accuracy=compared.after,
+            accuracy_search=task.score(searched, search_targets),
+            latency_ms=Percentiles.model_validate(times["artifact"].latency_ms()),
+            compression=sizes["baseline"] / sizes["artifact"],
+            speedup=speedup.value,
+            drop_points=compared.drop,
+            drop_ci95=compared.drop_ci95,
+            agreement=compared.agreement,
+            basis=MeasuredBasis(size="measured", accuracy="measured", latency="measured"),
+        ),
+        runs_as=runtime.runs_as(paths["artifact"], tensors, threads=threads),
+        clock=clock,
+    )
+
+
+def example(task: "Task", batch: int) -> "Arrays":
+    """One batch of exactly `batch` examples, repeated from the task's own where those are fewer."""
+    return {name: np.resize(array, (batch, *array.shape[1:])) for name, array in task.example.items()}

@@ -1,0 +1,198 @@
+"""How long an inference takes, and how much faster one file is than another (DESIGN: how figures are taken)."""
+
+import gc
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from hirelc_deploy.exporters._base import Arrays, Session
+
+Clock = Literal["cpu", "wall"]
+"""cpu: time that the calling thread really ran, which holds on a busy machine; wall: time that passed."""
+
+WARMUP_RUNS = 20
+SECONDS = 2.5
+"""Spent on all sessions together, after the warm-up."""
+WARMUP_SHARE = 0.2
+"""Of the seconds, at most: twenty runs of a large network would take longer than its measurement."""
+VISIT_MS = 2.0
+"""A session runs for about this long before the other's turn: far above what a clock resolves, and long enough
+that the caches which the other has filled do not decide."""
+MIN_ROUNDS, MAX_ROUNDS = 11, 2000
+RESAMPLES = 2000
+BLOCKS = 10
+"""A resample is put together from about so many runs of consecutive rounds.  What disturbs a machine lasts for many
+rounds: to draw them one by one takes them for independent, and the interval comes out too narrow."""
+INTERVAL_PCT = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What was seen of one session in one round."""
+
+    wall_ms: tuple[float, ...]
+    """Of every run."""
+    cpu_ms: float
+    """Of one run: the mean over the visit, so that the clock is read twice and not twice a run."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One session's visits, one a round."""
+
+    visits: tuple[Visit, ...]
+
+    @cached_property
+    def wall_ms(self) -> np.ndarray:
+        """Wall clock of every run, (runs,)."""
+        return np.concatenate([visit.wall_ms for visit in self.visits])
+
+    @cached_property
+    def cpu_p50_ms(self) -> float:
+        """Median over the rounds of the CPU time of the calling thread; meaningless with several threads."""
+        return float(np.median(self.rounds_ms("cpu")))
+
+    @cached_property
+    def cpu_share(self) -> float:
+        """CPU time over wall clock: well below 1, with one thread, the machine was busy with something else."""
+        cpu_ms = sum(visit.cpu_ms * len(visit.wall_ms) for visit in self.visits)
+        return float(cpu_ms / self.wall_ms.sum())
+
+    def rounds_ms(self, clock: Clock) -> np.ndarray:
+        """One figure a round, (rounds,)."""
+        if clock == "cpu":
+            return np.array([visit.cpu_ms for visit in self.visits])
+        return np.array([np.median(visit.wall_ms) for visit in self.visits])
+
+    def latency_ms(self) -> dict[str, float]:
+        """Wall clock at p50, p90 and p99, as a manifest holds it."""
+        p50, p90, p99 = np.percentile(self.wall_ms, (50, 90, 99)).tolist()
+        return {"p50": p50, "p90": p90, "p99": p99}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster the candidate is than the baseline, with its 95 % interval."""
+
+    value: float
+    lo: float
+    hi: float
+    clock: Clock
+
+
+def clock_for(threads: int) -> Clock:
+    """The clock that ratios are taken on: CPU time sees one thread only.
+
+    For work that is not on the CPU at all (a GPU) it is always wall.
+    """
+    return "cpu" if threads == 1 else "wall"
+
+
+def interleave(
+    sessions: "Mapping[str, Session]",
+    inputs: "Arrays",
+    *,
+    warmup: int = WARMUP_RUNS,
+    rounds: int | None = None,
+    seconds: float = SECONDS,
+) -> dict[str, Timing]:
+    """Time sessions side by side, on both clocks, so that whatever disturbs the machine disturbs all of them.
+
+    In each round every session has one visit of several runs on the same inputs; every other round goes the
+    opposite way, so that none always runs behind the same one.  Without `rounds`, as many are made as fit into
+    `seconds`, between MIN_ROUNDS and MAX_ROUNDS.
+    """
+    if rounds is not None and rounds < 1:
+        raise ValueError(f"{rounds} rounds")
+    runs = {
+        name: _runs_a_visit(_warm_up(session, inputs, warmup, WARMUP_SHARE * seconds / len(sessions)))
+        for name, session in sessions.items()
+    }
+    visits: dict[str, list[Visit]] = {name: [] for name in sessions}
+    forward = list(sessions)
+    with _no_garbage_collection():
+        for number in _rounds(rounds, seconds):
+            for name in forward if number % 2 == 0 else reversed(forward):
+                visits[name].append(_visit(sessions[name], inputs, runs[name]))
+    return {name: Timing(tuple(seen)) for name, seen in visits.items()}
+
+
+def ratio(baseline: Timing, candidate: Timing, *, clock: Clock, seed: int = 0) -> Ratio:
+    """The baseline's median over the candidate's, both taken in the same call of `interleave`.
+
+    The interval is a bootstrap over blocks of rounds, paired: a resample takes both sessions' visits of a round.  It
+    holds for the moment of the measurement, and not for a disturbance that outlasts it.
+    """
+    before, after = baseline.rounds_ms(clock), candidate.rounds_ms(clock)
+    if len(before) != len(after):
+        raise ValueError(f"{len(before)} rounds of the baseline and {len(after)} of the candidate are no pairs")
+    picks = _blocks(len(before), seed)
+    resampled = np.median(before[picks], axis=1) / np.median(after[picks], axis=1)
+    lo, hi = np.percentile(resampled, INTERVAL_PCT).tolist()
+    return Ratio(float(np.median(before) / np.median(after)), lo, hi, clock)
+
+
+def _blocks(rounds: int, seed: int) -> np.ndarray:
+    """Round numbers, (RESAMPLES, rounds): a circular block bootstrap (Politis and Romano, 1992)."""
+    length = max(1, rounds // BLOCKS)
+    starts = np.random.default_rng(seed).integers(rounds, size=(RESAMPLES, math.ceil(rounds / length), 1))
+    return ((starts + np.arange(length)) % rounds).reshape(RESAMPLES, -1)[:, :rounds]
+
+
+def _warm_up(session: "Session", inputs: "Arrays", runs: int, seconds: float) -> float:
+    """Run until memory is allocated and caches are filled; the milliseconds of the fastest run."""
+    fastest_ms = math.inf
+    deadline = time.perf_counter() + seconds
+    for run in range(max(runs, 2)):
+        if run >= 2 and time.perf_counter() > deadline:
+            break
+        fastest_ms = min(fastest_ms, *_visit(session, inputs, 1).wall_ms)
+    return fastest_ms
+
+
+def _runs_a_visit(run_ms: float) -> int:
+    return max(1, math.ceil(VISIT_MS / run_ms))
+
+
+def _rounds(rounds: int | None, seconds: float) -> Iterator[int]:
+    """Round numbers: as many as asked for, or until the time is up."""
+    if rounds is not None:
+        yield from range(rounds)
+        return
+    deadline = time.perf_counter() + seconds
+    for number in range(MAX_ROUNDS):
+        if number >= MIN_ROUNDS and time.perf_counter() > deadline:
+            return
+        yield number
+
+
+def _visit(session: "Session", inputs: "Arrays", runs: int) -> Visit:
+    ticks_ns = [0] * (runs + 1)
+    cpu_began_ns = time.thread_time_ns()
+    ticks_ns[0] = time.perf_counter_ns()
+    for run in range(1, runs + 1):
+        session.run(inputs)
+        ticks_ns[run] = time.perf_counter_ns()
+    cpu_ns = time.thread_time_ns() - cpu_began_ns
+    wall_ms = tuple((end - start) / 1e6 for start, end in pairwise(ticks_ns))
+    return Visit(wall_ms, cpu_ns / runs / 1e6)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A collection that falls into a run is not part of an inference."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

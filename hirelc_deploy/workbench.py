@@ -1,0 +1,293 @@
+"""A network on its target: what a policy would cost, what it scores, and the file that it becomes.
+
+`predict` and `evaluate` are the two functions that a search is handed.  Everything slow is journalled in the
+run folder before it is used, so that a run that was killed goes on with the same figures and weights.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from hirelc_deploy import __version__
+from hirelc_deploy.budget import Figures
+from hirelc_deploy.compress.batchnorm import reestimate
+from hirelc_deploy.compress.distil import FineTuning, Teacher, as_tensors, distil
+from hirelc_deploy.compress.importance import Method, scores
+from hirelc_deploy.compress.prune import prune
+from hirelc_deploy.compress.simulate import simulated
+from hirelc_deploy.config import nearest
+from hirelc_deploy.cpu import cpu_flags
+from hirelc_deploy.errors import UserError
+from hirelc_deploy.exporters import load_runtime
+from hirelc_deploy.graph import forward, shapes_after
+from hirelc_deploy.graph.shapes import check_keep
+from hirelc_deploy.policy import FP32, INT8, PRUNE_FIRST, Compute, Policy, Precision
+from hirelc_deploy.search.space import Evaluation, SearchSpace
+from hirelc_deploy.verify import accuracy, timing
+from hirelc_deploy.verify.measure import example
+
+if TYPE_CHECKING:
+    from hirelc_deploy.exporters._base import Arrays, Exported
+    from hirelc_deploy.graph.model_graph import Group, ModelGraph
+    from hirelc_deploy.profiles import Target
+    from hirelc_deploy.rundir import RunFolder
+    from hirelc_deploy.task import Inputs, Task
+
+CALIBRATION_EXAMPLES = 1024
+"""Train examples that ranges and BatchNorm statistics are taken from."""
+
+CALIBRATION_EPOCH = 1_000_000
+"""Their order is drawn like an epoch's, of a number that no fine-tuning reaches."""
+
+TAYLOR_BATCHES = 8
+PREDICTION_SECONDS = 1.0
+"""Spent on timing one policy's file beside the baseline."""
+
+
+def search_space(graph: "ModelGraph", target: "Target") -> SearchSpace:
+    """The choices for a network that this target can run."""
+    return SearchSpace(
+        layers={layer.name: _precisions(target.computes_for(layer.op)) for layer in graph.layers},
+        groups={group.name: _counts(group, target.channel_multiple) for group in graph.groups},
+        totals={group.name: group.total for group in graph.groups},
+        blocks={block.name: block.layers for block in graph.blocks},
+    )
+
+
+def _precisions(computes: tuple[Compute, ...]) -> tuple[Precision, ...]:
+    return (FP32, INT8) if Compute.INT8 in computes else (FP32,)
+
+
+def _counts(group: "Group", multiple: int) -> tuple[int, ...]:
+    """The legal counts whose channels are a multiple of the target's; all of them where there is none but the last."""
+    on_grid = {n for n in group.legal if n > 0 and n * group.unit % multiple == 0}
+    if not on_grid:
+        return group.legal
+    return tuple(n for n in group.legal if n in on_grid or n in (0, group.total))
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A policy made real, in PyTorch."""
+
+    model: nn.Module
+    simulated_score: float
+    """On the search split, under the number formats."""
+
+
+class Workbench:
+    """Model, task and target of one run, and what was found out about them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: "Task",
+        graph: "ModelGraph",
+        target: "Target",
+        run: "RunFolder",
+        *,
+        importance: Method,
+        fine_tuning: FineTuning,
+        threads: int,
+        batch: int,
+        progress: Callable[[str, int], Any],
+    ) -> None:
+        """`progress(what, steps)` gives a context manager that yields what is called after each step."""
+        self.model = model.eval()
+        self.task = task
+        self.graph = graph
+        self.target = target
+        self.run = run
+        self.space = search_space(graph, target)
+        self.runtime = load_runtime(target.runtime.name)
+        self.largest = target.largest_code(cpu_flags())
+        self._importance = importance
+        self._fine_tuning = fine_tuning
+        self._threads = threads
+        self._batch = batch
+        self._progress = progress
+
+    def check(self, policy: Policy) -> Policy:
+        """The policy, if this network on this target can have it.  Raises UserError, naming the first entry."""
+        check_keep(self.graph, policy.keep)
+        for name, precision in policy.precisions.items():
+            if name not in self.space.layers:
+                raise UserError(
+                    f"the policy gives a precision to {name!r}, which is no layer of this network",
+                    fix=f"did you mean {nearest(name, self.space.layers)}?",
+                )
+            if precision not in self.space.layers[name]:
+                raise UserError(
+                    f"the policy stores and computes {name} as {precision}, which {self.target.name} cannot",
+                    fix=f"there is {', '.join(map(str, self.space.layers[name]))}",
+                )
+        if policy.order != PRUNE_FIRST:
+            raise UserError(
+                f"the policy's order is {' then '.join(policy.order)}", fix=f"there is {' then '.join(PRUNE_FIRST)}"
+            )
+        return policy
+
+    # -- what the search is handed ---------------------------------------------------------------------------
+
+    def predict(self, policy: Policy) -> Figures:
+        """Size, from the shapes alone, and latency, timed on a file with these shapes and untrained weights."""
+        figures = self.run.step(f"predict/{policy.digest()}", lambda: self._price(policy))
+        return Figures(**figures)
+
+    def evaluate(self, policy: Policy) -> Evaluation:
+        """The policy made real (`compressed`) and scored on the search split."""
+        figures = self.predict(policy)
+        score = self.compressed(policy).simulated_score
+        drop = self.task.drop(self.original_score, score)
+        return Evaluation(policy, replace(figures, drop=drop), score)
+
+    @cached_property
+    def original_score(self) -> float:
+        """Of the original on the search split."""
+        return self.run.step("original score", lambda: self._score(self.model))
+
+    # -- a policy made real ----------------------------------------------------------------------------------
+
+    def compressed(self, policy: Policy) -> Compressed:
+        """Channels removed, statistics re-estimated, fine-tuned under the formats.  From the journal if known."""
+        name = policy.digest()
+        model = self._pruned(policy)
+        weights = self.run.blob(f"weights/{name}", lambda: self._trained(model, policy, name))
+        model.load_state_dict(safetensors.torch.load(weights))
+        score = self.run.step(f"score/{name}", lambda: self._simulated_score(model, policy))
+        self.run.drop_state(name)
+        return Compressed(model.eval(), score)
+
+    def _trained(self, model: nn.Module, policy: Policy, name: str) -> bytes:
+        reestimate(model, self._calibration())
+        epochs = self._fine_tuning.epochs
+        with simulated(model, policy.precisions, largest=self.largest) as simulation:
+            simulation.calibrate(self._calibration())
+            if epochs:
+                with self._progress("fine-tuning", epochs) as advance:
+                    distil(
+                        model,
+                        self._teacher,
+                        self.task,
+                        simulation,
+                        self._fine_tuning,
+                        checkpoints=self.run,
+                        name=name,
+                        advance=advance,
+                    )
+                reestimate(model, self._calibration())
+        return safetensors.torch.save({key: value.contiguous() for key, value in model.state_dict().items()})
+
+    def _simulated_score(self, model: nn.Module, policy: Policy) -> float:
+        with simulated(model, policy.precisions, largest=self.largest) as simulation:
+            simulation.calibrate(self._calibration())
+            return self._score(model)
+
+    def _pruned(self, policy: Policy) -> nn.Module:
+        return prune(self.model, self.graph, policy, self._scores).model
+
+    @cached_property
+    def _scores(self) -> Mapping[str, Tensor]:
+        batches = [batch for batch, _ in zip(self.task.train, range(TAYLOR_BATCHES), strict=False)]
+        return scores(self.model, self.graph, self._importance, batches, self.task.loss)
+
+    @cached_property
+    def _teacher(self) -> Teacher:
+        return Teacher(self.model, self.task.train)
+
+    def _score(self, model: nn.Module) -> float:
+        outputs, targets = accuracy.outputs(torch_session(model), self.task.search)
+        return self.task.score(outputs, targets)
+
+    # -- files -----------------------------------------------------------------------------------------------
+
+    def write(self, model: nn.Module, policy: Policy) -> "Exported":
+        """The artifact's file."""
+        graph = self.runtime.float_graph(model, self.task.example, opset=self.target.runtime.opset)
+        return self.runtime.write(
+            graph,
+            policy.precisions,
+            calibration=self._calibration_arrays(),
+            largest=self.largest,
+            ir_version=self.target.runtime.ir_version,
+            metadata=self.metadata,
+        )
+
+    def write_baseline(self) -> "Exported":
+        """The original in fp32, stripped in the same way."""
+        return self.runtime.write(
+            self._float_graph, {}, ir_version=self.target.runtime.ir_version, metadata=self.metadata
+        )
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Written into every file."""
+        return {"target": self.target.name, "tool": f"hirelc-deploy {__version__}"}
+
+    def predicted_bytes(self, policy: Policy) -> int:
+        """The artifact's size, told from shapes and formats before anything is pruned, trained or calibrated."""
+        gone = frozenset(name for name, count in policy.keep.items() if count == 0)
+        graph = self._without(gone) if gone else self._float_graph
+        return self.runtime.predicted_bytes(
+            graph,
+            shapes_after(self.graph, policy.keep),
+            policy.precisions,
+            ir_version=self.target.runtime.ir_version,
+            metadata=self.metadata,
+        )
+
+    @cached_property
+    def _float_graph(self) -> Any:
+        return self.runtime.float_graph(self.model, self.task.example, opset=self.target.runtime.opset)
+
+    def _without(self, gone: frozenset[str]) -> Any:
+        """The original's graph without these branches, everything else at full width."""
+        policy = Policy({}, dict.fromkeys(gone, 0))
+        return self.runtime.float_graph(self._pruned(policy), self.task.example, opset=self.target.runtime.opset)
+
+    def _price(self, policy: Policy) -> dict[str, Any]:
+        files = {"baseline": self.write_baseline().data, "policy": self.write(self._pruned(policy), policy).data}
+        with tempfile.TemporaryDirectory() as folder:
+            sessions = {}
+            for name, data in files.items():
+                path = Path(folder) / f"{name}{self.runtime.suffix}"
+                path.write_bytes(data)
+                sessions[name] = self.runtime.load(path, threads=self._threads)
+            times = timing.interleave(sessions, example(self.task, self._batch), seconds=PREDICTION_SECONDS)
+        speedup = timing.ratio(times["baseline"], times["policy"], clock=timing.clock_for(self._threads))
+        return {
+            "size_bytes": self.predicted_bytes(policy),
+            "latency_ms": times["policy"].latency_ms()["p50"],
+            "speedup": speedup.value,
+        }
+
+    # -- data ------------------------------------------------------------------------------------------------
+
+    def _calibration(self) -> Iterator[dict[str, Tensor]]:
+        return (as_tensors(inputs) for inputs in self._calibration_arrays())
+
+    def _calibration_arrays(self) -> Iterator["Inputs"]:
+        """The same examples each time, a batch in memory at a time."""
+        seen = 0
+        for positions, inputs, _ in self.task.train.shuffled(self._fine_tuning.seed, CALIBRATION_EPOCH):
+            yield inputs
+            seen += len(positions)
+            if seen >= CALIBRATION_EXAMPLES:
+                return
+
+
+def torch_session(model: nn.Module) -> Callable[["Arrays"], dict[str, Any]]:
+    """The model as a function of arrays, in eval mode."""
+
+    @torch.inference_mode()
+    def run(inputs: "Arrays") -> dict[str, Any]:
+        return {name: output.numpy() for name, output in forward(model.eval(), as_tensors(inputs)).items()}
+
+    return run

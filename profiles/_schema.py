@@ -1,0 +1,122 @@
+"""What a target's TOML may say.  A device that cannot do something says so here; no code asks for a device's name."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hirelc_deploy.config import nearest
+from hirelc_deploy.cpu import has_dot_product
+from hirelc_deploy.errors import UserError
+from hirelc_deploy.policy import Compute
+
+
+class _Table(BaseModel):
+    """A table of the TOML: fixed once read, and without keys that nobody reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RuntimeNeeds(_Table):
+    """What loads the file."""
+
+    name: str
+    """A file in exporters/."""
+    min_version: str
+    opset: int = Field(ge=13)
+    """The newest that `min_version` loads; a file is written at the lowest that its policy needs."""
+    ir_version: int = Field(ge=7)
+
+
+class Int8Bits(_Table):
+    """Widest weights whose INT8 products cannot saturate."""
+
+    vnni: int = Field(ge=2, le=8)
+    """With VNNI or Arm's dot product."""
+    otherwise: int = Field(ge=2, le=8)
+
+
+class Weights(_Table):
+    """Which weights are safe to use."""
+
+    int8_bits: Int8Bits
+
+
+class Timing(_Table):
+    """How long a latency is taken; `hirelc_deploy.verify.timing` says how."""
+
+    warmup_rounds: int = Field(ge=1)
+    min_seconds: float = Field(gt=0)
+    """For all files that are timed side by side, together."""
+
+
+class Target(_Table):
+    """A device with a runtime: what it can run and how it is timed."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    description: str
+    kind: Literal["cpu", "gpu"]
+    runtime: RuntimeNeeds
+    computes: Mapping[str, tuple[Compute, ...]]
+    """By operator (`Layer.op`), the arithmetic it can run in, fp32 or the like first.  What is not named stays fp32."""
+    weights: Weights
+    channel_multiple: int = Field(ge=1)
+    """Kept channels are rounded to it: other counts are slower or are padded."""
+    threads: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    timing: Timing
+    basis: Literal["measured", "simulated", "estimate"]
+    """What a latency of this target rests on; an estimate is never judged unless the user allows it."""
+
+    def computes_for(self, op: str) -> tuple[Compute, ...]:
+        """The arithmetic that an operator such as Conv2d can run in."""
+        return self.computes.get(op, (Compute.FP32,))
+
+    @property
+    def ops_by_compute(self) -> dict[Compute, tuple[str, ...]]:
+        """`computes` the other way round, in the order of `Compute`."""
+        return {
+            compute: ops
+            for compute in Compute
+            if (ops := tuple(op for op, able in self.computes.items() if compute in able))
+        }
+
+    def int8_weight_bits(self, flags: frozenset[str]) -> int:
+        """Bits that an INT8 layer's weights may have on a CPU with these flags (`hirelc_deploy.cpu.cpu_flags`)."""
+        bits = self.weights.int8_bits
+        return bits.vnni if has_dot_product(flags) else bits.otherwise
+
+    def largest_code(self, flags: frozenset[str]) -> int:
+        """The magnitude that an INT8 weight may have there: 127 with 8 bits, 63 with 7."""
+        return 2 ** (self.int8_weight_bits(flags) - 1) - 1
+
+
+def parse_target(data: Mapping[str, Any], source: str) -> Target:
+    """The target that a TOML holds.  Raises UserError for the first entry that is wrong, with its place."""
+    try:
+        return Target.model_validate(data)
+    except ValidationError as error:
+        raise _explained(error, source) from error
+
+
+def _explained(error: ValidationError, source: str) -> UserError:
+    # a misspelt key is two errors, unknown and missing: the first is the one that helps
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(first["loc"][:-1])
+        return UserError(
+            f"{source} has an unknown key {place!r}",
+            fix=f"did you mean {nearest(str(first['loc'][-1]), known)}? The keys there are {', '.join(known)}",
+        )
+    if first["type"] == "missing":
+        return UserError(f"{source} lacks {place}", fix="add it; profiles/host.toml is an example with every key")
+    return UserError(f"{source}: {place} is {first['input']!r}: {first['msg']}", fix="profiles/host.toml is an example")
+
+
+def _keys_at(place: tuple[int | str, ...]) -> tuple[str, ...]:
+    """The keys of the table at a place such as ("weights", "int8_bits")."""
+    table: Any = Target
+    for part in place:
+        table = table.model_fields[part].annotation
+    return tuple(table.model_fields)

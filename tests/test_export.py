@@ -1,0 +1,343 @@
+"""Files for ONNX Runtime: what they compute, what they run as, what they weigh, and what is not in them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hirelc_deploy import graph
+from hirelc_deploy.exporters import load_runtime
+from hirelc_deploy.exporters._base import Exported
+from hirelc_deploy.exporters._float import FloatGraph
+from hirelc_deploy.exporters._qdq import Range, plan
+from hirelc_deploy.policy import INT8, Compute, PerChannel, PerTensor, Precision, Storage
+
+RUNTIME = load_runtime("onnxruntime")
+INT8_STORED = Precision(Storage("int", 8, PerChannel()), Compute.FP32)
+INT8_PER_TENSOR = Precision(Storage("int", 8, PerTensor()), Compute.INT8)
+EXAMPLES = 16
+
+# Rounding in 32-bit floats over sums of a few hundred products.
+FLOAT_TOLERANCE = 1e-5
+
+# Input, weight and output are each off by half a step in 255; small layers average little of it away.
+INT8_TOLERANCE = 0.03
+
+
+class TextClassifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 8)
+        self.inner = nn.Linear(8, 12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(F.relu(self.inner(self.words(tokens))).mean(1))
+
+
+class TwoInputsTwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(4, 6)
+        self.right = nn.Linear(5, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        hidden = F.relu(self.left(a) + self.right(b))
+        return {"logits": self.head(hidden), "hidden": hidden}
+
+
+class Residual(nn.Module):
+    """Stem, one basic block, pooling, head: everything between the first and the last layer has integer kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+        self.conv1 = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+        self.conv2 = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(self.conv2(F.relu(self.conv1(x))) + x)
+        return self.head(x.mean((2, 3)))
+
+
+class Tied(nn.Module):
+    """One weight in two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.relu(self.first(x)))
+
+
+def floats(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(EXAMPLES, *shape)).astype(np.float32)
+
+
+def single(layer: nn.Module, *behind: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(layer, *behind)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, np.ndarray]]] = {
+    "conv": (single(nn.Conv2d(3, 8, 3)), {"x": floats(3, 8, 8)}),
+    "conv and relu": (single(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU()), {"x": floats(3, 8, 8)}),
+    "conv without bias": (single(nn.Conv2d(3, 8, 3, bias=False)), {"x": floats(3, 8, 8)}),
+    "conv and batchnorm": (single(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6()), {"x": floats(3, 8, 8)}),
+    "dilated conv": (single(nn.Conv2d(3, 8, 3, dilation=2, padding=2)), {"x": floats(3, 8, 8)}),
+    "grouped conv": (single(nn.Conv2d(4, 8, 3, groups=2)), {"x": floats(4, 8, 8)}),
+    "depthwise conv": (single(nn.Conv2d(8, 8, 3, groups=8)), {"x": floats(8, 8, 8)}),
+    "conv1d": (single(nn.Conv1d(3, 8, 3)), {"x": floats(3, 16)}),
+    "linear": (single(nn.Linear(12, 8)), {"x": floats(12)}),
+    "linear and relu": (single(nn.Linear(12, 8), nn.ReLU()), {"x": floats(12)}),
+    "linear without bias": (single(nn.Linear(12, 8, bias=False)), {"x": floats(12)}),
+    "linear on 3-D": (single(nn.Linear(12, 8)), {"x": floats(5, 12)}),
+    "linear on 3-D without bias": (single(nn.Linear(12, 8, bias=False)), {"x": floats(5, 12)}),
+}
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, np.ndarray]]] = {
+    "residual": (Residual, {"x": floats(3, 8, 8)}),
+    "two inputs": (TwoInputsTwoOutputs, {"a": floats(4), "b": floats(5)}),
+    "text": (TextClassifier, {"tokens": np.random.default_rng(0).integers(0, 20, (EXAMPLES, 7))}),
+    "tied": (Tied, {"x": floats(6)}),
+    "pooled": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.Flatten()),
+        {"x": floats(3, 12, 12)},
+    ),
+    "transposed conv": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(3, 6, 2, stride=2), nn.ReLU()),
+        {"x": floats(3, 4, 4)},
+    ),
+}
+
+
+def build(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    model = make()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # statistics of 0 and 1 would hide a fold that went wrong
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return model.eval()
+
+
+def reference(model: nn.Module, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        outputs = graph.forward(model, {name: torch.from_numpy(array) for name, array in inputs.items()})
+    return {name: output.numpy() for name, output in outputs.items()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, one batch for it, and its float graph, which takes a second or two to export."""
+
+    model: nn.Module
+    inputs: dict[str, np.ndarray]
+    graph: FloatGraph
+
+    @property
+    def able(self) -> list[str]:
+        """The layers that have an integer kernel."""
+        return [n for n, m in self.model.named_modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear))]
+
+
+@cache
+def case_of(name: str) -> Case:
+    make, inputs = (LAYERS | NETWORKS)[name]
+    model = build(make)
+    return Case(model, inputs, RUNTIME.float_graph(model, inputs, opset=18))
+
+
+def write(
+    case: Case, precision: Precision | None, folder: Path, only: tuple[str, ...] | None = None
+) -> tuple[Exported, Path]:
+    """The file with `precision` for all layers that can have it, or for `only` some."""
+    precisions = {} if precision is None else dict.fromkeys(only or case.able, precision)
+    exported = RUNTIME.write(case.graph, precisions, calibration=[case.inputs])
+    path = folder / "model.onnx"
+    path.write_bytes(exported.data)
+    return exported, path
+
+
+def relative_error(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
+    assert found.keys() == wanted.keys()
+    errors = [np.linalg.norm(found[n] - wanted[n]) / np.linalg.norm(wanted[n]) for n in wanted]
+    return float(max(errors))
+
+
+@pytest.mark.parametrize("case", [*LAYERS, *NETWORKS])
+def test_the_fp32_file_is_the_model_at_every_batch_size(case: str, tmp_path: Path) -> None:
+    network = case_of(case)
+    model, inputs = network.model, network.inputs
+    exported, path = write(network, None, tmp_path)
+    session = RUNTIME.load(path, threads=1)
+    for examples in (1, 3, EXAMPLES):
+        some = {name: array[:examples] for name, array in inputs.items()}
+        assert relative_error(session.run(some), reference(model, some)) < FLOAT_TOLERANCE
+    runs_as = RUNTIME.runs_as(path, exported.tensors, threads=1)
+    assert runs_as.keys() == {
+        n for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor) and m.weight.dim() > 1
+    }
+    assert set(runs_as.values()) == {"fp32"}
+
+
+@pytest.mark.parametrize("precision", [INT8, INT8_PER_TENSOR], ids=str)
+@pytest.mark.parametrize("case", list(LAYERS))
+def test_an_int8_layer_runs_in_integers_and_is_nearly_right(case: str, precision: Precision, tmp_path: Path) -> None:
+    network = case_of(case)
+    model, inputs = network.model, network.inputs
+    exported, path = write(network, precision, tmp_path)
+    assert RUNTIME.runs_as(path, exported.tensors, threads=1) == {"0": "int8"}
+    assert relative_error(RUNTIME.load(path, threads=1).run(inputs), reference(model, inputs)) < INT8_TOLERANCE
+
+
+@pytest.mark.parametrize("case", list(LAYERS))
+def test_weights_stored_in_int8_and_computed_in_fp32_are_the_decoded_values(case: str, tmp_path: Path) -> None:
+    """The same bits as an fp32 file with those values, as the same kernel: decoding is folded when a session loads."""
+    network = case_of(case)
+    model, inputs = network.model, network.inputs
+    exported, path = write(network, INT8_STORED, tmp_path)
+    assert RUNTIME.runs_as(path, exported.tensors, threads=1) == {"0": "fp32"}
+    assert relative_error(RUNTIME.load(path, threads=1).run(inputs), reference(model, inputs)) < INT8_TOLERANCE
+
+
+@pytest.mark.parametrize("case", list(NETWORKS))
+def test_an_int8_network_runs_in_integers_wherever_it_can(case: str, tmp_path: Path) -> None:
+    network = case_of(case)
+    model, inputs = network.model, network.inputs
+    exported, path = write(network, INT8, tmp_path)
+    runs_as = RUNTIME.runs_as(path, exported.tensors, threads=1)
+    for name, compute in runs_as.items():
+        floats_only = isinstance(model.get_submodule(name), (nn.Embedding, nn.ConvTranspose2d))
+        assert compute == ("fp32" if floats_only else "int8"), name
+    assert relative_error(RUNTIME.load(path, threads=1).run(inputs), reference(model, inputs)) < INT8_TOLERANCE
+
+
+def test_between_integer_layers_nothing_goes_back_to_float(tmp_path: Path) -> None:
+    """The residual sum and the pooling have integer kernels: one quantisation at the entry, none behind it."""
+    _, path = write(case_of("residual"), INT8, tmp_path)
+    operators = optimised_operators(path, tmp_path)
+    assert operators.count("QuantizeLinear") == 1
+    assert "QLinearAdd" in operators
+    assert "QLinearGlobalAveragePool" in operators
+    assert not {"Relu", "Add", "Conv", "Gemm"} & set(operators)
+
+
+@pytest.mark.parametrize("only", [("stem.0",), ("conv1.0",), ("conv2.0", "head"), ("stem.0", "conv2.0")])
+def test_int8_and_fp32_layers_mix_freely(only: tuple[str, ...], tmp_path: Path) -> None:
+    residual = case_of("residual")
+    model, inputs = residual.model, residual.inputs
+    exported, path = write(residual, INT8, tmp_path, only=only)
+    runs_as = RUNTIME.runs_as(path, exported.tensors, threads=1)
+    assert runs_as == {name: "int8" if name in only else "fp32" for name in runs_as}
+    assert relative_error(RUNTIME.load(path, threads=1).run(inputs), reference(model, inputs)) < INT8_TOLERANCE
+
+
+def test_an_fp32_layer_between_int8_ones_keeps_its_float_weights(tmp_path: Path) -> None:
+    """Between two int8 layers ONNX Runtime would round them to int8 by itself, with one scale a tensor.
+
+    Beside one huge weight, here on a channel that is always zero, that rounding leaves nothing of the others.
+    """
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+    with torch.no_grad():
+        first.weight[0], first.bias[0] = 0.0, 0.0  # type: ignore[index]
+        second.weight[0, 0, 0, 0] = 1e3
+    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(8, 8, 1)).eval()
+    inputs = {"x": floats(3, 6, 6)}
+    case = Case(model, inputs, RUNTIME.float_graph(model, inputs, opset=18))
+    exported, path = write(case, INT8, tmp_path, only=("0", "4"))
+    assert RUNTIME.runs_as(path, exported.tensors, threads=1) == {"0": "int8", "2": "fp32", "4": "int8"}
+    assert relative_error(RUNTIME.load(path, threads=1).run(inputs), reference(model, inputs)) < INT8_TOLERANCE
+
+
+def test_a_tensor_has_one_quantisation_however_many_read_it(tmp_path: Path) -> None:
+    _, path = write(case_of("residual"), INT8, tmp_path)
+    sources = [node.input[0] for node in onnx.load(path).graph.node if node.op_type == "QuantizeLinear"]
+    assert len(sources) == len(set(sources))
+
+
+def test_a_float_layer_reads_the_float_tensor_that_an_int8_layer_quantises(tmp_path: Path) -> None:
+    """Rounding an input for one reader must not reach the others."""
+    held = plan(case_of("tied").graph, {"first": INT8, "second": INT8}).tensors
+    assert not any(tensor.from_integers for tensor in held.values())
+
+
+@pytest.mark.parametrize("case", [*LAYERS, *NETWORKS])
+@pytest.mark.parametrize("precision", [None, INT8, INT8_STORED], ids=str)
+def test_the_size_of_a_file_is_known_before_it_is_written(
+    case: str, precision: Precision | None, tmp_path: Path
+) -> None:
+    network = case_of(case)
+    exported, _ = write(network, precision, tmp_path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.model.state_dict().items()}
+    precisions = {} if precision is None else dict.fromkeys(network.able, precision)
+    predicted = RUNTIME.predicted_bytes(network.graph, shapes, precisions)
+    assert predicted == len(exported.data)
+
+
+def test_a_file_is_for_old_runtimes_and_says_nothing_about_this_machine() -> None:
+    metadata = {"target": "host", "tool": "hirelc-deploy 1.2.3"}
+    data = RUNTIME.write(case_of("residual").graph, {}, metadata=metadata).data
+    proto = onnx.load_from_string(data)
+    assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 18)]
+    assert proto.ir_version == 8
+    assert {entry.key: entry.value for entry in proto.metadata_props} == metadata
+    assert str(Path(__file__).parent).encode() not in data
+    assert not proto.graph.value_info
+    assert not any(node.name or node.doc_string or node.metadata_props for node in proto.graph.node)
+    assert [value.name for value in proto.graph.input] == ["x"]
+    assert [value.name for value in proto.graph.output] == ["output"]
+    onnx.checker.check_model(proto, full_check=True)
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    residual = case_of("residual")
+    again = Case(residual.model, residual.inputs, RUNTIME.float_graph(residual.model, residual.inputs, opset=18))
+    assert write(residual, INT8, tmp_path)[0].data == write(again, INT8, tmp_path)[0].data
+
+
+def test_seven_bit_weights_stay_within_63() -> None:
+    """Where 8-bit products saturate, the target says so, and no code may be larger than what cannot."""
+    residual = case_of("residual")
+    precisions = dict.fromkeys(residual.able, INT8)
+    exported = RUNTIME.write(residual.graph, precisions, calibration=[residual.inputs], largest=63)
+    proto = onnx.load_from_string(exported.data)
+    codes = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    for layer, tensor in exported.tensors.items():
+        assert np.abs(codes[tensor].astype(int)).max() == 63, layer
+
+
+def test_a_range_holds_zero_and_its_grid_spans_it() -> None:
+    scale, zero = Range(-1.0, 3.0).grid(nonnegative=False)
+    assert (scale * (0 - float(zero)), scale * (255 - float(zero))) == pytest.approx((-1.0, 3.0), abs=float(scale) / 2)
+    assert Range(0.5, 3.0).grid(nonnegative=True)[1] == 0
+    scale, zero = Range(0.0, 0.0).grid(nonnegative=False)
+    assert scale > 0
+    assert zero == 0
+
+
+def optimised_operators(path: Path, folder: Path) -> list[str]:
+    """The operators that a session runs, by asking it for its graph."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
