@@ -3,7 +3,7 @@
 At a thirtieth of its size a network's file would otherwise be names for a third.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import count, product
 from string import ascii_letters
 
@@ -14,19 +14,19 @@ SHARED_BYTES = 64
 """Constants up to this size are compared; weights are left alone."""
 
 
-def share(model: ir.Model) -> None:
-    """One initializer for all small integer constants of equal type, shape and values.
+def share(model: ir.Model, *, parameters: Collection[str]) -> None:
+    """One initializer for all small constants of equal type, shape and values.
 
-    Only integers (shapes, axes): whether two scales are equal is chance, and a file's size must be known
-    before they are.
+    Parameters are left apart: whether two of them are equal is chance, and the size of a file must be known
+    before their values are.
     """
     seen: dict[tuple[object, ...], ir.Value] = {}
     graph = model.graph
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
-        if tensor is None or tensor.nbytes > SHARED_BYTES or tensor.dtype is not ir.DataType.INT64:
+        if tensor is None or tensor.nbytes > SHARED_BYTES or name in parameters:
             continue
-        first = seen.setdefault((tuple(tensor.shape), tensor.tobytes()), value)
+        first = seen.setdefault((tensor.dtype, tuple(tensor.shape), tensor.tobytes()), value)
         if first is not value and not value.is_graph_output():
             ir.convenience.replace_all_uses_with(value, first)
             del graph.initializers[name]

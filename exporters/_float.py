@@ -16,6 +16,9 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
+from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 
 from hirelc_deploy.errors import UserError
@@ -23,6 +26,43 @@ from hirelc_deploy.graph import forward
 
 WRAPPED = "wrapped"
 """Under this name the model lies in the module that is exported; it is taken off all names again."""
+
+FOLDING_ROUNDS = 2
+"""A fold can make way for a rewriting and the other way round; more rounds changed nothing on any network tried."""
+
+REWRITES = [
+    rules.fuse_batchnorm_into_conv_rule,
+    rules.fuse_batchnorm_into_conv_transpose_rule,
+    rules.fuse_batchnorm_into_gemm_rule,
+    rules.fuse_pad_into_conv_rule,
+    rules.normalize_pad_format_conv_rule,
+    rules.matmul_add_to_gemm_rule,
+    rules.transpose_b_matmul_add_to_gemm_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.reshape_reshape_rule,
+    rules.transpose_transpose_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.no_op_cast_rule,
+    rules.cast_cast_rule,
+    rules.no_op_expand_rule,
+    rules.no_op_transpose_rule,
+    rules.add_0_rule,
+    rules.sub_0_rule,
+    rules.mul_by_1_rule,
+    rules.div_by_1_rule,
+    rules.dropout_inference_rule,
+    rules.dropout_zero_rule,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.min_max_rule,
+    rules.max_min_rule,
+    rules.successive_clip_rule,
+    rules.successive_clip_relu_rule,
+    rules.successive_relu_clip_rule,
+    rules.successive_relu_rule,
+]
+"""onnxscript's rules but for those that take out a bias of zeros."""
 
 EXAMPLES_TRACED = 2
 """At one example PyTorch would take the batch axis for a constant 1."""
@@ -74,6 +114,7 @@ def float_graph(model: nn.Module, example: Mapping[str, np.ndarray], *, opset: i
                 external_data=False,
                 dynamic_shapes=(tuple({0: batch} for _ in inputs),),
                 verbose=False,
+                optimize=False,  # `_fold` does the same, but for one step
             )
         except Exception as error:  # whatever the exporter raises is the model's own story
             raise UserError(
@@ -82,7 +123,8 @@ def float_graph(model: nn.Module, example: Mapping[str, np.ndarray], *, opset: i
             ) from error
     assert program is not None
     exported = program.model
-    layers = {name: module.get_parameter("weight") for name, module in model.named_modules() if _has_weight(module)}
+    _fold(exported)
+    layers = {name: module for name, module in model.named_modules() if _has_weight(module)}
     weights = _locate(exported.graph, layers)
     for value, name in zip(exported.graph.inputs, inputs, strict=True):
         value.name = name
@@ -92,6 +134,23 @@ def float_graph(model: nn.Module, example: Mapping[str, np.ndarray], *, opset: i
     return FloatGraph(
         exported, {name: weight for name, weight in weights.items() if weight in exported.graph.initializers}
     )
+
+
+def _fold(model: ir.Model) -> None:
+    """What the exporter's own optimisation does, as far as it does not depend on values.
+
+    Equal initializers stay apart and biases of zeros stay: fine-tuning changes both, and with them the size of a
+    file that was told before; and a bias that two layers share could not be cut for one of them.
+    """
+    passes.InlinePass()(model)
+    for _ in range(FOLDING_ROUNDS):
+        fold_constants(model)
+        rewrite(model, REWRITES)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    passes.LiftSubgraphInitializersToMainGraphPass()(model)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.OutputFixPass()(model)
+    passes.NameFixPass()(model)
 
 
 def tidy(model: ir.Model) -> None:
@@ -198,36 +257,62 @@ def _has_weight(module: nn.Module) -> bool:
     return isinstance(weight, nn.Parameter) and weight.dim() >= 2
 
 
-def _locate(graph: ir.Graph, layers: Mapping[str, Tensor]) -> dict[str, str]:
+WEIGHT_INPUT = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}
+"""At which input a layer's operator reads its weight."""
+
+
+def weight_of(node: ir.Node) -> ir.Value | None:
+    """The initializer that a node computes with, if it can be a layer's weight."""
+    index = WEIGHT_INPUT.get(node.op_type)
+    value = None if index is None else node.inputs[index]
+    return value if value is not None and value.is_initializer() else None
+
+
+def _locate(graph: ir.Graph, layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """Layer name -> initializer name; layers that are not in the graph are left out.
 
-    An initializer keeps the name of its parameter.  A Linear on three-dimensional input is the exception:
-    its weight was transposed and folded into a constant, which is told by its node's scope and its values.
+    An initializer keeps the name of its parameter.  There are exceptions, told by the node's scope and by the
+    values: a Linear on three-dimensional input, whose weight is transposed and folded into a constant, and an
+    embedding that shares its weight with a Linear.
     """
     prefix = f"{WRAPPED}."
     for value in list(graph.initializers.values()):
         if value.name and value.name.startswith(prefix):
             value.name = value.name.removeprefix(prefix)
-    found = {name: f"{name}.weight" for name in layers if f"{name}.weight" in graph.initializers}
+    found: dict[str, str] = {}
     for node in graph:
-        constant_operand = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
-        if constant_operand is None or constant_operand.const_value is None:
+        weight = weight_of(node)
+        if weight is None or weight.name is None or weight.name in found.values():
             continue
-        layer = _layer_of(node, constant_operand.const_value, {n: w for n, w in layers.items() if n not in found})
-        if layer is not None and constant_operand.name not in found.values():
-            constant_operand.name = found[layer] = f"{layer}.weight"
-    for name, parameter in layers.items():  # layers that share a parameter share its initializer
-        twin = next((other for other in found if layers[other] is parameter), None)
+        fitting = {
+            name: module
+            for name, module in layers.items()
+            if name not in found and isinstance(module, nn.Embedding) == (node.op_type == "Gather")
+        }
+        layer = _layer_of(node, weight, fitting)
+        if layer is not None:
+            found[layer] = weight.name
+    for name, module in layers.items():  # layers that share a parameter share its initializer
+        twin = next((other for other in found if layers[other].weight is module.weight), None)
         if name not in found and twin is not None:
             found[name] = found[twin]
     return found
 
 
-def _layer_of(node: ir.Node, values: ir.TensorProtocol, layers: Mapping[str, Tensor]) -> str | None:
-    """The layer whose transposed weight this is: the one that the node's scope names, or the first that is equal."""
+def _layer_of(node: ir.Node, weight: ir.Value, layers: Mapping[str, nn.Module]) -> str | None:
+    """The layer whose weight this is: by the initializer's name, by the node's scope, or the first of equal values."""
+    assert weight.name is not None
+    name = weight.name.removesuffix(".weight")
+    if name in layers and weight.name.endswith(".weight"):
+        return name
     scope = _scope(node)
-    candidates = [scope] if scope in layers else list(layers)
-    return next((layer for layer in candidates if _equal(values, layers[layer].detach().T)), None)
+    return next((layer for layer in [scope, *layers] if layer in layers and _holds(weight, layers[layer])), None)
+
+
+def _holds(value: ir.Value, layer: nn.Module) -> bool:
+    """Whether an initializer is a layer's weight, as it is or transposed."""
+    array, weight = constant(value), layer.get_parameter("weight").detach().numpy()
+    return array is not None and (np.array_equal(array, weight) or np.array_equal(array, weight.T))
 
 
 def _scope(node: ir.Node) -> str:
@@ -236,10 +321,6 @@ def _scope(node: ir.Node) -> str:
     scopes = [part.strip(" '\"") for part in text.strip("[]").split(",")]
     name = scopes[-2] if len(scopes) > 1 else ""
     return name.removeprefix(f"{WRAPPED}.")
-
-
-def _equal(tensor: ir.TensorProtocol, weight: Tensor) -> bool:
-    return tuple(tensor.shape.numpy()) == tuple(weight.shape) and np.array_equal(tensor.numpy(), weight.numpy())
 
 
 def _at_least(tensor: Tensor, examples: int) -> Tensor:

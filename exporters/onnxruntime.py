@@ -16,8 +16,8 @@ from torch import nn
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters._base import Arrays, Exported
 from hirelc_deploy.exporters._compact import drop_unused, share, shorten, to_bytes
-from hirelc_deploy.exporters._float import FloatGraph, float_graph
-from hirelc_deploy.exporters._qdq import Plan, Range, place, plan
+from hirelc_deploy.exporters._float import FloatGraph, float_graph, weight_of
+from hirelc_deploy.exporters._qdq import Plan, Range, output_axis, place, plan
 from hirelc_deploy.policy import Precision
 
 COMPUTE_OF = {
@@ -47,7 +47,7 @@ class OnnxRuntime:
     def float_graph(self, model: nn.Module, example: Arrays, *, opset: int) -> FloatGraph:
         """The float ONNX graph of a model in eval mode: what both baseline and artifact are written from."""
         graph = float_graph(model, example, opset=opset)
-        share(graph.model)
+        share(graph.model, parameters=dict(model.named_parameters()))
         return graph
 
     def write(
@@ -170,25 +170,32 @@ def _with_shapes(graph: FloatGraph, shapes: Mapping[str, tuple[int, ...]]) -> Fl
     layer_of = {weight: layer for layer, weight in small.weights.items()}
     wanted = {name: shapes[name] for name in initializers if name in shapes and name not in layer_of}
     for node in small.model.graph:
-        weight = node.inputs[1] if len(node.inputs) > 1 else None
+        weight = weight_of(node)
         if weight is None or weight.name not in layer_of:
             continue
         assert weight.name is not None
-        assert weight.shape is not None
         shape = shapes[f"{layer_of[weight.name]}.weight"]
-        before = tuple(int(size) for size in weight.shape.numpy())
-        transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not node.attributes.get_int("transB", 0))
-        wanted[weight.name] = shape[::-1] if transposed else shape
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        if bias is not None and bias.name in initializers and len(before) == len(shape):
+        is_transposed = output_axis(node) == 1 and node.op_type != "ConvTranspose"
+        wanted[weight.name] = shape[::-1] if is_transposed else shape
+        bias = node.inputs[2] if node.op_type in ("Conv", "ConvTranspose", "Gemm") and len(node.inputs) > 2 else None
+        if bias is not None and bias.name in initializers:
             assert bias.name is not None
-            wanted[bias.name] = (shape[1] if node.op_type == "ConvTranspose" else shape[0],)
+            wanted[bias.name] = (shape[output_axis(node)] if node.op_type == "ConvTranspose" else shape[0],)
+        if node.op_type == "Conv" and node.attributes.get_int("group", 1) > 1 and shape[1] == 1:
+            _set_groups(node, shape[0])
     for name, shape in wanted.items():
         value = initializers[name]
         assert value.const_value is not None
         dtype = value.const_value.dtype.numpy()
         value.const_value = ir.Tensor(np.zeros(shape, dtype), name=name)
     return small
+
+
+def _set_groups(node: ir.Node, groups: int) -> None:
+    """A depthwise convolution has as many groups as channels; one group is the default and is not written."""
+    node.attributes.pop("group", None)
+    if groups > 1:
+        node.attributes.add(ir.AttrInt64("group", groups))
 
 
 def _options(threads: int) -> ort.SessionOptions:

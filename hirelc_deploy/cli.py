@@ -148,10 +148,6 @@ def export(
             metavar="FILE", help="Build the policy of a policy.json, without a search.", rich_help_panel=CHOICE
         ),
     ] = None,
-    order: Annotated[
-        str | None,
-        typer.Option(metavar="ORDER", help="auto (default) or prune-first.", rich_help_panel=CHOICE),
-    ] = None,
     importance: Annotated[
         str | None,
         typer.Option(
@@ -170,10 +166,6 @@ def export(
         typer.Option(
             metavar="N", help="Epochs of fine-tuning (default 4); 0 changes no trained weight.", rich_help_panel=TUNING
         ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Candidates tried side by side (default 1).", rich_help_panel=TUNING),
     ] = None,
     seed: Annotated[
         int | None,

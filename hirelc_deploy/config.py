@@ -20,7 +20,6 @@ _QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([^\W\d]*)\s*")
 
 SEARCHES = ("recipe",)
 """What can choose a policy; each name is something that exists."""
-ORDERS = ("auto", "prune-first")
 IMPORTANCES = ("l2", "taylor")
 
 
@@ -99,7 +98,6 @@ class ExportSettings:
     """One uniform recipe instead of a search: keep=50%,compute=int8"""
     policy: Path | None = None
     """A policy file instead of a search."""
-    order: str = "auto"
     importance: str = "l2"
     allow_estimates: bool = False
     evaluations: int | None = None
@@ -107,7 +105,6 @@ class ExportSettings:
     epochs: int = 4
     """Of fine-tuning; 0 is post-training only."""
     seed: int = 0
-    workers: int = 1
     threads: int = 1
     """Of the runtime that is measured."""
     batch: int = 1
@@ -116,9 +113,9 @@ class ExportSettings:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("search", SEARCHES), ("order", ORDERS), ("importance", IMPORTANCES)):
+        for name, choices in (("search", SEARCHES), ("importance", IMPORTANCES)):
             _require_one_of(name, getattr(self, name), choices)
-        for name in ("evaluations", "workers", "threads", "batch"):
+        for name in ("evaluations", "threads", "batch"):
             _require_at_least(1, name, getattr(self, name))
         for name in ("epochs", "seed"):
             _require_at_least(0, name, getattr(self, name))
@@ -186,13 +183,11 @@ OPTIONS: Mapping[str, Option] = {
     "search": Option("search", _text),
     "recipe": Option("recipe", _text),
     "policy": Option("policy", _path),
-    "order": Option("order", _text),
     "importance": Option("importance", _text),
     "allow_estimates": Option("allow_estimates", _flag),
     "evaluations": Option("evaluations", _whole),
     "epochs": Option("epochs", _whole),
     "seed": Option("seed", _whole),
-    "workers": Option("workers", _whole),
     "threads": Option("threads", _whole),
     "batch": Option("batch", _whole),
     "out": Option("out", _path),

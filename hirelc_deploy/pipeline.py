@@ -30,7 +30,7 @@ from hirelc_deploy.verify import judge, manifest as manifests
 from hirelc_deploy.verify.environment import environment
 from hirelc_deploy.verify.manifest import Artifact, LayerRecord, Manifest, Predicted, PredictionError
 from hirelc_deploy.verify.measure import BASELINE_FILE, Measurement, measure
-from hirelc_deploy.workbench import Workbench
+from hirelc_deploy.workbench import Workbench, completed, search_space
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 POLICY_FILE = "policy.json"
 RUN_FOLDER = "run"
 
-DECIDES_NOTHING = frozenset({"out", "resume", "workers", "model", "data", "checkpoint", "target", "policy"})
+DECIDES_NOTHING = frozenset({"out", "resume", "model", "data", "checkpoint", "target", "policy"})
 """Settings that are no part of a run's identity, or that are part of it by their contents."""
 
 
@@ -63,18 +63,21 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
     their names in the manifest.  Raises UserError for whatever the user can mend; what was computed until then
     stays in the run folder.
     """
+    budget = _budget(settings)
     target = load_target(settings.target)
-    given = _read_policy(settings.policy) if settings.policy else None
+    asked_for = _asked_for(settings)
     task = task or datasets.load_task(settings.data, seed=settings.seed)
     trained = checkpoint.of(model, settings.model) if model else checkpoint.load(settings.model, settings.checkpoint)
+    network = graph.trace(trained.model, task.example)
     _check_labels(trained, task)
+    # whatever can be refused was refused before a run begins: a mistake, once mended, begins in a clean folder
+    given = _given(asked_for, network, target)
     with RunFolder.open(
         settings.out / RUN_FOLDER, _fingerprint(settings, target, task, trained, given), settings.resume
     ) as run:
         began = time.monotonic()
-        network = graph.trace(trained.model, task.example)
         bench = _workbench(settings, target, task, trained, network, run)
-        choice = _choose(settings, bench, given)
+        choice = _choose(settings, budget, bench, given)
         seconds = run.step("seconds of search", lambda: time.monotonic() - began)
         policy = choice.best.policy
 
@@ -105,7 +108,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
                 seed=settings.seed,
                 order=policy.order,
             ),
-            budget=_budget(settings),
+            budget=budget,
             checks=(),
             verdict="unverified",
             environment=environment(threads=settings.threads, batch=settings.batch, clock=seen.clock),
@@ -136,8 +139,10 @@ def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" =
         batch=manifest.environment.batch,
         seed=manifest.search.seed,
     )
+    outdated = judge.warnings(manifest.budget, manifest.measured)
     again = manifest.model_copy(
         update={
+            "notes": tuple(note for note in manifest.notes if note not in outdated),
             "created": manifests.now(),
             "runtime": manifests.RuntimeRecord(
                 name=manifest.runtime.name, version=load_runtime(manifest.runtime.name).version()
@@ -218,18 +223,28 @@ def _workbench(
     )
 
 
-def _choose(settings: ExportSettings, bench: Workbench, given: Policy | None) -> Choice:
-    """The policy: a given one, one recipe, or what a search finds."""
+def _asked_for(settings: ExportSettings) -> Policy | recipes.Recipe | None:
+    """What is to be built without a search, as far as it can be read before the network is known."""
+    if settings.policy is not None:
+        return _read_policy(settings.policy)
+    return recipes.Recipe.parse(settings.recipe) if settings.recipe is not None else None
+
+
+def _given(asked_for: Policy | recipes.Recipe | None, network: "ModelGraph", target: Target) -> Policy | None:
+    """The policy that it comes to on this network and target; None if one is to be searched for."""
+    if isinstance(asked_for, recipes.Recipe):
+        return asked_for.policy(search_space(network, target))
+    return None if asked_for is None else completed(asked_for, network, target)
+
+
+def _choose(settings: ExportSettings, budget: Budget, bench: Workbench, given: Policy | None) -> Choice:
+    """The policy: a given one, or what a search finds."""
     for left in bench.graph.left_out:
         console.note(f"left as it is: {left.name}: {left.reason}")
-    if settings.recipe is not None:
-        given = recipes.Recipe.parse(settings.recipe).policy(bench.space)
     if given is not None:
-        evaluation = bench.evaluate(bench.check(given))
+        evaluation = bench.evaluate(given)
         return Choice(evaluation, (evaluation,))
-    return recipes.search(
-        bench.space, _budget(settings), bench.predict, bench.evaluate, evaluations=settings.evaluations
-    )
+    return recipes.search(bench.space, budget, bench.predict, bench.evaluate, evaluations=settings.evaluations)
 
 
 def _method(settings: ExportSettings) -> str:

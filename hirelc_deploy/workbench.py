@@ -4,6 +4,7 @@
 run folder before it is used, so that a run that was killed goes on with the same figures and weights.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -66,11 +67,48 @@ def _precisions(computes: tuple[Compute, ...]) -> tuple[Precision, ...]:
 
 
 def _counts(group: "Group", multiple: int) -> tuple[int, ...]:
-    """The legal counts whose channels are a multiple of the target's; all of them where there is none but the last."""
+    """The legal counts on the target's multiples, and none and all of them; where no count is, all legal ones."""
     on_grid = {n for n in group.legal if n > 0 and n * group.unit % multiple == 0}
     if not on_grid:
         return group.legal
     return tuple(n for n in group.legal if n in on_grid or n in (0, group.total))
+
+
+def completed(policy: Policy, graph: "ModelGraph", target: "Target") -> Policy:
+    """The policy with what it leaves out: layers as they were trained, groups whole.
+
+    Raises UserError, naming the first entry, if this network on this target cannot have it.
+    """
+    check_keep(graph, policy.keep)
+    offered = search_space(graph, target).layers
+    for name, precision in policy.precisions.items():
+        if name not in offered:
+            raise UserError(
+                f"the policy gives a precision to {name!r}, which is no layer of this network",
+                fix=f"did you mean {nearest(name, offered)}?",
+            )
+        if precision not in offered[name]:
+            raise UserError(
+                f"the policy stores and computes {name} as {precision}, which {target.name} cannot",
+                fix=f"there is {', '.join(map(str, offered[name]))}",
+            )
+    for layer in graph.layers:
+        for twin in layer.shares_weight_with:
+            asked = [policy.precisions.get(name, FP32) for name in (layer.name, twin)]
+            if asked[0] != asked[1] and layer.op == graph.layer[twin].op:
+                raise UserError(
+                    f"the policy stores {layer.name} as {asked[0]} and {twin} as {asked[1]}, and they share one weight",
+                    fix="give both the same precision",
+                )
+    if policy.order != PRUNE_FIRST:
+        raise UserError(
+            f"the policy's order is {' then '.join(policy.order)}", fix=f"there is {' then '.join(PRUNE_FIRST)}"
+        )
+    return replace(
+        policy,
+        precisions=dict.fromkeys(offered, FP32) | dict(policy.precisions),
+        keep={group.name: group.total for group in graph.groups} | dict(policy.keep),
+    )
 
 
 @dataclass(frozen=True)
@@ -113,26 +151,7 @@ class Workbench:
         self._threads = threads
         self._batch = batch
         self._progress = progress
-
-    def check(self, policy: Policy) -> Policy:
-        """The policy, if this network on this target can have it.  Raises UserError, naming the first entry."""
-        check_keep(self.graph, policy.keep)
-        for name, precision in policy.precisions.items():
-            if name not in self.space.layers:
-                raise UserError(
-                    f"the policy gives a precision to {name!r}, which is no layer of this network",
-                    fix=f"did you mean {nearest(name, self.space.layers)}?",
-                )
-            if precision not in self.space.layers[name]:
-                raise UserError(
-                    f"the policy stores and computes {name} as {precision}, which {self.target.name} cannot",
-                    fix=f"there is {', '.join(map(str, self.space.layers[name]))}",
-                )
-        if policy.order != PRUNE_FIRST:
-            raise UserError(
-                f"the policy's order is {' then '.join(policy.order)}", fix=f"there is {' then '.join(PRUNE_FIRST)}"
-            )
-        return policy
+        self._skeletons: dict[frozenset[str], Any] = {}
 
     # -- what the search is handed ---------------------------------------------------------------------------
 
@@ -158,8 +177,8 @@ class Workbench:
     def compressed(self, policy: Policy) -> Compressed:
         """Channels removed, statistics re-estimated, fine-tuned under the formats.  From the journal if known."""
         name = policy.digest()
-        model = self._pruned(policy)
-        weights = self.run.blob(f"weights/{name}", lambda: self._trained(model, policy, name))
+        weights = self.run.blob(f"weights/{name}", lambda: self._trained(self._pruned(policy), policy, name))
+        model = self._pruned(policy)  # a new one, so that a resumed run goes on with the very same tensors
         model.load_state_dict(safetensors.torch.load(weights))
         score = self.run.step(f"score/{name}", lambda: self._simulated_score(model, policy))
         self.run.drop_state(name)
@@ -183,7 +202,9 @@ class Workbench:
                         advance=advance,
                     )
                 reestimate(model, self._calibration())
-        return safetensors.torch.save({key: value.contiguous() for key, value in model.state_dict().items()})
+        return safetensors.torch.save(
+            {key: value.clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()}
+        )
 
     def _simulated_score(self, model: nn.Module, policy: Policy) -> float:
         with simulated(model, policy.precisions, largest=self.largest) as simulation:
@@ -204,15 +225,20 @@ class Workbench:
 
     def _score(self, model: nn.Module) -> float:
         outputs, targets = accuracy.outputs(torch_session(model), self.task.search)
-        return self.task.score(outputs, targets)
+        score = self.task.score(outputs, targets)
+        if not math.isfinite(score):
+            raise UserError(
+                f"the score on the search split is {score}",
+                fix="do the model's outputs hold NaN or infinity there? mend the model, the data or the task's score",
+            )
+        return score
 
     # -- files -----------------------------------------------------------------------------------------------
 
     def write(self, model: nn.Module, policy: Policy) -> "Exported":
         """The artifact's file."""
-        graph = self.runtime.float_graph(model, self.task.example, opset=self.target.runtime.opset)
         return self.runtime.write(
-            graph,
+            self._float_graph(model),
             policy.precisions,
             calibration=self._calibration_arrays(),
             largest=self.largest,
@@ -220,10 +246,14 @@ class Workbench:
             metadata=self.metadata,
         )
 
+    @cached_property
+    def _original_graph(self) -> Any:
+        return self._float_graph(self.model)
+
     def write_baseline(self) -> "Exported":
         """The original in fp32, stripped in the same way."""
         return self.runtime.write(
-            self._float_graph, {}, ir_version=self.target.runtime.ir_version, metadata=self.metadata
+            self._original_graph, {}, ir_version=self.target.runtime.ir_version, metadata=self.metadata
         )
 
     @property
@@ -234,23 +264,22 @@ class Workbench:
     def predicted_bytes(self, policy: Policy) -> int:
         """The artifact's size, told from shapes and formats before anything is pruned, trained or calibrated."""
         gone = frozenset(name for name, count in policy.keep.items() if count == 0)
-        graph = self._without(gone) if gone else self._float_graph
         return self.runtime.predicted_bytes(
-            graph,
+            self._skeleton(gone),
             shapes_after(self.graph, policy.keep),
             policy.precisions,
             ir_version=self.target.runtime.ir_version,
             metadata=self.metadata,
         )
 
-    @cached_property
-    def _float_graph(self) -> Any:
-        return self.runtime.float_graph(self.model, self.task.example, opset=self.target.runtime.opset)
+    def _skeleton(self, gone: frozenset[str]) -> Any:
+        """The float graph without these branches, everything else at full width."""
+        if gone not in self._skeletons:
+            self._skeletons[gone] = self._float_graph(self._pruned(Policy({}, dict.fromkeys(gone, 0))))
+        return self._skeletons[gone]
 
-    def _without(self, gone: frozenset[str]) -> Any:
-        """The original's graph without these branches, everything else at full width."""
-        policy = Policy({}, dict.fromkeys(gone, 0))
-        return self.runtime.float_graph(self._pruned(policy), self.task.example, opset=self.target.runtime.opset)
+    def _float_graph(self, model: nn.Module) -> Any:
+        return self.runtime.float_graph(model, self.task.example, opset=self.target.runtime.opset)
 
     def _price(self, policy: Policy) -> dict[str, Any]:
         files = {"baseline": self.write_baseline().data, "policy": self.write(self._pruned(policy), policy).data}

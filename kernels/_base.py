@@ -74,10 +74,13 @@ input scale times weight scale, overflows.
 def scales(weight: "Tensor", granularity: Granularity, *, axis: int, largest: int) -> "Tensor":
     """max |w| / largest over each channel or over the tensor, of the weight's rank with 1 where reduced."""
     magnitude = weight.detach().abs()
-    if isinstance(granularity, PerChannel):
-        peak = magnitude.amax([a for a in range(weight.dim()) if a != axis], keepdim=True)
-    else:
-        peak = magnitude.amax(list(range(weight.dim())), keepdim=True)
+    match granularity:
+        case PerTensor():
+            peak = magnitude.amax(list(range(weight.dim())), keepdim=True)
+        case PerChannel():
+            peak = magnitude.amax([a for a in range(weight.dim()) if a != axis], keepdim=True)
+        case _:
+            raise ValueError(f"no scales are defined for {granularity}")
     floor = peak.max() * SCALE_FLOOR if peak.max() > 0 else 1.0
     return peak.clamp(min=floor).float() / largest
 

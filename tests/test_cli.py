@@ -54,8 +54,8 @@ def test_the_status_of_the_pipeline_is_the_status_of_the_command(pipeline, capsy
 def test_every_option_reaches_the_pipeline_in_its_unit(pipeline):
     limits = "--max-latency 5ms --min-speedup 3 --max-size 400KB --max-memory 2MiB --max-drop 1.5 --allow-estimates"
     rest = (
-        "--checkpoint net.pt --search recipe --recipe keep=50% --order prune-first --importance taylor --evaluations 7 "
-        "--epochs 0 --seed 1 --workers 2 --threads 3 --batch 4 --out here --resume"
+        "--checkpoint net.pt --search recipe --recipe keep=50% --importance taylor --evaluations 7 "
+        "--epochs 0 --seed 1 --threads 3 --batch 4 --out here --resume"
     )
     assert main([*EXPORT, *limits.split(), *rest.split()]) == 0
     assert pipeline.asked == ExportSettings(
@@ -70,13 +70,11 @@ def test_every_option_reaches_the_pipeline_in_its_unit(pipeline):
         max_drop=1.5,
         search="recipe",
         recipe="keep=50%",
-        order="prune-first",
         importance="taylor",
         allow_estimates=True,
         evaluations=7,
         epochs=0,
         seed=1,
-        workers=2,
         threads=3,
         batch=4,
         out=Path("here"),

@@ -123,7 +123,6 @@ def test_a_required_option_that_is_missing_is_named(name):
     ("setting", "message"),
     [
         ({"search": "recepi"}, "search is 'recepi'"),
-        ({"order": "quantise-first"}, "order is 'quantise-first'"),
         ({"importance": "l1"}, "importance is 'l1'"),
         ({"epochs": -1}, "epochs is -1"),
         ({"threads": 0}, "threads is 0"),

@@ -83,6 +83,20 @@ class Tied(nn.Module):
         return self.second(F.relu(self.first(x)))
 
 
+class TiedEmbedding(nn.Module):
+    """As language models have it: the head reads the embedding's weight, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(20, 8)
+        self.inner = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(F.relu(self.inner(self.tokens(tokens))))
+
+
 def floats(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(EXAMPLES, *shape)).astype(np.float32)
 
@@ -112,6 +126,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, np.ndarray]]] = {
     "two inputs": (TwoInputsTwoOutputs, {"a": floats(4), "b": floats(5)}),
     "text": (TextClassifier, {"tokens": np.random.default_rng(0).integers(0, 20, (EXAMPLES, 7))}),
     "tied": (Tied, {"x": floats(6)}),
+    "tied embedding": (TiedEmbedding, {"tokens": np.random.default_rng(0).integers(0, 20, (EXAMPLES, 7))}),
     "pooled": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.Flatten()),
         {"x": floats(3, 12, 12)},
@@ -288,6 +303,22 @@ def test_the_size_of_a_file_is_known_before_it_is_written(
     precisions = {} if precision is None else dict.fromkeys(network.able, precision)
     predicted = RUNTIME.predicted_bytes(network.graph, shapes, precisions)
     assert predicted == len(exported.data)
+
+
+def test_the_size_of_a_narrower_depthwise_layer_is_known() -> None:
+    """Its number of groups shrinks with its channels, and takes fewer digits; a single group is not written at all."""
+
+    def network(channels: int) -> nn.Module:
+        depthwise = nn.Conv2d(channels, channels, 3, groups=channels)
+        return nn.Sequential(nn.Conv2d(3, channels, 1), depthwise, nn.Conv2d(channels, 4, 1))
+
+    inputs = {"x": floats(3, 4, 4)}
+    wide = RUNTIME.float_graph(network(160), inputs, opset=18)
+    for channels in (120, 1):
+        narrow = network(channels)
+        written = RUNTIME.write(RUNTIME.float_graph(narrow, inputs, opset=18), {})
+        shapes = {name: tuple(tensor.shape) for name, tensor in narrow.state_dict().items()}
+        assert RUNTIME.predicted_bytes(wide, shapes, {}) == len(written.data)
 
 
 def test_a_file_is_for_old_runtimes_and_says_nothing_about_this_machine() -> None:

@@ -27,6 +27,9 @@ CACHE_BYTES = 1 << 30
 CHECKPOINT_SECONDS = 30.0
 """What a killed run loses at most."""
 
+LEAST_VARIANCE = 1e-12
+"""Of an output that is constant."""
+
 WARM_UP = 0.1
 """Part of the steps in which the rate rises."""
 
@@ -55,14 +58,17 @@ class Checkpoints(Protocol):
 
 
 class Teacher:
-    """Outputs of the original network on the train split, by position; computed once where they fit."""
+    """Outputs of the original network on the train split, by position; computed once where they fit.
+
+    Raises UserError if no output is made of floats.
+    """
 
     def __init__(self, model: nn.Module, train: Batches, *, cache_bytes: int = CACHE_BYTES) -> None:
         self._model = model.eval()
         self._train = train
         self._cached: dict[str, Tensor] | None = None
-        self._spread: dict[str, Tensor] = {}
-        self._fill(cache_bytes)
+        self._variance: dict[str, float] = {}
+        self._read(cache_bytes)
 
     def outputs(self, positions: np.ndarray, inputs: Inputs) -> dict[str, Tensor]:
         """What the original says of these examples."""
@@ -74,37 +80,62 @@ class Teacher:
         """Mean squared difference in units of the original's variance, averaged over the outputs.
 
         Matching logits in this way does as well as matching softened probabilities, and needs no temperature
-        (Kim et al., 2021); and it means something for every task.
+        (Kim et al., 2021); and it means something for every task.  Outputs that are integers have no distance.
         """
-        terms = [F.mse_loss(outputs[name], original[name]) / self._spread[name] for name in self._spread]
+        terms = [F.mse_loss(outputs[name], original[name]) / variance for name, variance in self._variance.items()]
         return torch.stack(terms).mean()
 
-    def _fill(self, cache_bytes: int) -> None:
-        cached: dict[str, Tensor] = {}
+    def _read(self, cache_bytes: int) -> None:
+        """One pass over the split: the variance of every output, and the outputs themselves where they fit."""
+        moments: dict[str, _Moments] = {}
         start = 0
-        for inputs, _ in self._train:
+        for inputs, target in self._train:
             outputs = self._run(inputs)
-            if not cached:
-                examples = len(next(iter(outputs.values())))
-                per_example = sum(o.nbytes for o in outputs.values()) // examples
-                self._spread = {n: o.float().var().clamp(min=1e-12) for n, o in outputs.items() if _differs(o)}
-                if per_example * self._train.examples > cache_bytes:
-                    return
-                cached = {n: o.new_empty((self._train.examples, *o.shape[1:])) for n, o in outputs.items()}
-            for name, output in outputs.items():
-                cached[name][start : start + len(output)] = output
-            start += len(output)
-        self._cached = cached
-        self._spread = {n: o.float().var().clamp(min=1e-12) for n, o in cached.items() if _differs(o)}
+            if start == 0:
+                moments = {name: _Moments() for name, output in outputs.items() if output.is_floating_point()}
+                self._cached = self._room_for(outputs, cache_bytes)
+            for name, seen in moments.items():
+                seen.add(outputs[name])
+            for name, cached in (self._cached or {}).items():
+                cached[start : start + len(target)] = outputs[name]
+            start += len(target)
+        if not moments:
+            raise UserError(
+                "the model's outputs are integers, which cannot be approached step by step",
+                fix="let it return what they are made from (logits), or export without fine-tuning: --epochs 0",
+            )
+        self._variance = {name: max(seen.variance, LEAST_VARIANCE) for name, seen in moments.items()}
+
+    def _room_for(self, outputs: Mapping[str, Tensor], cache_bytes: int) -> dict[str, Tensor] | None:
+        """Empty tensors for the outputs of the whole split, told from those of one batch; None if they are too many."""
+        examples = self._train.examples
+        room = {name: (examples, *output.shape[1:]) for name, output in outputs.items()}
+        if sum(math.prod(room[name]) * output.element_size() for name, output in outputs.items()) > cache_bytes:
+            return None
+        return {name: output.new_empty(room[name]) for name, output in outputs.items()}
 
     @torch.no_grad()
     def _run(self, inputs: Inputs) -> dict[str, Tensor]:
         return forward(self._model, as_tensors(inputs))
 
 
-def _differs(output: Tensor) -> bool:
-    """Whether an output can be matched by its distance: floats, not indices."""
-    return output.is_floating_point()
+class _Moments:
+    """The variance of values that come in batches, in float64, where the squares of a long sum keep their digits."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sum = 0.0
+        self._squares = 0.0
+
+    def add(self, values: Tensor) -> None:
+        wide = values.double()
+        self._count += wide.numel()
+        self._sum += wide.sum().item()
+        self._squares += wide.square().sum().item()
+
+    @property
+    def variance(self) -> float:
+        return self._squares / self._count - (self._sum / self._count) ** 2
 
 
 def distil(
@@ -120,18 +151,28 @@ def distil(
 ) -> None:
     """Train `student` in place, under its simulated formats, towards the original and the task's targets.
 
-    `name` tells this fine-tuning's checkpoint from others'; `advance` is called after each epoch.
-    Raises UserError if the loss is not finite.
+    `name` tells this fine-tuning's checkpoint from others'; `advance` is called after each epoch, those that a
+    checkpoint holds included.  Raises UserError if the loss is not finite, or if no parameter may be trained.
     """
-    steps = settings.epochs * math.ceil(task.train.examples / task.train.batch)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise UserError(
+            "no parameter of the model may be trained: requires_grad is False for all",
+            fix="let the factory return a model that can be fine-tuned, or export without fine-tuning: --epochs 0",
+        )
+    steps_per_epoch = math.ceil(task.train.examples / task.train.batch)
+    steps = settings.epochs * steps_per_epoch
     optimizer = torch.optim.AdamW(_groups(student, settings.weight_decay), lr=settings.rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     held = _Held(student, simulation, optimizer, schedule)
+    # convolutions train half again as fast; nothing else notices
+    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's own types
     with torch.random.fork_rng():  # dropout draws from torch's own generator
         torch.manual_seed(settings.seed)
         done = held.restore(checkpoints.load_state(name))
+        for _ in range(done // steps_per_epoch):
+            advance("from the checkpoint")
         saved = time.monotonic()
-        for step, (positions, inputs, target) in _steps(task.train, settings, done):
+        for step, (positions, inputs, target) in _steps(task.train, settings, done, steps_per_epoch):
             student.train()
             simulation.train(True)
             outputs = forward(student, as_tensors(inputs))
@@ -151,7 +192,7 @@ def distil(
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 checkpoints.save_state(name, held.dump(step + 1))
                 saved = time.monotonic()
-            if (step + 1) % (steps // settings.epochs) == 0:
+            if (step + 1) % steps_per_epoch == 0:
                 advance(f"loss {loss.item():.3f}")
     simulation.train(False)
     student.eval()
@@ -163,15 +204,14 @@ def as_tensors(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _steps(
-    train: Batches, settings: FineTuning, done: int
+    train: Batches, settings: FineTuning, done: int, steps_per_epoch: int
 ) -> Iterator[tuple[int, tuple[np.ndarray, Inputs, np.ndarray]]]:
     """All steps from number `done` on; the order of each epoch is drawn from the seed and its number alone."""
-    step = 0
-    for epoch in range(settings.epochs):
-        for batch in train.shuffled(settings.seed, epoch):
+    first = done // steps_per_epoch  # epochs before it are not read again
+    for epoch in range(first, settings.epochs):
+        for step, batch in enumerate(train.shuffled(settings.seed, epoch), start=epoch * steps_per_epoch):
             if step >= done:
                 yield step, batch
-            step += 1
 
 
 def _rate(step: int, steps: int) -> float:

@@ -21,6 +21,10 @@ from hirelc_deploy.graph.pruning import first_line
 from hirelc_deploy.graph.slicing import cut
 from hirelc_deploy.graph.trial import SEED, TOLERANCE, relative_error, shapes
 
+OUTPUT = "its channels are the network's output"
+UNREAD = "no layer was found that reads its channels: they are mixed in a way that cannot be followed"
+SINGLE = "all its channels hang together: there is nothing to choose"
+
 
 def prove(
     jittered: nn.Module, inputs: Inputs, groups: Sequence[Group]
@@ -28,21 +32,21 @@ def prove(
     """The groups that are proved, and the others with what went wrong; `jittered` is not changed.
 
     All are tried together first: one wrong group among them spoils the outputs.  Then the halves, and so on, so
-    that f wrong groups among n cost about 2 f log2(n) trials instead of n.
+    that f wrong groups among n cost about 2 f log2(n) trials instead of n.  The network's own outputs are passed
+    over: that they stay needs no reason.
     """
-    left_out = []
-    worth_trying = []
-    for group in groups:
-        reason = _not_worth_trying(group)
-        if reason is None:
-            worth_trying.append(group)
-        else:
-            left_out.append(LeftOut(group.name, reason))
     trial = _Trial(jittered, inputs)
-    wrong = sift(worth_trying, trial)
-    left_out.extend(LeftOut(group.name, reason) for group, reason in wrong)
-    refused = {entry.name for entry in left_out}
-    return tuple(group for group in groups if group.name not in refused), tuple(left_out)
+    unread = [group for group in groups if all(axis.role == "out" for axis in group.axes)]
+    single = [group for group in groups if group.total == 1 and group not in unread]
+    tried = [group for group in groups if group not in unread and group not in single]
+    wrong = sift(tried, trial)
+    refused = {group.name for group, _ in wrong}
+    left_out = (
+        *(LeftOut(group.name, UNREAD) for group in unread if trial([group]) != OUTPUT),
+        *(LeftOut(group.name, SINGLE) for group in single),
+        *(LeftOut(group.name, reason) for group, reason in wrong),
+    )
+    return tuple(group for group in tried if group.name not in refused), left_out
 
 
 def sift(groups: Sequence[Group], wrong_with: Callable[[Sequence[Group]], str | None]) -> list[tuple[Group, str]]:
@@ -81,14 +85,6 @@ def _in_halves(
     return found
 
 
-def _not_worth_trying(group: Group) -> str | None:
-    if group.total == 1:
-        return "all its channels hang together: there is nothing to choose"
-    if all(axis.role == "out" for axis in group.axes):
-        return "no layer reads its channels: they are the network's output"
-    return None
-
-
 class _Trial:
     """Says what is wrong with cutting half of some groups' units, or None."""
 
@@ -108,7 +104,7 @@ class _Trial:
         except Exception as error:  # a network may fail in any way; its own words are the reason
             return f"with half of its units removed the network fails: {first_line(error)}"
         if shapes(outputs) != self.shapes:
-            return "its channels are the network's output"
+            return OUTPUT
         error_size = relative_error(outputs, self._masked(groups, cuts))
         if not error_size <= TOLERANCE:
             return f"removing its units is not the same as not reading them (relative error {error_size:.2g})"

@@ -4,10 +4,10 @@ The search has to beat it, so it gets every advantage: sizes are known exactly, 
 it proposes is fine-tuned before it is judged.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from hirelc_deploy.budget import Budget, Check, Figures, judge, met
+from hirelc_deploy.budget import Budget, Check, Figures, judge
 from hirelc_deploy.config import nearest
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.policy import Compute, Policy, Precision
@@ -38,8 +38,11 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
-        """keep=50%,compute=int8 in any order; what is left out is 100 % and fp32.  Raises UserError."""
-        parts = dict(_parts(text))
+        """keep=50%,compute=int8 in any order.  Raises UserError.
+
+        Without `keep` all channels stay; without `compute` it is int8 where a storage is given, else fp32.
+        """
+        parts = _parts(text)
         compute = parts.get("compute", Compute.FP32 if "storage" not in parts else Compute.INT8)
         if compute not in list(Compute):
             known = [str(each) for each in Compute]
@@ -88,10 +91,11 @@ def search(
 ) -> Choice:
     """The best rung of the ladder.
 
-    With a limit on the drop, the rungs that meet the other limits are evaluated from the cheapest on, by bytes
-    times milliseconds, and the first that holds the drop wins.  With other limits only, all rungs that meet
-    them are evaluated and the best score wins.  Without any limit there is nothing to trade: full width, INT8.
-    If no rung meets everything, the one that misses by the least is returned.  `evaluations` is a maximum.
+    With a limit on the drop, the rungs that keep the other limits are evaluated from the cheapest on, by bytes
+    times milliseconds, and the first that holds the drop wins.  With other limits only, the rungs that keep them
+    are evaluated, the dearest first, as it likely scores best, and the best score wins.  Without any limit there
+    is nothing to trade: full width, INT8.  If no rung keeps all limits, the one that misses by the least is
+    returned.  `evaluations` is a maximum.  A limit on what cannot be predicted (memory) is left to the measurement.
     """
     rungs = ladder(space)
     if not budget.given:
@@ -99,8 +103,8 @@ def search(
         return Choice(chosen, (chosen,))
     figures = {name: predict(policy) for name, policy in rungs.items()}
     before_drop = replace(budget, drop=None)
-    holding = [name for name in rungs if met(before_drop, figures[name])]
-    holding.sort(key=lambda name: _cost(figures[name]))
+    holding = [name for name in rungs if _keeps(before_drop, figures[name])]
+    holding.sort(key=lambda name: _cost(figures[name]), reverse=budget.drop is None)
     if not holding:
         name = min(rungs, key=lambda name: _excess(before_drop, figures[name]))
         chosen = evaluate(rungs[name])
@@ -108,10 +112,19 @@ def search(
     seen: list[Evaluation] = []
     for name in holding[:evaluations]:
         seen.append(evaluate(rungs[name]))
-        if budget.drop is not None and met(budget, seen[-1].figures):
+        if budget.drop is not None and _keeps(budget, seen[-1].figures):
             return Choice(seen[-1], tuple(seen))
-    best = min(seen, key=lambda evaluation: evaluation.figures.drop if evaluation.figures.drop is not None else 0.0)
-    return Choice(best, tuple(seen))
+    return Choice(min(seen, key=_drop), tuple(seen))
+
+
+def _keeps(budget: Budget, figures: Figures) -> bool:
+    """Whether no limit is known to be missed."""
+    return all(check.ok is not False for check in judge(budget, figures))
+
+
+def _drop(evaluation: Evaluation) -> float:
+    assert evaluation.figures.drop is not None, "an evaluation without its drop"
+    return evaluation.figures.drop
 
 
 def _cost(figures: Figures) -> float:
@@ -121,7 +134,7 @@ def _cost(figures: Figures) -> float:
 
 def _excess(budget: Budget, figures: Figures) -> float:
     """By how much the worst limit is missed, as a ratio."""
-    return max((_ratio(check) for check in judge(budget, figures) if check.ok is not True), default=0.0)
+    return max((_ratio(check) for check in judge(budget, figures) if check.ok is False), default=0.0)
 
 
 def _ratio(check: Check) -> float:
@@ -131,8 +144,9 @@ def _ratio(check: Check) -> float:
     return max(ratio, 1 / ratio) if ratio > 0 else float("inf")
 
 
-def _parts(text: str) -> Iterator[tuple[str, str]]:
+def _parts(text: str) -> dict[str, str]:
     known = ("keep", "storage", "compute")
+    parts: dict[str, str] = {}
     for part in text.split(","):
         name, sign, value = (piece.strip() for piece in part.partition("="))
         if not sign or not value or name not in known:
@@ -140,7 +154,12 @@ def _parts(text: str) -> Iterator[tuple[str, str]]:
             raise UserError(
                 f"{part!r} is no part of a recipe", fix=f"write keep=50%,compute=int8 (did you mean {hint}?)"
             )
-        yield name, value
+        if name in parts:
+            raise UserError(
+                f"the recipe {text!r} says {name} twice", fix=f"leave out one of {name}={parts[name]}, {part}"
+            )
+        parts[name] = value
+    return parts
 
 
 def _percent(text: str) -> float:

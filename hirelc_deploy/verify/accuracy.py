@@ -53,6 +53,26 @@ def outputs(
     return {name: np.concatenate(arrays) for name, arrays in collected.items()}, np.concatenate(targets)
 
 
+def side_by_side(
+    sessions: "Mapping[str, Session]", batches: "Iterable[Batch]"
+) -> tuple[dict[str, dict[str, np.ndarray]], np.ndarray]:
+    """Outputs of a split by session and name, and its targets; the split is read once.  Raises as `outputs`."""
+
+    def run_all(inputs: "Arrays") -> dict[str, np.ndarray]:
+        return {
+            f"{which}/{name}": array
+            for which, session in sessions.items()
+            for name, array in session.run(inputs).items()
+        }
+
+    together, targets = outputs(run_all, batches)
+    apart: dict[str, dict[str, np.ndarray]] = {which: {} for which in sessions}
+    for key, array in together.items():
+        which, _, name = key.partition("/")
+        apart[which][name] = array
+    return apart, targets
+
+
 def compare(task: "Task", before: Outputs, after: Outputs, targets: np.ndarray, seed: int) -> Comparison:
     """Score two models' outputs on the same examples.  Raises UserError if a score is not a finite number."""
     was, now = (_score(task, name, o, targets) for name, o in (("original", before), ("compressed", after)))

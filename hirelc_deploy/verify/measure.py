@@ -51,9 +51,8 @@ def measure(
     sizes = {name: path.stat().st_size for name, path in paths.items()}
 
     searched, search_targets = accuracy.outputs(sessions["artifact"], task.search)
-    before, targets = accuracy.outputs(sessions["baseline"], task.test)
-    after, _ = accuracy.outputs(sessions["artifact"], task.test)
-    compared = accuracy.compare(task, before, after, targets, seed)
+    outputs, targets = accuracy.side_by_side(sessions, task.test)
+    compared = accuracy.compare(task, outputs["baseline"], outputs["artifact"], targets, seed)
     return Measurement(
         baseline=Baseline(
             size_bytes=sizes["baseline"],

@@ -1,0 +1,217 @@
+"""What users get wrong, through the command line: one message with what, why and fix, status 1, nothing lost.
+
+Each kind of mistake has its finer tests beside its code (test_bad_input_data, test_checkpoint, test_config, test_cli,
+test_rundir); here they are met as a user meets them.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import networks
+import numpy as np
+import pytest
+import torch
+from exporting import DigitNet, quick_target
+from PIL import Image
+from safetensors.torch import save_file
+
+from hirelc_deploy import rundir
+from hirelc_deploy.cli import main
+from hirelc_deploy.errors import ExitStatus
+from hirelc_deploy.verify import manifest as manifests
+
+NET = """
+from exporting import DigitNet
+
+def net():
+    return DigitNet(8)
+
+def broken():
+    widths = {"small": 8}
+    return DigitNet(widths["large"])
+"""
+
+
+class RunsCode:
+    """What a pickle can do to whoever loads it."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return os.mkdir, ("executed",)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder, and the working directory: a network, its weights, data, and a bad one of each kind."""
+    monkeypatch.chdir(tmp_path)
+    quick_target(tmp_path, channel_multiple=8)
+    Path("net.py").write_text(NET)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = DigitNet(8).state_dict()
+        torch.save(networks.Residual().state_dict(), "other.pt")
+    torch.save(weights, "net.pt")
+    save_file(weights, "net.safetensors")
+    torch.save({**weights, "head.bias": torch.full((10,), float("nan"))}, "nan.pt")
+    torch.save({"state_dict": RunsCode()}, "code.pt")
+    return tmp_path
+
+
+def npz(name: str, *, shape: tuple[int, ...] = (1, 8, 8), labels: int = 10, hole: float = 0.0) -> None:
+    arrays = {f"x_{split}": np.zeros((120, *shape), np.float32) for split in ("train", "test")}
+    arrays["x_train"][7] = hole
+    np.savez(name, **arrays, y_train=np.arange(120) % labels, y_test=np.arange(120) % labels)  # type: ignore[arg-type]
+
+
+def images_with_an_empty_class() -> None:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            folder = Path("images", split, name)
+            folder.mkdir(parents=True)
+            Image.new("L", (8, 8)).save(folder / "0.png")
+    Path("images", "train", "dog", "0.png").unlink()
+
+
+def export(**changed: str | None) -> list[str]:
+    """An export that would succeed, but for what is changed."""
+    right = {
+        "target": "quick.toml",
+        "model": "net.py:net",
+        "checkpoint": "net.pt",
+        "data": "digits",
+        "epochs": "0",
+        "out": "out",
+    }
+    options = {name.replace("_", "-"): value for name, value in (right | changed).items() if value is not None}
+    return ["export", *(part for name, value in options.items() for part in (f"--{name}", value))]
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    """What the user is told and the fix, which is all that is printed."""
+    assert main(arguments) == ExitStatus.USER_ERROR
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    first, second = shown.err.splitlines()
+    assert first.startswith("error: ")
+    assert second.startswith("  fix: ")
+    assert shown.out == ""
+    return first, second
+
+
+@pytest.mark.parametrize(
+    ("changed", "what", "fix"),
+    [
+        ({"model": "nets.py:net"}, "nets.py does not exist", "path"),
+        ({"model": "net.py:network"}, "net.py has no callable 'network'", "broken, net"),
+        ({"model": "net.py:broken"}, "net.py:broken raised KeyError: 'large' ", "on its own"),
+        ({"checkpoint": "none.pt"}, "none.pt does not exist", "path"),
+        ({"checkpoint": "other.pt"}, "other.pt is a checkpoint of another network", "the checkpoint was saved from"),
+        ({"checkpoint": "nan.pt"}, "nan.pt has NaN or infinity in head.bias", "earlier checkpoint"),
+        ({"checkpoint": "code.pt"}, "could run code, so it was not read", "torch.save(model.state_dict(), FILE)"),
+        ({"data": "none.npz"}, "none.npz does not exist", "path"),
+        ({"data": "labels.npz"}, "label 11, and the model has 10 outputs", "numbered from 0"),
+        ({"data": "nan.npz"}, "data holds NaN or infinity: input of example 7", "remove such examples"),
+        ({"data": "colour.npz"}, "the model does not run on the task's example", "as `forward` takes them"),
+        ({"data": "images"}, "train/dog holds no images", "remove"),
+        ({"target": "hots"}, "'hots'", "did you mean host?"),
+        ({"recipe": "keep=50"}, "keep is '50'", "keep=50%"),
+        ({"recipe": "kepe=50%"}, "kepe", "did you mean keep?"),
+        ({"policy": "none.json"}, "none.json cannot be read", "policy.json"),
+        ({"policy": "foreign.json"}, "'blocks.0.conv1', which is no layer of this network", "did you mean"),
+        ({"config": "export.toml"}, "unknown key 'max-latancy'", "did you mean max-latency?"),
+        ({"max_size": "400"}, "'400' is a size without a unit", "400KB"),
+        ({"min_speedup": "-1"}, "the limit speedup = -1.0 can never be judged", "above 0"),
+    ],
+)
+def test_a_mistake_is_told_in_one_message_and_leaves_nothing_behind(
+    here: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, str], what: str, fix: str
+) -> None:
+    match changed.get("data"):
+        case "labels.npz":
+            npz("labels.npz", labels=12)
+        case "nan.npz":
+            npz("nan.npz", hole=float("nan"))
+        case "colour.npz":
+            npz("colour.npz", shape=(3, 8, 8))
+        case "images":
+            images_with_an_empty_class()
+    Path("foreign.json").write_text(
+        '{"keep": {}, "precisions": {"blocks.0.conv1": '
+        '{"format": "int", "bits": 8, "granularity": "channel", "compute": "int8"}}}'
+    )
+    Path("export.toml").write_text('max-latancy = "5ms"\n')
+    said = refusal(export(**changed), capsys)
+    assert what in said[0]
+    assert fix in said[1]
+    assert not Path("executed").exists()
+    assert not Path("out").exists()  # the same command, once mended, is not told that a run is there already
+
+
+def test_no_permission_to_read_a_checkpoint(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Injected, since the superuser may read everything."""
+    opened = Path.open
+
+    def deny(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "net.safetensors":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", deny)
+    what, fix = refusal(export(checkpoint="net.safetensors"), capsys)
+    assert "no permission to read net.safetensors" in what
+    assert "chmod u+r net.safetensors" in fix
+
+
+def test_a_limit_that_nothing_can_meet_is_status_2_and_the_best_that_was_found_is_written(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(export(max_size="10B")) == ExitStatus.BUDGET_MISSED
+    assert "Traceback" not in capsys.readouterr().err
+    manifest = manifests.read(Path("out"))
+    assert manifest.verdict == "fail"
+    assert [check.name for check in manifest.checks if check.ok is False] == ["size_bytes"]
+    assert manifests.Artifact.of(Path("out/model.onnx")) == manifest.artifact
+    assert manifest.measured.size_bytes < manifest.baseline.size_bytes
+
+
+def test_a_full_disk_keeps_what_is_done_and_another_export_does_not_touch_it(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, journal = export(recipe="compute=int8"), Path("out/run/journal.jsonl")
+    write, room = os.write, 6000  # bytes: enough for the journal's first entries, not for the weights
+
+    def until_full(file: int, data: memoryview) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = write(file, data[:room])
+        room -= written
+        return written
+
+    monkeypatch.setattr(rundir.os, "write", until_full)
+    assert main(arguments) == ExitStatus.USER_ERROR
+    monkeypatch.undo()
+    os.chdir(here)
+    what, fix = capsys.readouterr().err.splitlines()[-2:]
+    assert "no space is left on the disk" in what
+    assert "--resume" in fix
+    done = journal.read_bytes()
+    assert b'"step":"predict/' in done
+
+    assert main([*arguments, "--resume"]) == ExitStatus.OK
+    assert journal.read_bytes().startswith(done)
+    assert journal.read_bytes().count(b'"step":"predict/') == 1
+
+    capsys.readouterr()
+    files = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    what, fix = refusal(arguments, capsys)
+    assert "out/run already holds a run" in what
+    assert "--resume" in fix
+    what, fix = refusal([*export(recipe="compute=fp32"), "--resume"], capsys)
+    assert "settings.recipe was compute=int8 and is compute=fp32" in what
+    assert "another --out" in fix
+    assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == files

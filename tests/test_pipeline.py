@@ -1,0 +1,405 @@
+"""From a checkpoint to a judged artifact: every stage real, on networks that take seconds."""
+
+import copy
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import exporting
+import networks
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from exporting import DigitNet, digits, export, policy_of, quick_target, random_task, trained_digit_net, write_policy
+from torch import Tensor, nn
+
+from hirelc_deploy import graph, pipeline
+from hirelc_deploy.budget import Budget
+from hirelc_deploy.cli import main
+from hirelc_deploy.compress.batchnorm import reestimate
+from hirelc_deploy.compress.importance import scores
+from hirelc_deploy.compress.prune import prune
+from hirelc_deploy.errors import ExitStatus, UserError
+from hirelc_deploy.policy import FP32, INT8, Policy
+from hirelc_deploy.task import ArraySource, Batch
+from hirelc_deploy.verify import accuracy, manifest as manifests
+from hirelc_deploy.verify.measure import Measurement
+
+# Points between the score that the search believed and the file's, both on the search split.
+SCORE_TOLERANCE_POINTS = 0.5
+LABELS_ALIKE_PCT = 98.5
+
+# Rounding in 32-bit floats over sums of a few hundred products.
+FLOAT_TOLERANCE = 1e-4
+
+# A step of an activation's grid that rounds the other way in the file, carried on through a few layers.
+INT8_TOLERANCE = 0.05
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Outcome:
+    """A fine-tuned INT8 network with half its channels, judged by limits that it meets; no test may change it."""
+    out = tmp_path_factory.mktemp("pipeline") / "artifact"
+    limits = {"max_drop": 90.0, "max_size_bytes": 100_000}
+    return export(out, trained_digit_net(), digits(), recipe="keep=50%,compute=int8", epochs=1, **limits)
+
+
+@pytest.fixture
+def copied(artifact: pipeline.Outcome, tmp_path: Path) -> Path:
+    """The same folder, to do anything to."""
+    return Path(shutil.copytree(artifact.folder, tmp_path / "copied"))
+
+
+class Recorded:
+    """Every pass over a split: who ran, on which split, and what came out."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.passes: list[tuple[bool, Iterable[Batch], Mapping[str, np.ndarray]]] = []
+        outputs = accuracy.outputs
+
+        def recording(run: Any, batches: Any) -> Any:
+            result = outputs(run, batches)
+            self.passes.append((callable(run), batches, result[0]))
+            return result
+
+        monkeypatch.setattr(accuracy, "outputs", recording)
+
+    def on_search(self, task: Any) -> tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]:
+        """Outputs on the search split of the simulated network and of the file."""
+        simulated = next(outputs for in_torch, batches, outputs in self.passes if in_torch and batches is task.search)
+        file = next(outputs for in_torch, batches, outputs in self.passes if not in_torch and batches is task.search)
+        return simulated, file
+
+
+def relative_error(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
+    assert found.keys() == wanted.keys()
+    return max(float(np.linalg.norm(found[name] - wanted[name]) / np.linalg.norm(wanted[name])) for name in wanted)
+
+
+def run_file(folder: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As somebody would who has nothing but the file and ONNX Runtime."""
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+
+def layer(outcome: pipeline.Outcome, name: str) -> manifests.LayerRecord:
+    return next(record for record in outcome.manifest.layers if record.name == name)
+
+
+# What is asked for is what is built
+
+
+def test_a_recipe_is_made_real(artifact: pipeline.Outcome, tmp_path: Path) -> None:
+    in_floats = export(tmp_path / "out", DigitNet(16), digits(), recipe="keep=25%,compute=fp32")
+    for outcome, compute, kept, of in ((artifact, "int8", 12, 24), (in_floats, "fp32", 8, 32)):
+        assert (outcome.status, outcome.manifest.verdict) == (ExitStatus.OK, "pass")
+        assert (layer(outcome, "down").kept, layer(outcome, "down").of) == (kept, of)
+        assert {record.compute for record in outcome.manifest.layers} == {compute}
+    assert in_floats.manifest.search.method == "recipe keep=25%,compute=fp32"
+
+
+def test_without_limits_integrity_is_judged_and_nothing_is_traded(tmp_path: Path) -> None:
+    outcome = export(tmp_path / "out", DigitNet(8), digits())
+    assert (outcome.status, outcome.manifest.verdict) == (ExitStatus.OK, "pass")
+    assert all(record.kept == record.of for record in outcome.manifest.layers)
+    assert {record.compute for record in outcome.manifest.layers} == {"int8"}
+    assert {check.name for check in outcome.manifest.checks} >= {"the file loads", "sha256", "layers run as asked"}
+
+
+def test_an_exported_policy_exported_again_is_the_same_file(artifact: pipeline.Outcome, tmp_path: Path) -> None:
+    """The policy holds all that was decided; and what it does not hold (seed, data, weights) is deterministic."""
+    again = export(tmp_path / "again", trained_digit_net(), digits(), policy=artifact.folder / "policy.json", epochs=1)
+    assert again.manifest.artifact.sha256 == artifact.manifest.artifact.sha256
+    assert (again.folder / "policy.json").read_bytes() == (artifact.folder / "policy.json").read_bytes()
+    assert again.manifest.search.method == "policy"
+
+
+def test_layers_of_a_policy_have_the_precision_and_the_count_that_it_gives_each(tmp_path: Path) -> None:
+    policy = Policy({"stem": INT8, "conv1": FP32, "down": INT8}, {"conv1": 6, "down": 10})
+    outcome = export(tmp_path / "out", DigitNet(8), digits(), policy=write_policy(tmp_path / "mine.json", policy))
+    assert {record.name: (record.kept, record.runs_as) for record in outcome.manifest.layers} == {
+        "stem": (8, "int8"),
+        "conv1": (6, "fp32"),
+        "conv2": (8, "fp32"),
+        "down": (10, "int8"),
+        "head": (10, "fp32"),
+    }
+    assert policy_of(outcome).keep == {"conv1": 6, "conv2": 8, "down": 10}  # what was left to the program is said
+
+
+def test_a_branch_that_keeps_nothing_is_gone_from_the_file(tmp_path: Path) -> None:
+    policy = write_policy(tmp_path / "shallow.json", Policy({}, {"conv1": 0}))
+    outcome = export(tmp_path / "out", DigitNet(8), digits(), policy=policy)
+    assert outcome.status == ExitStatus.OK
+    for name in ("conv1", "conv2"):
+        record = layer(outcome, name)
+        assert (record.kept, record.of, record.weight_bytes, record.tensor) == (0, 8, 0, None)
+    names = {value.name for value in onnx.load(outcome.folder / "model.onnx").graph.initializer}
+    assert len([name for name in names if name in {record.tensor for record in outcome.manifest.layers}]) == 3
+
+
+class CountingSource(ArraySource):
+    """Remembers how often each example was read."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.reads = np.zeros(len(self), int)
+
+    def take(self, indices: np.ndarray) -> Batch:
+        self.reads[indices] += 1
+        return super().take(indices)
+
+
+def test_a_search_holds_every_limit_and_never_looks_at_the_test_split(tmp_path: Path) -> None:
+    """Each test example is read once, for the file that was chosen, and not again when a finished run is resumed."""
+    task = random_task(source=CountingSource, x=(1, 8, 8))
+    short, limits = quick_target(tmp_path, channel_multiple=8), {"max_size_bytes": 10_000, "max_drop": 90.0}
+    model = DigitNet(8)
+    outcome = export(tmp_path / "out", model, task, target=short, epochs=1, **limits)
+    manifest = outcome.manifest
+    assert (outcome.status, manifest.verdict) == (ExitStatus.OK, "pass")
+    assert manifest.measured.size_bytes <= 10_000 < manifest.baseline.size_bytes
+    assert {check.name: check.ok for check in manifest.checks}.items() >= {"size_bytes": True, "drop": True}.items()
+    assert (manifest.search.method, manifest.search.evaluations) == ("recipe", 1)
+    assert task.train.source.reads.max() > 1
+    assert set(task.test.source.reads) == {1}
+
+    again = export(tmp_path / "out", model, task, target=short, epochs=1, resume=True, **limits)
+    assert set(task.test.source.reads) == {1}
+    assert again.manifest.measured == manifest.measured
+    assert again.manifest.artifact == manifest.artifact
+
+
+def test_a_missed_limit_fails_and_the_file_is_written_all_the_same(tmp_path: Path) -> None:
+    outcome = export(tmp_path / "out", DigitNet(8), digits(), recipe="keep=50%,compute=int8", max_drop=-200.0)
+    assert (outcome.status, outcome.manifest.verdict) == (ExitStatus.BUDGET_MISSED, "fail")
+    assert [check.name for check in outcome.manifest.checks if check.ok is False] == ["drop"]
+    assert run_file(outcome.folder, digits().example)["output"].shape == (8, 10)
+
+
+# What was believed is what was measured
+
+
+def test_the_simulated_network_decides_as_the_file_does(
+    artifact: pipeline.Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = Recorded(monkeypatch)
+    outcome = export(tmp_path / "out", trained_digit_net(), digits(), recipe="keep=75%,compute=int8", epochs=2)
+    simulated, file = recorded.on_search(digits())
+    assert digits().agreement(simulated, file) >= LABELS_ALIKE_PCT
+    manifest = outcome.manifest
+    assert manifest.error.accuracy_points is not None
+    assert abs(manifest.error.accuracy_points) <= SCORE_TOLERANCE_POINTS
+    assert manifest.measured.accuracy_search == pytest.approx(digits().score(file, digits().search.targets), rel=1e-5)
+    assert manifest.predicted.size_bytes == manifest.measured.size_bytes
+
+
+def test_the_file_scores_what_the_manifest_says(artifact: pipeline.Outcome) -> None:
+    measured = artifact.manifest.measured
+    for split, said in ((digits().test, measured.accuracy), (digits().search, measured.accuracy_search)):
+        outputs, targets = accuracy.outputs(lambda inputs: run_file(artifact.folder, inputs), split)
+        assert said == pytest.approx(digits().score(outputs, targets), rel=1e-5)
+
+
+# Networks of other kinds
+
+
+def test_behind_a_channel_last_flatten_the_right_columns_stay(tmp_path: Path) -> None:
+    """A cut that is consistent but wrong would run, and agree with its own simulation: the original judges it."""
+    task = random_task(batch=80, x=(3, 8, 8))  # one batch: statistics of one data set are then the same however taken
+    model = networks.build("channel_last").model.eval()
+    reestimate(model, (graph.tensors(inputs) for inputs, _ in task.train))  # as the pass will do after its cut
+    outcome = export(tmp_path / "out", model, task, recipe="keep=50%,compute=fp32")
+    assert {name: layer(outcome, name).kept for name in ("conv1", "conv2", "head")} == {
+        "conv1": 4,
+        "conv2": 6,
+        "head": 5,
+    }
+    assert any(note.startswith("conv2: ") for note in outcome.manifest.notes)
+
+    traced = graph.trace(model, task.example)
+    kept = prune(model, traced, policy_of(outcome), scores(model, traced, "l2")).kept["conv1"]
+    silenced = copy.deepcopy(model)
+    with torch.no_grad():
+        for channel in set(range(8)) - set(kept):
+            silenced.norm1.weight[channel] = silenced.norm1.bias[channel] = 0.0
+    inputs = task.test.take(np.arange(5))[0]
+    wanted = {name: value.detach().numpy() for name, value in graph.forward(silenced, graph.tensors(inputs)).items()}
+    assert relative_error(run_file(outcome.folder, inputs), wanted) < FLOAT_TOLERANCE
+
+
+def test_a_channel_last_network_in_int8_computes_what_was_simulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded, task = Recorded(monkeypatch), random_task(x=(3, 8, 8))
+    export(tmp_path / "out", networks.build("channel_last").model, task, recipe="keep=50%,compute=int8", epochs=1)
+    simulated, file = recorded.on_search(task)
+    assert relative_error(file, simulated) < INT8_TOLERANCE
+
+
+class WithoutGradients(nn.Module):
+    """Made for inference: torch-pruning, which follows gradients, finds nothing to follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3)))
+
+
+def test_a_network_that_cannot_be_traced_is_quantised_and_the_user_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = export(tmp_path / "out", WithoutGradients(), random_task(x=(3, 8, 8)), recipe="keep=50%,compute=int8")
+    assert [(record.kept, record.of, record.runs_as) for record in outcome.manifest.layers] == [
+        (8, 8, "int8"),
+        (8, 8, "int8"),
+        (5, 5, "int8"),
+    ]
+    assert outcome.status == ExitStatus.OK
+    (note,) = (note for note in outcome.manifest.notes if note.startswith("model: "))
+    assert "no channels can be removed" in note
+    assert note in capsys.readouterr().err
+
+
+def test_several_inputs_and_nested_outputs_keep_their_names(tmp_path: Path) -> None:
+    task = random_task(sound=(4,), x=(3, 8, 8))
+    model = networks.build("two_inputs").model
+    outcome = export(tmp_path / "out", model, task, recipe="keep=50%,compute=int8", epochs=1)
+    assert outcome.status == ExitStatus.OK
+    assert layer(outcome, "hear1").kept == 6
+    outputs = run_file(outcome.folder, task.test.take(np.arange(3))[0])
+    assert {name: array.shape for name, array in outputs.items()} == {"logits": (3, 5), "more.0": (3, 4)}
+
+
+def test_a_task_with_another_score_is_judged_in_its_unit_and_direction(tmp_path: Path) -> None:
+    """The mean error of the regression example, in degrees: more is worse, and a drop is a rise of the error."""
+    example = exporting.ROOT / "examples" / "regression"
+    outcome = export(
+        tmp_path / "out",
+        model=f"{example / 'network.py'}:network",
+        data=f"{example / 'task.py'}:task",
+        checkpoint=example / "checkpoint.safetensors",
+        recipe="keep=75%,compute=int8",
+        max_drop=0.05,
+    )
+    measured, baseline = outcome.manifest.measured, outcome.manifest.baseline
+    assert outcome.manifest.task.unit == "degrees"
+    assert measured.accuracy is not None
+    assert baseline.accuracy is not None
+    assert measured.accuracy > baseline.accuracy
+    assert measured.drop_points == pytest.approx(measured.accuracy - baseline.accuracy, rel=1e-4)
+    assert outcome.status == ExitStatus.BUDGET_MISSED
+    assert main(["gate", str(outcome.folder), "--max-drop", "40"]) == ExitStatus.OK
+
+
+def test_a_transformer_of_the_transformers_library(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = ViTForImageClassification(
+            ViTConfig(
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=32,
+                image_size=8,
+                patch_size=4,
+                num_labels=5,
+            )
+        )
+    model.save_pretrained(tmp_path / "vit")
+    task = random_task(pixel_values=(3, 8, 8))
+    outcome = export(tmp_path / "out", task=task, model=f"hf:{tmp_path / 'vit'}", recipe="keep=50%,compute=int8")
+    assert outcome.status == ExitStatus.OK
+    assert {record.runs_as for record in outcome.manifest.layers} == {"int8"}
+    assert outcome.manifest.layers[0].name.endswith("patch_embeddings.projection")
+    narrowed = {record.name for record in outcome.manifest.layers if record.kept == 16 and record.of == 32}
+    assert len(narrowed) == 2  # the inner width of both MLPs; heads and the residual width stay
+    assert run_file(outcome.folder, task.test.take(np.arange(3))[0])["logits"].shape == (3, 5)
+
+
+# Measured again, judged again
+
+
+def test_verify_measures_again_and_keeps_what_was_believed(copied: Path) -> None:
+    before = manifests.read(copied)
+    scored = {"accuracy": 1.0, "accuracy_search": 2.0}
+    forged = before.model_copy(update={"measured": before.measured.model_copy(update=scored), "created": "long ago"})
+    manifests.write(forged, copied)
+    outcome = pipeline.verify(copied, task=digits())
+    assert outcome.status == ExitStatus.OK
+    assert manifests.read(copied) == outcome.manifest
+    assert outcome.manifest.measured.accuracy == before.measured.accuracy
+    assert outcome.manifest.measured.accuracy_search == before.measured.accuracy_search
+    assert outcome.manifest.created != "long ago"
+    for kept in ("predicted", "artifact", "layers", "budget", "search"):
+        assert getattr(outcome.manifest, kept) == getattr(before, kept)
+
+
+def test_verify_refuses_other_data_and_leaves_the_figures(copied: Path) -> None:
+    before = (copied / "manifest.json").read_bytes()
+    with pytest.raises(UserError, match="not the data that this artifact was measured on"):
+        pipeline.verify(copied, task=random_task(x=(1, 8, 8)))
+    assert (copied / "manifest.json").read_bytes() == before
+
+
+def test_a_network_that_is_slower_is_noted_once_however_often_it_is_measured(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = manifests.read(copied)
+    speedups = iter([0.5, 0.625, 1.5])
+
+    def measure(*_: Any, **__: Any) -> Measurement:
+        measured = manifest.measured.model_copy(update={"speedup": next(speedups)})
+        runs_as = {record.name: record.runs_as for record in manifest.layers}
+        return Measurement(baseline=manifest.baseline, measured=measured, runs_as=runs_as, clock="cpu")
+
+    monkeypatch.setattr(pipeline, "measure", measure)
+    lasting = tuple(note for note in manifest.notes if "slower" not in note)
+    for speedup in ("0.5", "0.62"):
+        notes = pipeline.verify(copied, task=digits()).manifest.notes
+        assert notes[:-1] == lasting
+        assert speedup in notes[-1]
+    assert pipeline.verify(copied, task=digits()).manifest.notes == lasting
+
+
+def test_gate_passes_as_exported_and_fails_when_one_byte_is_another(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["gate", str(copied)]) == ExitStatus.OK
+    assert pipeline.gate(copied, Budget()).manifest.verdict == "pass"
+    file = copied / "model.onnx"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    capsys.readouterr()
+    assert main(["gate", str(copied)]) == ExitStatus.BUDGET_MISSED
+    assert "sha256" in capsys.readouterr().out
+    outcome = pipeline.gate(copied, Budget())
+    assert (outcome.status, outcome.manifest.verdict) == (ExitStatus.BUDGET_MISSED, "fail")
+
+
+@pytest.mark.parametrize(
+    ("limit", "name"), [("--max-size=1KB", "size_bytes"), ("--max-drop=-90", "drop"), ("--min-speedup=1e6", "speedup")]
+)
+def test_gate_holds_a_folder_to_stricter_limits(artifact: pipeline.Outcome, limit: str, name: str) -> None:
+    before = (artifact.folder / "manifest.json").read_bytes()
+    assert main(["gate", str(artifact.folder), limit]) == ExitStatus.BUDGET_MISSED
+    assert (artifact.folder / "manifest.json").read_bytes() == before
+
+
+def test_a_report_is_written_again_from_the_manifest(copied: Path) -> None:
+    page = (copied / "report.html").read_bytes()
+    (copied / "report.html").unlink()
+    assert main(["report", str(copied)]) == ExitStatus.OK
+    assert (copied / "report.html").read_bytes() == page

@@ -1,0 +1,437 @@
+"""What is trained under is what the file computes; taking it off leaves the float weights and nothing else."""
+
+import copy
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import networks
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from exporting import hasten
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from hirelc_deploy.compress.batchnorm import reestimate
+from hirelc_deploy.compress.prune import prune
+from hirelc_deploy.compress.simulate import RANGE_MOMENTUM, Simulation, simulated
+from hirelc_deploy.exporters import load_runtime
+from hirelc_deploy.exporters._float import FloatGraph
+from hirelc_deploy.exporters._qdq import plan
+from hirelc_deploy.graph import forward, trace
+from hirelc_deploy.graph.trial import jitter
+from hirelc_deploy.graph.vanish import Bypass, Gone
+from hirelc_deploy.policy import INT8, Compute, PerChannel, Policy, Precision, Storage
+
+hasten()
+
+RUNTIME = load_runtime("onnxruntime")
+LARGEST = 63  # codes that saturate on no CPU, so that the file computes the same on all of them
+INT8_STORED = Precision(Storage("int", 8, PerChannel()), Compute.FP32)
+EXAMPLES = 32
+FILES = ["residual", "inverted", "attention", "mlp", "called_twice", "tied_twice"]
+
+# The file also rounds biases, and what a convolution writes before an addition; INT8 itself is off by 0.01 to 0.02.
+SIMULATION_TOLERANCE = 0.005
+
+# Extremes of the same values, summed in another order by another library.
+FLOAT_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network with BatchNorm statistics worth folding, one batch for it, and the layers that can be int8."""
+
+    model: nn.Module
+    inputs: dict[str, Tensor]
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {name: tensor.numpy() for name, tensor in self.inputs.items()}
+
+    @property
+    def int8(self) -> dict[str, Precision]:
+        able = (nn.Conv1d, nn.Conv2d, nn.Linear)
+        return {name: INT8 for name, module in self.model.named_modules() if isinstance(module, able)}
+
+
+def build(name: str) -> Case:
+    if name == "mlp":
+        model: nn.Module = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 5))
+        small = networks.Case(model, {"input": torch.zeros(2, 6)})
+    else:
+        small = networks.build(name)
+    random = torch.Generator().manual_seed(3)
+    inputs = {n: torch.randn(EXAMPLES, *x.shape[1:], generator=random) for n, x in small.example.items()}
+    return Case(jitter(small.model).eval(), inputs)
+
+
+@cache
+def exported(name: str) -> tuple[Case, FloatGraph]:
+    """A case that no test changes, and its float graph, which takes a second or two."""
+    case = build(name)
+    return case, RUNTIME.float_graph(case.model, case.arrays, opset=18)
+
+
+def run_simulated(case: Case) -> dict[str, np.ndarray]:
+    model = copy.deepcopy(case.model)
+    with torch.no_grad(), simulated(model, case.int8, largest=LARGEST) as simulation:
+        simulation.calibrate([case.inputs])
+        return {name: output.numpy() for name, output in forward(model, case.inputs).items()}
+
+
+def relative_error(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:
+    assert found.keys() == wanted.keys()
+    return max(float(np.linalg.norm(found[n] - wanted[n]) / np.linalg.norm(wanted[n])) for n in wanted)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_simulation_computes_what_the_file_computes(name: str, tmp_path: Path) -> None:
+    case, graph = exported(name)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(RUNTIME.write(graph, case.int8, calibration=[case.arrays], largest=LARGEST).data)
+    from_file = RUNTIME.load(path, threads=1).run(case.arrays)
+    with torch.no_grad():
+        floats = {n: output.numpy() for n, output in forward(case.model, case.inputs).items()}
+
+    error = relative_error(run_simulated(case), from_file)
+    assert error < SIMULATION_TOLERANCE
+    assert error < relative_error(floats, from_file) / 2  # nearer to the file than the float model is
+
+
+def inputs_of_layers(graph: FloatGraph) -> dict[str, str]:
+    """Name of a simulated grid -> the tensor of the float graph that is read there."""
+    layers = defaultdict(list)
+    for layer, stored in sorted(graph.weights.items()):  # tied ones by name, as they are called
+        layers[stored].append(layer)
+    read = {}
+    calls: dict[str, int] = defaultdict(int)
+    for node in graph.model.graph:
+        second = node.inputs[1] if len(node.inputs) > 1 else None
+        weight = second.name if second is not None else None
+        if weight is None or weight not in layers:
+            continue
+        calls[weight] += 1
+        tied = layers[weight][1:]
+        again = f"#{calls[weight]}" if calls[weight] > 1 and not tied else ""
+        source = node.inputs[0]
+        assert source is not None
+        assert source.name is not None
+        read[layers[weight][calls[weight] - 1 if tied else 0] + again] = source.name
+    return read
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_ranges_are_those_that_the_exporter_calibrates(name: str) -> None:
+    """Of the float model, over all batches: rounded weights would shift them, and the file with them."""
+    case, graph = exported(name)
+    layout = plan(graph, case.int8)
+    halves = [{n: x[:20] for n, x in case.inputs.items()}, {n: x[20:] for n, x in case.inputs.items()}]
+    ranges = RUNTIME._ranges(graph, layout, [{n: x.numpy() for n, x in half.items()} for half in halves])  # type: ignore[attr-defined]
+    model = copy.deepcopy(case.model)
+    with simulated(model, case.int8, largest=LARGEST) as simulation:
+        simulation.calibrate(halves)
+    read = inputs_of_layers(graph)
+    assert simulation.grids.keys() == read.keys()
+    for grid, tensor in read.items():
+        seen = ranges[layout.tensors[tensor].same_grid_as or tensor]
+        found = (simulation.grids[grid].low.item(), simulation.grids[grid].high.item())
+        assert found == pytest.approx((seen.low, seen.high), rel=FLOAT_TOLERANCE, abs=FLOAT_TOLERANCE), grid
+
+
+@pytest.mark.parametrize("name", ["residual", "inverted", "attention"])
+def test_weights_are_the_codes_of_the_file_times_their_scale(name: str) -> None:
+    """BatchNorm is folded in the file and not in the simulation: with one scale a channel the two commute."""
+    case, graph = exported(name)
+    written = RUNTIME.write(graph, case.int8, calibration=[case.arrays], largest=LARGEST)
+    stored = decoded_weights(written.data)
+    model = copy.deepcopy(case.model)
+    norms = dict(zip(*norm_behind(model), strict=True))
+    folded = 0
+    with torch.no_grad(), simulated(model, case.int8, largest=LARGEST):
+        for layer, tensor in written.tensors.items():
+            weight = model.get_submodule(layer).weight
+            assert isinstance(weight, Tensor)
+            norm = norms.get(layer)
+            if norm is not None:
+                folded += 1
+                assert norm.running_var is not None
+                factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+                weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+            found = stored[tensor].T if stored[tensor].shape != tuple(weight.shape) else stored[tensor]
+            if weight.dim() == 2 and not np.allclose(found, weight.numpy(), rtol=FLOAT_TOLERANCE):
+                found = found.T  # a square one that is written as MatMul
+            np.testing.assert_allclose(found, weight.numpy(), rtol=FLOAT_TOLERANCE)
+    assert folded == len(norms)
+
+
+def decoded_weights(data: bytes) -> dict[str, np.ndarray]:
+    """Name of the stored codes -> codes times scale, as DequantizeLinear does it."""
+    graph = onnx.load_from_string(data).graph
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    decoded = {}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in arrays and arrays[node.input[0]].ndim > 1:
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+            codes, scale = arrays[node.input[0]], arrays[node.input[1]]
+            shape = [-1 if a == axis else 1 for a in range(codes.ndim)]
+            decoded[node.input[0]] = codes.astype(np.float32) * scale.reshape(shape)
+    return decoded
+
+
+def norm_behind(model: nn.Module) -> tuple[list[str], list[nn.BatchNorm2d]]:
+    """Convolutions and the BatchNorm that is defined right behind each: true of the networks used here."""
+    modules = list(model.named_modules())
+    pairs = [
+        (name, norm)
+        for (name, layer), (_, norm) in itertools.pairwise(modules)
+        if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    ]
+    return [name for name, _ in pairs], [norm for _, norm in pairs]
+
+
+def leftovers(model: nn.Module) -> list[str]:
+    """Modules with a hook or a parametrization."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if module._forward_pre_hooks or module._forward_hooks or parametrize.is_parametrized(module)
+    ]
+
+
+@pytest.mark.parametrize("name", ["inverted", "tied_twice"])
+def test_what_stays_is_the_trained_float_weights_and_nothing_else(name: str) -> None:
+    case = build(name)
+    before = {key: tensor.clone() for key, tensor in case.model.state_dict().items()}
+    types = [type(module) for module in case.model.modules()]
+    with simulated(case.model, case.int8, largest=LARGEST) as simulation:
+        simulation.calibrate([case.inputs])
+        assert leftovers(case.model)
+        with torch.no_grad():
+            for parameter in case.model.parameters():
+                parameter.add_(1e-4)  # less than a step of the grid
+    after = case.model.state_dict()
+    assert not leftovers(case.model)
+    assert [type(module) for module in case.model.modules()] == types
+    assert after.keys() == before.keys()
+    for key in dict(case.model.named_parameters()):
+        assert torch.equal(after[key], before[key] + 1e-4), key
+
+
+def test_the_simulation_goes_even_if_training_fails() -> None:
+    case = build("mlp")
+    with pytest.raises(KeyError), simulated(case.model, case.int8, largest=LARGEST):
+        raise KeyError
+    assert not leftovers(case.model)
+
+
+def test_tied_weights_stay_tied_and_train_as_one() -> None:
+    case = build("tied_twice")
+    model = case.model
+    assert isinstance(model, networks.TiedTwice)
+    parameters = len(list(model.parameters()))
+    with simulated(model, case.int8, largest=LARGEST) as simulation:
+        simulation.calibrate([case.inputs])
+        assert len(list(model.parameters())) == parameters
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        forward(model, case.inputs)["output"].square().sum().backward()
+        optimizer.step()
+        assert torch.equal(model.one.weight, model.other.weight)
+    assert model.one.weight is model.other.weight
+
+
+def test_each_call_of_a_layer_has_a_range_of_its_own() -> None:
+    """A mean of both ranges, which is what one grid would come to in training, cuts off the wider."""
+    case = build("called_twice")
+    with simulated(case.model, case.int8, largest=LARGEST) as simulation:
+        simulation.calibrate([case.inputs])
+        simulation.train(True)
+        first, second = (simulation.grids[name].high.item() for name in ("again", "again#2"))
+        for _ in range(20):
+            forward(case.model, case.inputs)
+        assert simulation.grids.keys() == {"first", "again", "again#2", "wide", "head"}
+        # the weights are on their grid now, and the ranges with them
+        assert simulation.grids["again"].high.item() == pytest.approx(first, rel=0.02)
+        assert simulation.grids["again#2"].high.item() == pytest.approx(second, rel=0.02)
+        assert first > 1.5 * second
+
+
+def test_gradients_reach_every_weight_and_the_inputs() -> None:
+    case = build("inverted")
+    inputs = {name: tensor.clone().requires_grad_() for name, tensor in case.inputs.items()}
+    with simulated(case.model, case.int8, largest=LARGEST) as simulation:
+        simulation.calibrate([case.inputs])
+        forward(case.model, inputs)["output"].square().sum().backward()
+    for name, tensor in (*case.model.named_parameters(), *inputs.items()):
+        assert tensor.grad is not None, name
+        assert tensor.grad.isfinite().all(), name
+        assert tensor.grad.abs().sum() > 0, name
+
+
+def test_ranges_follow_in_training_and_are_held_outside() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    with simulated(model, {"0": INT8}, largest=LARGEST) as simulation:
+        simulation.calibrate([{"input": torch.linspace(-1, 1, 8).reshape(2, 4)}])
+        wide = {"input": torch.linspace(-3, 5, 8).reshape(2, 4)}
+        forward(model, wide)
+        model.train()
+        forward(model, wide)  # the model's own mode is BatchNorm's and Dropout's, not the ranges'
+        grid = simulation.grids["0"]
+        assert (grid.low.item(), grid.high.item()) == (-1, 1)
+        simulation.train(True)
+        forward(model, wide)
+        moved = (-1 + RANGE_MOMENTUM * (-3 - -1), 1 + RANGE_MOMENTUM * (5 - 1))
+        assert (grid.low.item(), grid.high.item()) == pytest.approx(moved)
+        simulation.train(False)
+        forward(model, wide)
+        assert (grid.low.item(), grid.high.item()) == pytest.approx(moved)
+
+
+def test_calibrating_again_forgets_what_was_seen() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    with simulated(model, {"0": INT8}, largest=LARGEST) as simulation:
+        simulation.calibrate([{"input": 100 * torch.ones(2, 4)}])
+        simulation.calibrate([{"input": torch.linspace(-1, 1, 8).reshape(2, 4)}])
+        assert (simulation.grids["0"].low, simulation.grids["0"].high) == (-1, 1)
+
+
+def test_a_range_that_was_never_seen_is_no_range() -> None:
+    """A grid of no width would make every input zero, and the score a wrong number."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    with simulated(model, {"0": INT8}, largest=LARGEST), pytest.raises(ValueError, match="calibrate first"):
+        forward(model, {"input": torch.ones(2, 4)})
+
+
+def test_activations_are_rounded_to_256_values() -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(layer.weight)
+    model = nn.Sequential(layer)
+    x = torch.linspace(-1, 3, 10_001)[:, None]
+    with torch.no_grad(), simulated(model, {"0": INT8}, largest=127) as simulation:
+        simulation.calibrate([{"input": x}])
+        rounded = forward(model, {"input": x})["output"]
+        outside = forward(model, {"input": torch.tensor([[-9.0], [0.0], [9.0]])})["output"].flatten()
+    step = 4 / 255
+    # half a step, and the zero point's own rounding at the ends
+    assert (rounded - x).abs().max() <= step
+    assert len(rounded.unique()) == 256
+    assert outside[1] == 0
+    assert outside.tolist() == pytest.approx([-1, 0, 3], abs=step)
+
+
+def test_stored_in_int8_and_computed_in_fp32_rounds_weights_alone() -> None:
+    case = build("mlp")
+    precisions = dict.fromkeys(case.int8, INT8_STORED)
+    floats = {name: case.model.get_submodule(name).weight for name in precisions}
+    with torch.no_grad(), simulated(case.model, precisions, largest=LARGEST) as simulation:
+        found = forward(case.model, case.inputs)["output"]
+        assert not simulation.grids
+        rounded = {name: case.model.get_submodule(name).weight for name in precisions}
+    for name, weight in rounded.items():
+        assert isinstance(weight, Tensor)
+        assert 0 < (weight - floats[name]).abs().max() < weight.abs().max() / LARGEST  # type: ignore[operator]
+        case.model.get_submodule(name).weight = nn.Parameter(weight)
+    with torch.no_grad():
+        assert torch.equal(found, forward(case.model, case.inputs)["output"])
+
+
+def test_ranges_come_back_from_a_checkpoint() -> None:
+    case = build("called_twice")
+    with torch.no_grad(), simulated(case.model, case.int8, largest=LARGEST) as simulation:
+        simulation.calibrate([case.inputs])
+        state = {key: tensor.clone() for key, tensor in simulation.state_dict().items()}
+        before = forward(case.model, case.inputs)["output"]
+    with torch.no_grad(), simulated(case.model, case.int8, largest=LARGEST) as again:
+        again.load_state_dict(state)
+        assert torch.equal(forward(case.model, case.inputs)["output"], before)
+        assert again.state_dict() == state
+
+
+def test_layers_that_are_gone_are_passed_over() -> None:
+    """The policy names every layer of the original; what stands in a branch's place has no weight to round."""
+    case = build("residual")
+    graph = trace(case.model, case.inputs)
+    keep = {group.name: 0 for group in graph.groups if 0 in group.legal}
+    model = prune(case.model, graph, Policy({}, keep), {}).model
+    gone = {layer for name in keep for layer in graph.group[name].gone_at_zero}
+    assert {type(model.get_submodule(name)) for name in gone} == {Gone, Bypass}
+    with torch.no_grad(), simulated(model, case.int8, largest=LARGEST) as simulation:
+        simulation.calibrate([case.inputs])
+        output = forward(model, case.inputs)["output"]
+    assert simulation.grids.keys() == case.int8.keys() - gone
+    assert output.isfinite().all()
+    assert not leftovers(model)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(input=x)
+
+
+def test_a_layer_that_is_called_by_keyword_is_rounded_as_well() -> None:
+    model = ByKeyword()
+    inputs = {"x": torch.randn(8, 4, generator=torch.Generator().manual_seed(0))}
+    with torch.no_grad(), simulated(model, {"layer": INT8}, largest=LARGEST) as simulation:
+        simulation.calibrate([inputs])
+        by_keyword = forward(model, inputs)["output"]
+        assert torch.equal(
+            by_keyword, F.linear(simulation.grids["layer"].round(inputs["x"]), model.layer.weight, model.layer.bias)
+        )
+
+
+# -- statistics of BatchNorm ---------------------------------------------------------------------------------
+
+
+def batches(channels: int = 3) -> list[dict[str, Tensor]]:
+    random = torch.Generator().manual_seed(0)
+    return [{"input": 2 * torch.randn(n, channels, 4, 4, generator=random) + n} for n in (6, 5, 5)]
+
+
+def test_statistics_are_the_average_over_all_batches() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(3, momentum=0.3), nn.Conv2d(3, 2, 1))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model.train()
+    reestimate(model, batches())
+    norm = model[1]
+    inputs = [batch["input"] for batch in batches()]
+    mean = torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0)
+    variance = torch.stack([x.var((0, 2, 3)) for x in inputs]).mean(0)
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, variance)
+    assert norm.momentum == 0.3
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_deeper_norm_sees_what_the_norms_before_it_make_of_each_batch() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    reestimate(model, batches())
+    torch.testing.assert_close(model[1].running_mean, torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(model[1].running_var, torch.ones(3), atol=0.02, rtol=0)
+
+
+def test_a_model_without_statistics_is_not_run() -> None:
+    unread = iter(batches())
+    reestimate(nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2, track_running_stats=False)), unread)
+    assert len(list(unread)) == len(batches())
+
+
+def test_statistics_under_a_simulation_are_those_of_rounded_weights() -> None:
+    """As fine-tuning leaves them: the file's weights are rounded, and its BatchNorm is folded from these."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    simulation = Simulation(model, {"0": INT8_STORED}, largest=3)
+    reestimate(model, batches())
+    with torch.no_grad():
+        means = [model[0](batch["input"]).mean((0, 2, 3)) for batch in batches()]
+    simulation.remove()
+    torch.testing.assert_close(model[1].running_mean, torch.stack(means).mean(0))
