@@ -26,7 +26,8 @@ $(VENV)/.installed: pyproject.toml constraints-cpu.txt
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/hirelc-deploy demo
+	rm -rf out/demo
+	$(BIN)/hirelc-deploy demo --out out/demo
 
 # One thread a worker: two workers that take all cores each only wait for one another.
 test: lint

@@ -22,7 +22,7 @@ BUDGETS = {
     "wide": {"max_size_bytes": 111_000, "min_speedup": 4.0, "max_drop": 1.0},
     "small": {"max_size_bytes": 77_500, "min_speedup": 2.0, "max_drop": 1.0},
 }
-EPOCHS = 12
+EPOCHS = {"wide": 12, "small": 6}
 
 
 def run(name: str, out: Path) -> Outcome:
@@ -34,7 +34,7 @@ def run(name: str, out: Path) -> Outcome:
             checkpoint=EXAMPLE / "checkpoints" / f"{name}.safetensors",
             data=f"{EXAMPLE}/task.py:task",
             recipe=RECIPES[name],
-            epochs=EPOCHS,
+            epochs=EPOCHS[name],
             out=out,
             resume=True,
             **BUDGETS[name],  # type: ignore[arg-type]

@@ -1,9 +1,11 @@
 """The README's table of figures, from the result files: python benchmarks/figures.py --write
 
-Without --write the table is printed.  A test holds README and result files together.
+Without --write the table is printed.  `--record NAME=DIR` takes the manifest of an artifact folder as the result
+file of that name first.  A test holds README and result files together.
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 from hirelc_deploy.verify.manifest import Manifest
@@ -60,7 +62,12 @@ def with_table(readme: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
-    if parser.parse_args().write:
+    parser.add_argument("--record", metavar="NAME=DIR", help="copy DIR/manifest.json to results/export_NAME.json")
+    options = parser.parse_args()
+    if options.record:
+        name, _, folder = options.record.partition("=")
+        shutil.copy(Path(folder) / "manifest.json", RESULTS / f"export_{name}.json")
+    if options.write:
         README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         print(table())

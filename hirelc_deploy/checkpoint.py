@@ -247,6 +247,8 @@ def _unreadable(path: Path, error: Exception) -> UserError:
             fix="where you trust it, save its weights alone: torch.save(model.state_dict(), FILE)",
         )
     first_line = (str(error).splitlines() or [""])[0]
+    if "weights_only" in first_line:  # torch advises to read it all the same, which could run code
+        first_line = "it is not plain weights"
     return UserError(
         f"{path.name} is no whole checkpoint: {type(error).__name__}: {first_line}",
         fix="copy it again, or save it again with torch.save(model.state_dict(), FILE)",

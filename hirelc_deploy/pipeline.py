@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from hirelc_deploy.search import recipe as recipes
 from hirelc_deploy.search.space import Choice
 from hirelc_deploy.task import check_labels
 from hirelc_deploy.verify import judge, manifest as manifests
+from hirelc_deploy.verify.accuracy import Outputs
 from hirelc_deploy.verify.environment import environment
 from hirelc_deploy.verify.manifest import Artifact, LayerRecord, Manifest, Predicted, PredictionError
 from hirelc_deploy.verify.measure import BASELINE_FILE, Measurement, measure
@@ -81,11 +82,14 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
         seconds = run.step("seconds of search", lambda: time.monotonic() - began)
         policy = choice.best.policy
 
-        exported = bench.write(bench.compressed(policy).model, policy)
+        compressed = bench.compressed(policy).model
+        exported = bench.write(compressed, policy)
         file = f"model{bench.runtime.suffix}"
         _write(settings.out, {file: exported.data, BASELINE_FILE: bench.write_baseline().data})
         _write(settings.out, {POLICY_FILE: _json(policy.to_dict())})
-        seen = _measured(run, settings, target, task, file, exported.tensors)
+        seen = _measured(
+            run, settings, bench, file, exported.tensors, lambda: bench.simulated_outputs(compressed, policy)
+        )
 
         manifest = Manifest(
             schema=manifests.SCHEMA,
@@ -99,7 +103,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             baseline=seen.baseline,
             predicted=_predicted(choice),
             measured=seen.measured,
-            error=PredictionError.between(_predicted(choice), seen.measured),
+            error=PredictionError.between(_predicted(choice), seen.measured, agreement=seen.simulated_agreement),
             layers=_layer_records(network, policy, exported, seen.runs_as),
             search=manifests.SearchRecord(
                 method=_method(settings),
@@ -149,7 +153,7 @@ def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" =
             ),
             "baseline": seen.baseline,
             "measured": seen.measured,
-            "error": PredictionError.between(manifest.predicted, seen.measured),
+            "error": PredictionError.between(manifest.predicted, seen.measured, agreement=manifest.error.agreement),
             "layers": tuple(
                 layer.model_copy(update={"runs_as": seen.runs_as.get(layer.name)}) for layer in manifest.layers
             ),
@@ -254,7 +258,12 @@ def _method(settings: ExportSettings) -> str:
 
 
 def _measured(
-    run: RunFolder, settings: ExportSettings, target: Target, task: "Task", file: str, tensors: Mapping[str, str]
+    run: RunFolder,
+    settings: ExportSettings,
+    bench: Workbench,
+    file: str,
+    tensors: Mapping[str, str],
+    simulated: Callable[[], Outputs],
 ) -> Measurement:
     """Measured once a run: a resumed one does not open the test split again."""
     seen = run.step(
@@ -263,13 +272,14 @@ def _measured(
             settings.out,
             file,
             tensors,
-            task,
-            load_runtime(target.runtime.name),
+            bench.task,
+            bench.runtime,
             threads=settings.threads,
             batch=settings.batch,
-            seconds=target.timing.min_seconds,
-            warmup=target.timing.warmup_rounds,
             seed=settings.seed,
+            simulated=simulated(),
+            seconds=bench.target.timing.min_seconds,
+            warmup=bench.target.timing.warmup_rounds,
         ).model_dump(mode="json"),
     )
     return Measurement.model_validate(seen)

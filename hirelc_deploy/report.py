@@ -153,13 +153,22 @@ def _gains(manifest: Manifest) -> tuple[Row, ...]:
     drop = text.quantity("drop", measured.drop_points, unit)
     if measured.drop_ci95 is not None:
         drop += " [{:.2f}, {:.2f}]".format(*measured.drop_ci95)
-    agreement = [] if measured.agreement is None else [Row("agreement", after=text.score(measured.agreement, "%"))]
+    speedup = text.quantity("speedup", measured.speedup, unit)
+    if measured.speedup_ci95 is not None:
+        speedup += " [{:.2f}, {:.2f}]".format(*measured.speedup_ci95)
+    agreement = [] if measured.agreement is None else [_agreement(manifest)]
     return (
         _row(manifest, "compression", "compression", after=text.times(measured.compression)),
-        _row(manifest, "speed-up", "speedup", after=text.quantity("speedup", measured.speedup, unit)),
+        _row(manifest, "speed-up", "speedup", after=speedup),
         _row(manifest, "drop", "drop", after=drop),
         *agreement,
     )
+
+
+def _agreement(manifest: Manifest) -> Row:
+    """Of the file with the original on the test split; as predicted, of the file with its simulation on search."""
+    after, simulated = manifest.measured.agreement, manifest.error.agreement
+    return Row("agreement", after=_score(after, "%"), predicted="" if simulated is None else text.score(simulated, "%"))
 
 
 def _row(

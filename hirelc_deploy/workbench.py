@@ -170,7 +170,7 @@ class Workbench:
     @cached_property
     def original_score(self) -> float:
         """Of the original on the search split."""
-        return self.run.step("original score", lambda: self._score(self.model))
+        return self.run.step("original score", lambda: self._score(self._search_outputs(self.model)))
 
     # -- a policy made real ----------------------------------------------------------------------------------
 
@@ -180,7 +180,7 @@ class Workbench:
         weights = self.run.blob(f"weights/{name}", lambda: self._trained(self._pruned(policy), policy, name))
         model = self._pruned(policy)  # a new one, so that a resumed run goes on with the very same tensors
         model.load_state_dict(safetensors.torch.load(weights))
-        score = self.run.step(f"score/{name}", lambda: self._simulated_score(model, policy))
+        score = self.run.step(f"score/{name}", lambda: self._score(self.simulated_outputs(model, policy)))
         self.run.drop_state(name)
         return Compressed(model.eval(), score)
 
@@ -206,10 +206,11 @@ class Workbench:
             {key: value.clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()}
         )
 
-    def _simulated_score(self, model: nn.Module, policy: Policy) -> float:
+    def simulated_outputs(self, model: nn.Module, policy: Policy) -> accuracy.Outputs:
+        """What a compressed model says of the search split under its number formats: the file, foreseen."""
         with simulated(model, policy.precisions, largest=self.largest) as simulation:
             simulation.calibrate(self._calibration())
-            return self._score(model)
+            return self._search_outputs(model)
 
     def _pruned(self, policy: Policy) -> nn.Module:
         return prune(self.model, self.graph, policy, self._scores).model
@@ -223,9 +224,11 @@ class Workbench:
     def _teacher(self) -> Teacher:
         return Teacher(self.model, self.task.train)
 
-    def _score(self, model: nn.Module) -> float:
-        outputs, targets = accuracy.outputs(torch_session(model), self.task.search)
-        score = self.task.score(outputs, targets)
+    def _search_outputs(self, model: nn.Module) -> accuracy.Outputs:
+        return accuracy.outputs(torch_session(model), self.task.search)[0]
+
+    def _score(self, outputs: accuracy.Outputs) -> float:
+        score = self.task.score(outputs, self.task.search.targets)
         if not math.isfinite(score):
             raise UserError(
                 f"the score on the search split is {score}",

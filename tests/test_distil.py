@@ -386,3 +386,17 @@ def test_frozen_layers_stay_and_the_others_are_trained() -> None:
     after = train(build(), student=student)
     assert torch.equal(after["conv.weight"], before["conv.weight"])
     assert not torch.equal(after["head.weight"], before["head.weight"])
+
+
+class WithoutGradients(Small):
+    """As models that were only meant for inference have it."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_a_forward_without_gradients_is_refused() -> None:
+    with pytest.raises(UserError, match="in a way that can be followed") as raised:
+        train(build(), student=student_of(build(WithoutGradients)))
+    assert "--epochs 0" in raised.value.fix

@@ -124,7 +124,6 @@ def test_in_the_root_the_installed_command_is_not_shadowed_by_the_clone(command)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skip(reason="minutes long; to be switched on with the pipeline")
 def test_the_installed_command_runs_the_demo(command, tmp_path):
     done = run(command, "demo", "--out", "demo", folder=tmp_path, timeout_s=600)
     assert done.returncode == 0, done.stderr

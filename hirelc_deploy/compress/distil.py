@@ -180,6 +180,11 @@ def distil(
             loss = teacher.distance(outputs, original) + settings.task_weight * task.loss(
                 outputs, torch.from_numpy(target)
             )
+            if loss.grad_fn is None:
+                raise UserError(
+                    "the loss does not depend on any weight in a way that can be followed",
+                    fix="does forward run under torch.no_grad? take it out, or export without fine-tuning: --epochs 0",
+                )
             if not torch.isfinite(loss):
                 raise UserError(
                     f"the loss is {loss.item()} after {step} steps of fine-tuning",

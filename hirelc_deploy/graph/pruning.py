@@ -4,6 +4,7 @@ It is asked once and only to find which channels belong together.  Cutting is do
 found here is believed before `proof.py` has tried it.
 """
 
+import math
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def list_groups(model: nn.Module, inputs: Inputs, *, limit_s: float, limit_bytes
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_answer, args=(sender, model, inputs, limit_bytes), daemon=True)
+    child = context.Process(target=_answer, args=(sender, model, inputs, limit_s, limit_bytes), daemon=True)
     child.start()
     sender.close()
     try:
@@ -70,10 +71,11 @@ def list_groups(model: nn.Module, inputs: Inputs, *, limit_s: float, limit_bytes
     return list(answer)
 
 
-def _answer(sender: Connection, model: nn.Module, inputs: Inputs, limit_bytes: int) -> None:
+def _answer(sender: Connection, model: nn.Module, inputs: Inputs, limit_s: float, limit_bytes: int) -> None:
     """In the child: send the groups, or in one line why there are none."""
     torch.set_num_threads(1)
     _limit_memory(limit_bytes)
+    _limit_time(limit_s)
     try:
         answer: list[tuple[Touch, ...]] | str = list(_groups(model, inputs))
     except MemoryError:
@@ -91,6 +93,14 @@ def _limit_memory(limit_bytes: int) -> None:
     if usage.exists():
         held = int(usage.read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + limit_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def _limit_time(limit_s: float) -> None:
+    """End this process by itself: nobody else does where its parent was killed."""
+    import resource
+
+    seconds = math.ceil(limit_s) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 
 
 def _groups(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Touch, ...]]:

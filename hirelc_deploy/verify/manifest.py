@@ -120,6 +120,7 @@ class Measured(Record):
     """Times smaller than the baseline's file."""
     speedup: Figure | None
     """Times faster than the baseline, on the clock that the environment names."""
+    speedup_ci95: tuple[Figure, Figure] | None = None
     drop_points: Figure | None
     """On the test split, in the unit of the score; positive is worse."""
     drop_ci95: tuple[Figure, Figure] | None
@@ -135,13 +136,16 @@ class PredictionError(Record):
     size_pct: Figure | None
     latency_pct: Figure | None
     accuracy_points: Figure | None
+    agreement: Figure | None = None
+    """Percent of equal decisions of the simulated network and the file, on the search split."""
 
     @classmethod
-    def between(cls, predicted: Predicted, measured: Measured) -> "PredictionError":
+    def between(cls, predicted: Predicted, measured: Measured, *, agreement: float | None = None) -> "PredictionError":
         return cls(
             size_pct=_excess_pct(predicted.size_bytes, measured.size_bytes),
             latency_pct=_excess_pct(predicted.latency_ms, p50(measured.latency_ms)),
             accuracy_points=_difference(predicted.accuracy, measured.accuracy_search),
+            agreement=agreement,
         )
 
 

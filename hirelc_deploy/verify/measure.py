@@ -24,6 +24,8 @@ class Measurement(Record):
     measured: Measured
     runs_as: dict[str, str | None]
     clock: str
+    simulated_agreement: float | None
+    """Percent of equal decisions of the simulated network and the file, on the search split."""
 
 
 def measure(
@@ -36,12 +38,14 @@ def measure(
     threads: int,
     batch: int,
     seed: int,
+    simulated: accuracy.Outputs | None = None,
     seconds: float = timing.SECONDS,
     warmup: int = timing.WARMUP_RUNS,
 ) -> Measurement:
     """Measure `file` and the baseline in `folder` on this machine, in this process, in turns.
 
-    `tensors` says where each layer's weights lie in the file.  This is what reads the test split.
+    `tensors` says where each layer's weights lie in the file; `simulated` holds the outputs that PyTorch foresaw
+    on the search split.  This is what reads the test split.
     """
     paths = {"baseline": folder / BASELINE_FILE, "artifact": folder / file}
     sessions = {name: runtime.load(path, threads=threads) for name, path in paths.items()}
@@ -66,6 +70,7 @@ def measure(
             latency_ms=Percentiles.model_validate(times["artifact"].latency_ms()),
             compression=sizes["baseline"] / sizes["artifact"],
             speedup=speedup.value,
+            speedup_ci95=(speedup.lo, speedup.hi),
             drop_points=compared.drop,
             drop_ci95=compared.drop_ci95,
             agreement=compared.agreement,
@@ -73,6 +78,7 @@ def measure(
         ),
         runs_as=runtime.runs_as(paths["artifact"], tensors, threads=threads),
         clock=clock,
+        simulated_agreement=None if simulated is None else task.agreement(simulated, searched),
     )
 
 

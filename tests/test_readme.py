@@ -1,0 +1,87 @@
+"""What the README says is what happens: its commands run, and its figures are those of the result files."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exporting import hasten
+
+from hirelc_deploy import cli
+from hirelc_deploy.errors import ExitStatus
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+NETWORK = """
+from torch import nn
+
+
+def build():
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2),
+    )
+"""
+
+hasten()
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder with the three files that the README names: bright images against dark ones."""
+    import torch
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(NETWORK)
+    random = np.random.default_rng(0)
+    y = random.integers(0, 2, 400)
+    x = (random.normal(size=(400, 1, 8, 8)) + 4.0 * y[:, None, None, None] - 2.0).astype(np.float32)
+    np.savez("data.npz", x_train=x[:300], y_train=y[:300], x_test=x[300:], y_test=y[300:])
+    scope: dict[str, object] = {}
+    exec(NETWORK, scope)
+    torch.manual_seed(0)
+    net = scope["build"]()  # type: ignore[operator]
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(30):
+        loss = torch.nn.functional.cross_entropy(net(torch.from_numpy(x[:300])), torch.from_numpy(y[:300]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    save_file(net.state_dict(), "net.safetensors")
+    return tmp_path
+
+
+def commands() -> list[list[str]]:
+    """The `hirelc-deploy` commands of the ten lines, in order, without their comments."""
+    block = README.partition("## Your own model, in ten lines")[2].partition("\n- ")[0]
+    code = "\n".join(line[4:] for line in block.splitlines() if line.startswith("    "))
+    lines = re.sub(r"\\\n\s*", " ", code).splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("hirelc-deploy ")]
+
+
+def test_the_ten_lines_do_what_they_say(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export, report, gate = commands()
+    assert cli.main(export) == ExitStatus.OK
+    assert "verdict: pass" in capsys.readouterr().out
+    assert cli.main(report) == ExitStatus.OK
+    assert (project / "out" / "net" / "report.html").stat().st_size > 0
+    assert cli.main(gate) == ExitStatus.OK
+
+
+def test_the_python_lines_do_what_they_say(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = README.partition("```python\n")[2].partition("```")[0]
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("0 ")
+    assert (project / "out" / "from-python" / "model.onnx").is_file()
+
+
+def test_the_figures_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    sys.modules.pop("figures", None)
+    import figures
+
+    assert figures.with_table(README) == README
