@@ -24,7 +24,7 @@ class Measurement(Record):
     measured: Measured
     runs_as: dict[str, str | None]
     clock: str
-    simulated_agreement: float | None
+    simulated_agreement: float | None = None
     """Percent of equal decisions of the simulated network and the file, on the search split."""
 
 
