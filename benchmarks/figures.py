@@ -21,7 +21,8 @@ ROWS = (
     ("Fashion-MNIST `small`", "export_small.json", "`python benchmarks/fashion_mnist.py small`"),
 )
 HEAD = (
-    "| network | fp32 file | file | smaller | faster | accuracy before, after | drop, points [95 %] | command |\n"
+    "| network | fp32 file | file | smaller | faster [95 %] | accuracy before, after "
+    "| drop, points [95 %] | command |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
 )
 
@@ -39,12 +40,13 @@ def table() -> str:
 def _row(name: str, manifest: Manifest, command: str) -> str:
     before, after = manifest.baseline, manifest.measured
     assert after.drop_ci95 is not None
+    assert after.speedup_ci95 is not None
     cells = (
         name,
         f"{before.size_bytes / 1000:.1f} KB",
         f"{after.size_bytes / 1000:.1f} KB",
         f"{after.compression:.1f} ×",
-        f"{after.speedup:.1f} ×",
+        f"{after.speedup:.1f} × [{after.speedup_ci95[0]:.1f}, {after.speedup_ci95[1]:.1f}]",
         f"{before.accuracy:.2f} %, {after.accuracy:.2f} %",
         f"{after.drop_points:.2f} [{after.drop_ci95[0]:.2f}, {after.drop_ci95[1]:.2f}]",
         command,
