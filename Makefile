@@ -47,3 +47,21 @@ wheel: $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# Files of every number format on the oldest ONNX Runtime that the profiles promise, and on today's.
+# The last Python that it has wheels for is 3.11; its own dependencies are for tools that are not used.
+OLDEST_RUNTIME := 1.16.3
+OLDEST_PYTHON ?= python3.11
+OLDEST := .venv-oldest
+
+$(OLDEST)/.installed-$(OLDEST_RUNTIME): | $(VENV)/.installed
+	$(OLDEST_PYTHON) -m venv --clear --without-pip $(OLDEST)
+	$(BIN)/python -m pip --python $(OLDEST) install --quiet --no-deps onnxruntime==$(OLDEST_RUNTIME) 'numpy<2'
+	touch $@
+
+.PHONY: test-runtimes
+test-runtimes: $(VENV)/.installed $(OLDEST)/.installed-$(OLDEST_RUNTIME)
+	rm -rf build/runtimes
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/runtimes/write.py build/runtimes
+	$(BIN)/python tests/runtimes/check.py build/runtimes
+	$(OLDEST)/bin/python tests/runtimes/check.py build/runtimes

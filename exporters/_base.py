@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from hirelc_deploy.kernels._base import Grid
 from hirelc_deploy.policy import Precision
 
 if TYPE_CHECKING:
@@ -28,12 +29,29 @@ class Session(Protocol):
 
 
 @dataclass(frozen=True)
+class Stored:
+    """How one layer's weights lie in a file."""
+
+    tensor: str
+    """The value of the file that holds them, whole and decoded but for the scale."""
+    encoding: str
+    """In words."""
+    bytes: int
+    """Of all that the weights need: codes, tables, scales."""
+
+
+@dataclass(frozen=True)
 class Exported:
     """A model file as bytes, and where each layer's weights lie in it."""
 
     data: bytes
-    tensors: Mapping[str, str]
-    """Layer name -> name of the tensor in the file that holds its weights; layers that are gone are not in it."""
+    layers: Mapping[str, Stored]
+    """Layers that are gone are not in it."""
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """Layer name -> the value that holds its weights."""
+        return {layer: stored.tensor for layer, stored in self.layers.items()}
 
 
 class Runtime(Protocol):
@@ -42,6 +60,8 @@ class Runtime(Protocol):
     name: str
     suffix: str
     """Of its files: .onnx, .engine"""
+    range_methods: tuple[str, ...]
+    """How the range of an activation can be chosen; empty where the runtime quantises none."""
 
     def version(self) -> str: ...
 
@@ -53,15 +73,19 @@ class Runtime(Protocol):
         self,
         graph: Any,
         precisions: Mapping[str, Precision],
+        grids: Mapping[str, Grid] | None = None,
         *,
         calibration: Iterable[Arrays] = (),
+        ranges: str = "min-max",
         largest: int = 127,
         ir_version: int = 8,
         metadata: Mapping[str, str] | None = None,
     ) -> Exported:
         """The file of a float graph under the given precisions; layers without one stay fp32.
 
-        `calibration` yields inputs, read once, for the ranges of int8 activations; `largest` bounds int8 codes.
+        `grids` holds the grid of every layer that is not stored in floats, whose weights are on it; `calibration`
+        yields inputs, read once, for the ranges of int8 activations, which are chosen by `ranges`, one of
+        `range_methods`; `largest` bounds the integers of int8 layers.
         """
         ...
 

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import count, product
 from string import ascii_letters
 
+import numpy as np
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
@@ -82,6 +84,17 @@ def to_bytes(model: ir.Model, *, ir_version: int, metadata: Mapping[str, str]) -
     proto = ir.serde.serialize_model(model)
     for node in proto.graph.node:
         node.ClearField("name")
+    for tensor in proto.graph.initializer:
+        _as_varints(tensor)
     proto.graph.name = "g"
     del proto.graph.value_info[:]
     return proto.SerializeToString(deterministic=True)
+
+
+def _as_varints(tensor: onnx.TensorProto) -> None:
+    """Shapes and sizes as the short integers that they are: a byte or two an entry, not eight."""
+    if tensor.data_type == onnx.TensorProto.INT64 and tensor.HasField("raw_data"):
+        short = onnx.TensorProto(int64_data=np.frombuffer(tensor.raw_data, "<i8").tolist())
+        if short.ByteSize() < len(tensor.raw_data):
+            tensor.ClearField("raw_data")
+            tensor.int64_data.extend(short.int64_data)

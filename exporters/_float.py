@@ -1,6 +1,6 @@
 """From a PyTorch model to a clean float ONNX graph in which every layer's weight can be found by name.
 
-The exporter of PyTorch folds BatchNorm and constants.  What is left to do is to bring inputs and outputs to
+The exporter of PyTorch folds constants.  What is left to do is to bring inputs and outputs to
 the names of the model's own, to drop what a deployed file does not need (stack traces with the paths of the
 machine, value_info, default attributes), and to say where each layer's weight lies.
 """
@@ -31,9 +31,6 @@ FOLDING_ROUNDS = 2
 """A fold can make way for a rewriting and the other way round; more rounds changed nothing on any network tried."""
 
 REWRITES = [
-    rules.fuse_batchnorm_into_conv_rule,
-    rules.fuse_batchnorm_into_conv_transpose_rule,
-    rules.fuse_batchnorm_into_gemm_rule,
     rules.fuse_pad_into_conv_rule,
     rules.normalize_pad_format_conv_rule,
     rules.matmul_add_to_gemm_rule,
@@ -62,7 +59,10 @@ REWRITES = [
     rules.successive_relu_clip_rule,
     rules.successive_relu_rule,
 ]
-"""onnxscript's rules but for those that take out a bias of zeros."""
+"""onnxscript's rules but for those that take out a bias of zeros, and those that fold BatchNorm.
+
+What can be folded was folded before numbers were chosen; folded here, weights would no longer be on their grids.
+"""
 
 EXAMPLES_TRACED = 2
 """At one example PyTorch would take the batch axis for a constant 1."""
@@ -158,6 +158,7 @@ def tidy(model: ir.Model) -> None:
     passes.ClearMetadataAndDocStringPass()(model)
     passes.IdentityEliminationPass()(model)
     _drop_added_zeros(model.graph)
+    _drop_neutral_norms(model.graph)
     _pool_instead_of_mean(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     kept = {*model.graph.inputs, *model.graph.outputs}
@@ -219,6 +220,21 @@ def _drop_added_zeros(graph: ir.Graph) -> None:
                 replace(node.outputs[0], kept)
                 graph.remove(node, safe=True)
                 break
+
+
+def _drop_neutral_norms(graph: ir.Graph) -> None:
+    """A BatchNormalization that changes nothing: what is left of one that was folded."""
+    for node in list(graph):
+        if node.op_type != "BatchNormalization" or node.attributes.get_float("epsilon", 1e-5) != 0:
+            continue
+        x, statistics = node.inputs[0], [constant(value) for value in node.inputs[1:5]]  # scale, shift, mean, variance
+        is_neutral = all(
+            array is not None and (array == wanted).all()
+            for array, wanted in zip(statistics, (1, 0, 0, 1), strict=True)
+        )
+        if is_neutral and x is not None:
+            replace(node.outputs[0], x)
+            graph.remove(node, safe=True)
 
 
 def _pool_instead_of_mean(graph: ir.Graph) -> None:

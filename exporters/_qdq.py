@@ -10,13 +10,17 @@ anything is calibrated; `place` writes the nodes once the ranges are known.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from hirelc_deploy.exporters._base import Stored
 from hirelc_deploy.exporters._float import FloatGraph, constant, replace
+from hirelc_deploy.exporters._weights import Decoded, Weight, decode
 from hirelc_deploy.kernels import load_format
+from hirelc_deploy.kernels._base import INT8_MAX, Grid, rows_of
 from hirelc_deploy.policy import Compute, Precision
 
 LEVELS = 255
@@ -159,26 +163,28 @@ def place(
     plan: Plan,
     ranges: Mapping[str, Range],
     precisions: Mapping[str, Precision],
+    grids: Mapping[str, Grid] | None,
     *,
     largest: int,
-) -> dict[str, str]:
+) -> dict[str, Stored]:
     """Write plan and precisions into the graph, in place; layers without a precision stay as they are.
 
-    `ranges` holds what calibration saw for the tensors of `plan.calibrated`; `largest` bounds int8 codes.
-    Returns layer name -> the tensor that now holds its weights.
+    `ranges` holds what calibration saw for the tensors of `plan.calibrated`, `grids` the grid of every layer that is
+    not stored in floats; None for a file of which only the size is asked.  `largest` bounds the integers of int8
+    layers.  Returns, by layer, how its weights are stored.
     """
     writer = _Writer(graph, plan, ranges, largest)
     writer.activations()
-    tensors: dict[str, str] = {}
-    for layer, weight in graph.weights.items():
-        shared = next((other for other in tensors if graph.weights[other] == weight), None)
-        if shared is not None:
-            tensors[layer] = tensors[shared]
-        elif layer in precisions:
-            tensors[layer] = writer.weight(weight, precisions[layer])
-        else:
-            tensors[layer] = weight
-    return tensors
+    layer_of = {weight: layer for layer, weight in reversed(list(graph.weights.items())) if layer in precisions}
+    chosen = {weight: precisions[layer] for weight, layer in layer_of.items() if not precisions[layer].storage.is_float}
+    by_weight = None if grids is None else {weight: grids[layer_of[weight]] for weight in chosen}
+    decoded = writer.weights(chosen, by_weight)
+    return {
+        layer: Stored(_name(decoded[weight].value), decoded[weight].encoding, decoded[weight].bytes)
+        if weight in decoded
+        else Stored(weight, "fp32 values", _bytes(writer.graph.initializers[weight]))
+        for layer, weight in graph.weights.items()
+    }
 
 
 class _Writer:
@@ -190,9 +196,9 @@ class _Writer:
         self.integer_nodes = {node for node in self.graph if _name(node.outputs[0]) in plan.integer_nodes}
         self.ranges = ranges
         self.largest = largest
-        self.zero_points: dict[tuple[str, tuple[int, ...]], ir.Value] = {}
+        self.known: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self.grids: dict[str, tuple[ir.Value, ir.Value]] = {}
-        self.input_scale: dict[ir.Node, np.ndarray] = {}
+        self.input_scale: dict[ir.Node, ir.Value] = {}
         """Scale of what a node reads first, where that is held in uint8."""
 
     def activations(self) -> None:
@@ -206,7 +212,7 @@ class _Writer:
         source = self.plan.tensors[tensor.same_grid_as or tensor.name]
         scale, zero = self.ranges[source.name].grid(nonnegative=source.nonnegative)
         if source.name not in self.grids:
-            zero_value = self.zeros(zero) if source.nonnegative else self.constant("zero", zero)
+            zero_value = self.shared(zero) if source.nonnegative else self.constant("zero", zero)
             self.grids[source.name] = (self.constant("scale", scale), zero_value)
         grid = self.grids[source.name]
         uses = [use for use in value.uses() if tensor.from_integers or use.node in self.integer_nodes]
@@ -222,7 +228,7 @@ class _Writer:
         for use in uses:
             use.node.replace_input_with(use.idx, dequantise.outputs[0])
             if use.idx == 0:
-                self.input_scale[use.node] = scale
+                self.input_scale[use.node] = grid[0]
         if left_float:
             shield = self.shield(dequantise, nonnegative=source.nonnegative)
             for use in left_float:
@@ -261,66 +267,97 @@ class _Writer:
         assert node.inputs[0] is not None
         return node.inputs[0]
 
-    def weight(self, name: str, precision: Precision) -> str:
-        """Store a layer's weight in its format and decode it for the nodes that read it."""
+    def weights(self, chosen: Mapping[str, Precision], grids: Mapping[str, Grid] | None) -> dict[str, Decoded]:
+        """Store weights in their formats and decode them for the nodes that read them; initializer -> what it became.
+
+        Without grids the file is only measured: codes and scales are zeros.
+        """
+        names = list(chosen)
+        weights = [self.packed(name, chosen[name], grids) for name in names]
+        nodes, decoded = decode(weights, lambda array: self.constant("codes", array), self.shared)
+        made = [*nodes]
+        for name, weight, found in zip(names, weights, decoded, strict=True):
+            made += self.connect(self.graph.initializers[name], weight, found)
+        self.graph.insert_before(self.graph[0], made)
+        return dict(zip(names, decoded, strict=True))
+
+    def packed(self, name: str, precision: Precision, grids: Mapping[str, Grid] | None) -> Weight:
         value = self.graph.initializers[name]
         array = constant(value)
         assert array is not None
-        uses = list(value.uses())
-        axis = output_axis(uses[0].node)
-        storage = precision.storage
-        numbers = load_format(storage.format)
-        packed = numbers.pack(torch.from_numpy(array.copy()), storage, axis=axis, largest=self.largest)
-        if packed.scale is None:
-            return name
-        stored = {role: self.constant(f"{name}_{role}", tensor) for role, tensor in packed.tensors.items()}
-        nodes, codes = numbers.unpack(stored)
-        if precision.compute is Compute.INT8:
-            decode = [self.dequantise(codes, packed.scale, axis, explicit_zero=uses[0].node.op_type != "Conv")]
+        axis = output_axis(next(iter(value.uses())).node)
+        numbers, storage = load_format(precision.storage.format), precision.storage
+        rows = rows_of(torch.from_numpy(array.copy()), axis)
+        if grids is None:
+            packed = numbers.blank(len(rows), rows.shape[1], storage)
         else:
-            shape = [-1 if a == axis and packed.scale.ndim else 1 for a in range(array.ndim)]
-            cast = ir.node("Cast", [codes], {"to": int(ir.DataType.FLOAT)})
-            scale = self.constant(f"{name}_scale", packed.scale.reshape(shape))
-            decode = [cast, ir.node("Mul", [cast.outputs[0], scale])]
-        self.graph.insert_before(self.graph[0], [*nodes, *decode])
+            largest = INT8_MAX if precision.compute is Compute.FP32 else self.largest
+            packed = numbers.pack(rows, grids[name], storage, largest=largest)
+        return Weight(array.shape, axis, precision, packed)
+
+    def connect(self, value: ir.Value, weight: Weight, decoded: Decoded) -> list[ir.Node]:
+        """The last step of decoding, integers to values, and what the readers need beside it."""
+        uses = list(value.uses())
+        scale = weight.packed.scale
+        made = []
+        if weight.precision.compute is Compute.INT8:
+            stored = self.constant("scale", scale)
+            explicit = uses[0].node.op_type != "Conv"
+            made.append(self.dequantise(decoded.value, stored, weight.axis, np.int8, explicit_zero=explicit))
+            for use in uses:
+                made += self.bias(use.node, stored)
+        else:
+            shape = [-1 if a == weight.axis and scale.ndim else 1 for a in range(len(weight.shape))]
+            made.append(ir.node("Mul", [decoded.value, self.constant("scale", scale.reshape(shape))]))
         for use in uses:
-            use.node.replace_input_with(use.idx, decode[-1].outputs[0])
-            if precision.compute is Compute.INT8:
-                self.bias(use.node, packed.scale)
-        return _name(stored["codes"])
+            use.node.replace_input_with(use.idx, made[0].outputs[0])
+        return made
 
-    def bias(self, node: ir.Node, weight_scale: np.ndarray) -> None:
-        """The bias of an integer kernel: int32 in steps of input scale times weight scale."""
+    def bias(self, node: ir.Node, weight_scale: ir.Value) -> list[ir.Node]:
+        """The bias of an integer kernel: int32 in steps of input scale times weight scale, multiplied at load."""
         value = node.inputs[2] if node.op_type in ("Conv", "Gemm") and len(node.inputs) > 2 else None
-        array = constant(value)
+        array, by_channel = constant(value), constant(weight_scale)
         if value is None or array is None:
-            return
-        steps = (self.input_scale[node] * weight_scale).astype(np.float32)
+            return []
+        assert by_channel is not None
+        input_scale = self.input_scale[node]
+        assert input_scale.const_value is not None
+        steps = (input_scale.const_value.numpy() * by_channel).astype(np.float64)
         limits = np.iinfo(np.int32)
-        codes = np.clip(np.round(array.astype(np.float64) / steps), limits.min, limits.max).astype(np.int32)
-        stored = self.constant(f"{value.name}_codes", codes)
-        decode = self.dequantise(stored, steps, axis=0, explicit_zero=node.op_type != "Conv")
-        self.graph.insert_before(self.graph[0], [decode])
+        with np.errstate(divide="ignore", invalid="ignore"):  # of a file that is only measured
+            codes = np.nan_to_num(np.round(array.astype(np.float64) / steps))
+        stored = self.constant(f"{value.name}_codes", np.clip(codes, limits.min, limits.max).astype(np.int32))
+        product = ir.node("Mul", [input_scale, weight_scale])
+        decode = self.dequantise(stored, product.outputs[0], 0, np.int32, explicit_zero=node.op_type != "Conv")
         node.replace_input_with(2, decode.outputs[0])
+        return [product, decode]
 
-    def dequantise(self, codes: ir.Value, scale: np.ndarray, axis: int, *, explicit_zero: bool) -> ir.Node:
+    def dequantise(
+        self, codes: ir.Value, scale: ir.Value, axis: int, kind: type[np.integer[Any]], *, explicit_zero: bool
+    ) -> ir.Node:
         """DequantizeLinear of a constant.
 
         ONNX Runtime keeps a Gemm or MatMul in float unless the zero points are spelt out; a Conv does without.
         """
-        inputs = [codes, self.constant("scale", scale)]
+        inputs = [codes, scale]
         if explicit_zero:
-            assert codes.const_value is not None
-            inputs.append(self.zeros(np.zeros(scale.shape, codes.const_value.dtype.numpy())))
-        is_default_axis = axis == 1 or scale.ndim == 0
+            inputs.append(self.shared(np.zeros(self.scale_shape(scale), kind)))
+        is_default_axis = axis == 1 or self.scale_shape(scale) == ()
         return ir.node("DequantizeLinear", inputs, {} if is_default_axis else {"axis": axis})
 
-    def zeros(self, array: np.ndarray) -> ir.Value:
-        """Zero points: one initializer for each type and shape."""
-        key = (array.dtype.name, array.shape)
-        if key not in self.zero_points:
-            self.zero_points[key] = self.constant("zero", array)
-        return self.zero_points[key]
+    def scale_shape(self, scale: ir.Value) -> tuple[int, ...]:
+        """Of a scale that is stored, or is the product of a scalar and one that is."""
+        node = scale.producer()
+        array = constant(scale if node is None else node.inputs[1])
+        assert array is not None
+        return array.shape
+
+    def shared(self, array: np.ndarray) -> ir.Value:
+        """One initializer for all equal arrays whose values are no matter of training: shapes, shifts, zero points."""
+        key = (array.dtype.name, array.shape, array.tobytes())
+        if key not in self.known:
+            self.known[key] = self.constant("shared", array)
+        return self.known[key]
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         unique = f"{name}#{len(self.graph.initializers)}"
@@ -334,6 +371,11 @@ def output_axis(reader: ir.Node) -> int:
     if reader.op_type == "Gemm":
         return 0 if reader.attributes.get_int("transB", 0) else 1
     return 1 if reader.op_type in ("MatMul", "ConvTranspose") else 0
+
+
+def _bytes(value: ir.Value) -> int:
+    assert value.const_value is not None
+    return value.const_value.nbytes
 
 
 def _name(value: ir.Value) -> str:

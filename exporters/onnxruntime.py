@@ -5,6 +5,7 @@ The path of a model: PyTorch -> float graph (`_float`) -> plan and Q/DQ (`_qdq`)
 
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from torch import nn
 
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters._base import Arrays, Exported
+from hirelc_deploy.exporters._calibrate import Histogram, Method, range_of
 from hirelc_deploy.exporters._compact import drop_unused, share, shorten, to_bytes
 from hirelc_deploy.exporters._float import FloatGraph, float_graph, weight_of
 from hirelc_deploy.exporters._qdq import Plan, Range, output_axis, place, plan
+from hirelc_deploy.kernels._base import INT8_MAX, Grid
 from hirelc_deploy.policy import Precision
 
 COMPUTE_OF = {
@@ -40,6 +43,7 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     suffix = ".onnx"
+    range_methods = tuple(Method)
 
     def version(self) -> str:
         return str(ort.__version__)
@@ -54,8 +58,10 @@ class OnnxRuntime:
         self,
         graph: FloatGraph,
         precisions: Mapping[str, Precision],
+        grids: Mapping[str, Grid] | None = None,
         *,
         calibration: Iterable[Arrays] = (),
+        ranges: str = Method.MIN_MAX,
         largest: int = 127,
         ir_version: int = 8,
         metadata: Mapping[str, str] | None = None,
@@ -66,8 +72,10 @@ class OnnxRuntime:
         """
         chosen = {layer: precisions[layer] for layer in graph.weights if layer in precisions}
         layout = plan(graph, chosen)
-        ranges = self._ranges(graph, layout, calibration) if layout.tensors else {}
-        return _finish(graph, chosen, layout, ranges, largest=largest, ir_version=ir_version, metadata=metadata or {})
+        found = self._ranges(graph, layout, calibration, Method(ranges)) if layout.tensors else {}
+        return _finish(
+            graph, chosen, layout, found, grids or {}, largest=largest, ir_version=ir_version, metadata=metadata or {}
+        )
 
     def predicted_bytes(
         self,
@@ -89,7 +97,9 @@ class OnnxRuntime:
         layout = plan(small, chosen)
         # Any range will do, but a zero point is one byte whatever it is.
         ranges = dict.fromkeys(layout.calibrated, Range(-1.0, 1.0))
-        exported = _finish(small, chosen, layout, ranges, largest=127, ir_version=ir_version, metadata=metadata or {})
+        exported = _finish(
+            small, chosen, layout, ranges, None, largest=INT8_MAX, ir_version=ir_version, metadata=metadata or {}
+        )
         return len(exported.data)
 
     def load(self, path: Path, *, threads: int) -> "OnnxSession":
@@ -104,8 +114,10 @@ class OnnxRuntime:
             _session(path, options)
             return computes(onnx.load(path).graph, onnx.load(written).graph, tensors)
 
-    def _ranges(self, graph: FloatGraph, layout: Plan, calibration: Iterable[Arrays]) -> dict[str, Range]:
-        """Smallest and largest value of each tensor over the calibration data, one batch in memory at a time."""
+    def _ranges(
+        self, graph: FloatGraph, layout: Plan, calibration: Iterable[Arrays], method: Method
+    ) -> dict[str, Range]:
+        """What the grid of each tensor is to span, from one pass with one batch in memory at a time."""
         probe = graph.copy()
         outputs = probe.model.graph.outputs
         inputs = {value.name for value in probe.model.graph.inputs}
@@ -119,18 +131,19 @@ class OnnxRuntime:
         session = ort.InferenceSession(
             ir.serde.serialize_model(probe.model).SerializeToString(), _options(threads=1), ["CPUExecutionProvider"]
         )
-        ranges: dict[str, Range] = {}
+        seen = {name: Histogram() for name in layout.calibrated}
+        empty = True
         for batch in calibration:
-            seen = dict(zip(watched, session.run(watched, dict(batch)), strict=True)) if watched else {}
-            for name in layout.calibrated:
-                array = np.asarray(batch[name] if name in inputs else seen[name])
-                low, high = float(array.min()), float(array.max())
-                known = ranges.get(name, Range(low, high))
-                ranges[name] = Range(min(low, known.low), max(high, known.high))
-        missing = [name for name in layout.calibrated if name not in ranges]
-        if missing:
-            raise ValueError(f"no calibration data for {len(missing)} tensors, {missing[0]} among them")
-        return ranges
+            empty = False
+            read = dict(zip(watched, session.run(watched, dict(batch)), strict=True)) if watched else {}
+            for name, histogram in seen.items():
+                histogram.add(np.asarray(batch[name] if name in inputs else read[name]))
+        if empty:
+            raise ValueError(f"no calibration data for {len(seen)} tensors, {next(iter(seen))} among them")
+        return {
+            name: range_of(histogram, method, nonnegative=layout.tensors[name].nonnegative)
+            for name, histogram in seen.items()
+        }
 
 
 class OnnxSession:
@@ -150,17 +163,20 @@ def _finish(
     precisions: Mapping[str, Precision],
     layout: Plan,
     ranges: Mapping[str, Range],
+    grids: Mapping[str, Grid] | None,
     *,
     largest: int,
     ir_version: int,
     metadata: Mapping[str, str],
 ) -> Exported:
     written = graph.copy()
-    tensors = place(written, layout, ranges, precisions, largest=largest)
+    stored = place(written, layout, ranges, precisions, grids, largest=largest)
     drop_unused(written.model)
     renamed = shorten(written.model)
     data = to_bytes(written.model, ir_version=ir_version, metadata=metadata)
-    return Exported(data, {layer: renamed.get(name, name) for layer, name in tensors.items()})
+    return Exported(
+        data, {layer: replace(each, tensor=renamed.get(each.tensor, each.tensor)) for layer, each in stored.items()}
+    )
 
 
 def _with_shapes(graph: FloatGraph, shapes: Mapping[str, tuple[int, ...]]) -> FloatGraph:
@@ -180,7 +196,8 @@ def _with_shapes(graph: FloatGraph, shapes: Mapping[str, tuple[int, ...]]) -> Fl
         bias = node.inputs[2] if node.op_type in ("Conv", "ConvTranspose", "Gemm") and len(node.inputs) > 2 else None
         if bias is not None and bias.name in initializers:
             assert bias.name is not None
-            wanted[bias.name] = (shape[output_axis(node)] if node.op_type == "ConvTranspose" else shape[0],)
+            is_transposed = node.op_type == "ConvTranspose"
+            wanted[bias.name] = (shape[1] * node.attributes.get_int("group", 1) if is_transposed else shape[0],)
         if node.op_type == "Conv" and node.attributes.get_int("group", 1) > 1 and shape[1] == 1:
             _set_groups(node, shape[0])
     for name, shape in wanted.items():

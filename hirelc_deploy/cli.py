@@ -138,7 +138,8 @@ def export(
         str | None,
         typer.Option(
             metavar="RECIPE",
-            help="Build one uniform recipe, without a search: keep=50%,compute=int8.",
+            help="Build one uniform recipe, without a search: keep=50%,storage=int4,compute=int8. Storage is int2 to "
+            "int8, log3, float4, codebook3, vector1 and so on, with /tensor, /channel or /group32.",
             rich_help_panel=CHOICE,
         ),
     ] = None,
@@ -147,6 +148,10 @@ def export(
         typer.Option(
             metavar="FILE", help="Build the policy of a policy.json, without a search.", rich_help_panel=CHOICE
         ),
+    ] = None,
+    kernels: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Number formats of your own, one file a format.", rich_help_panel=CHOICE),
     ] = None,
     importance: Annotated[
         str | None,

@@ -98,6 +98,8 @@ class ExportSettings:
     """One uniform recipe instead of a search: keep=50%,compute=int8"""
     policy: Path | None = None
     """A policy file instead of a search."""
+    kernels: Path | None = None
+    """A folder with number formats of the user's own."""
     importance: str = "l2"
     allow_estimates: bool = False
     evaluations: int | None = None
@@ -183,6 +185,7 @@ OPTIONS: Mapping[str, Option] = {
     "search": Option("search", _text),
     "recipe": Option("recipe", _text),
     "policy": Option("policy", _path),
+    "kernels": Option("kernels", _path),
     "importance": Option("importance", _text),
     "allow_estimates": Option("allow_estimates", _flag),
     "evaluations": Option("evaluations", _whole),

@@ -12,14 +12,22 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 
-from hirelc_deploy import __version__, checkpoint, console, datasets, demo as demonstration, graph, report as reports
+from hirelc_deploy import (
+    __version__,
+    checkpoint,
+    console,
+    datasets,
+    demo as demonstration,
+    graph,
+    kernels,
+    report as reports,
+)
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.exporters import load_runtime
-from hirelc_deploy.kernels import load_format
 from hirelc_deploy.policy import FP32, Policy
 from hirelc_deploy.profiles import Target, load_target
 from hirelc_deploy.rundir import RunFolder, write_atomic
@@ -37,14 +45,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hirelc_deploy.checkpoint import Checkpoint
-    from hirelc_deploy.exporters._base import Exported
+    from hirelc_deploy.exporters._base import Exported, Stored
     from hirelc_deploy.graph.model_graph import Layer, ModelGraph
     from hirelc_deploy.task import Task
 
 POLICY_FILE = "policy.json"
 RUN_FOLDER = "run"
 
-DECIDES_NOTHING = frozenset({"out", "resume", "model", "data", "checkpoint", "target", "policy"})
+DECIDES_NOTHING = frozenset({"out", "resume", "model", "data", "checkpoint", "target", "policy", "kernels"})
 """Settings that are no part of a run's identity, or that are part of it by their contents."""
 
 
@@ -65,6 +73,8 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
     stays in the run folder.
     """
     budget = _budget(settings)
+    if settings.kernels is not None:
+        kernels.add_folder(settings.kernels)
     target = load_target(settings.target)
     asked_for = _asked_for(settings)
     task = task or datasets.load_task(settings.data, seed=settings.seed)
@@ -82,13 +92,14 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
         seconds = run.step("seconds of search", lambda: time.monotonic() - began)
         policy = choice.best.policy
 
-        compressed = bench.compressed(policy).model
-        exported = bench.write(compressed, policy)
+        compressed = bench.compressed(policy)
+        written = bench.write(compressed.model, policy, compressed.grids)
+        exported = written.file
         file = f"model{bench.runtime.suffix}"
         _write(settings.out, {file: exported.data, BASELINE_FILE: bench.write_baseline().data})
         _write(settings.out, {POLICY_FILE: _json(policy.to_dict())})
         seen = _measured(
-            run, settings, bench, file, exported.tensors, lambda: bench.simulated_outputs(compressed, policy)
+            run, settings, bench, file, exported.tensors, lambda: bench.simulated_outputs(compressed.model, policy)
         )
 
         manifest = Manifest(
@@ -116,7 +127,10 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             checks=(),
             verdict="unverified",
             environment=environment(threads=settings.threads, batch=settings.batch, clock=seen.clock),
-            notes=tuple(f"{left.name}: {left.reason}" for left in network.left_out),
+            notes=(
+                *(f"{left.name}: {left.reason}" for left in network.left_out),
+                *([written.note] if written.note else []),
+            ),
         )
         return _judged(settings.out, manifest, allow_estimates=settings.allow_estimates)
 
@@ -313,7 +327,7 @@ def _layer_records(
 ) -> tuple[LayerRecord, ...]:
     shapes = graph.shapes_after(network, policy.keep)
     return tuple(
-        _layer_record(layer, shapes.get(layer.weight), policy, exported.tensors.get(layer.name), runs_as)
+        _layer_record(layer, shapes.get(layer.weight), policy, exported.layers.get(layer.name), runs_as)
         for layer in network.layers
     )
 
@@ -322,24 +336,23 @@ def _layer_record(
     layer: "Layer",
     shape: tuple[int, ...] | None,
     policy: Policy,
-    tensor: str | None,
+    stored: "Stored | None",
     runs_as: Mapping[str, str | None],
 ) -> LayerRecord:
     precision = policy.precisions.get(layer.name, FP32)
     transposed = layer.op.startswith("ConvTranspose")
     kept = 0 if shape is None else shape[1] * layer.conv_groups if transposed else shape[0]
-    numbers = load_format(precision.storage.format)
     return LayerRecord(
         name=layer.name,
         op=layer.op,
         kept=kept,
         of=layer.out_channels,
         storage=str(precision.storage),
-        encoding=numbers.encoding if shape is not None else None,
+        encoding=None if stored is None else stored.encoding,
         compute=str(precision.compute),
-        weight_bytes=0 if shape is None else numbers.packed_bytes(shape, precision.storage, axis=int(transposed)),
+        weight_bytes=0 if stored is None else stored.bytes,
         runs_as=runs_as.get(layer.name),
-        tensor=tensor,
+        tensor=None if stored is None else stored.tensor,
     )
 
 
@@ -396,6 +409,7 @@ def _fingerprint(
         "data": task.fingerprint(),
         "target": hashlib.sha256(target.model_dump_json().encode()).hexdigest(),
         "policy": given.digest() if given else "none",
+        "kernels": _digest_of(settings.kernels),
         **{f"settings.{name}": value for name, value in sorted(chosen.items())},
         "environment.cpu": " ".join(sorted(cpu_flags())),
         "environment.torch threads": str(torch.get_num_threads()),
@@ -405,6 +419,16 @@ def _fingerprint(
         "environment.numpy": numpy.__version__,
         "environment.hirelc-deploy": __version__,
     }
+
+
+def _digest_of(folder: Path | None) -> str:
+    """Of the files with a user's own number formats."""
+    if folder is None:
+        return "none"
+    digest = hashlib.sha256()
+    for file in sorted(folder.expanduser().glob("*.py")):
+        digest.update(f"{file.name}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -70,11 +70,16 @@ class Compute(StrEnum):
 
 @dataclass(frozen=True)
 class Storage:
-    """How a layer's weights lie in the file; `format` is the name of a file in kernels/."""
+    """How a layer's weights lie in the file; `format` is the name of a file in kernels/, or fp32: as trained."""
 
     format: str
     bits: int
     granularity: Granularity
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the values are stored as they are."""
+        return self.format == "fp32"
 
     def __str__(self) -> str:
         name = self.format if self.format.endswith(str(self.bits)) else f"{self.format}{self.bits}"

@@ -20,7 +20,10 @@ from hirelc_deploy import __version__
 from hirelc_deploy.budget import Figures
 from hirelc_deploy.compress.batchnorm import reestimate
 from hirelc_deploy.compress.distil import FineTuning, Teacher, as_tensors, distil
+from hirelc_deploy.compress.fold import Pairs, fold, foldable, present
+from hirelc_deploy.compress.grids import fitted, put_on
 from hirelc_deploy.compress.importance import Method, scores
+from hirelc_deploy.compress.inputs import energies
 from hirelc_deploy.compress.prune import prune
 from hirelc_deploy.compress.simulate import simulated
 from hirelc_deploy.config import nearest
@@ -29,6 +32,8 @@ from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.graph import forward, shapes_after
 from hirelc_deploy.graph.shapes import check_keep
+from hirelc_deploy.kernels import every_storage, load_format
+from hirelc_deploy.kernels._base import Grid
 from hirelc_deploy.policy import FP32, INT8, PRUNE_FIRST, Compute, Policy, Precision
 from hirelc_deploy.search.space import Evaluation, SearchSpace
 from hirelc_deploy.verify import accuracy, timing
@@ -47,6 +52,12 @@ CALIBRATION_EXAMPLES = 1024
 CALIBRATION_EPOCH = 1_000_000
 """Their order is drawn like an epoch's, of a number that no fine-tuning reaches."""
 
+ENERGY_EXAMPLES, ENERGY_BATCH = 256, 32
+"""Of them, those that the energies of layers' inputs are taken from; unfolded, an image is nine times as large."""
+
+GRID = "grid/"
+"""What the names of grids begin with, where they are saved beside weights."""
+
 TAYLOR_BATCHES = 8
 PREDICTION_SECONDS = 1.0
 """Spent on timing one policy's file beside the baseline."""
@@ -63,7 +74,15 @@ def search_space(graph: "ModelGraph", target: "Target") -> SearchSpace:
 
 
 def _precisions(computes: tuple[Compute, ...]) -> tuple[Precision, ...]:
-    return (FP32, INT8) if Compute.INT8 in computes else (FP32,)
+    """As trained first, then INT8, then every format in every compute."""
+    first = (FP32, INT8) if Compute.INT8 in computes else (FP32,)
+    every = [
+        Precision(storage, compute)
+        for compute in computes
+        for storage in every_storage()
+        if compute in load_format(storage.format).computes
+    ]
+    return (*first, *(precision for precision in every if precision not in first))
 
 
 def _counts(group: "Group", multiple: int) -> tuple[int, ...]:
@@ -95,7 +114,8 @@ def completed(policy: Policy, graph: "ModelGraph", target: "Target") -> Policy:
     for layer in graph.layers:
         for twin in layer.shares_weight_with:
             asked = [policy.precisions.get(name, FP32) for name in (layer.name, twin)]
-            if asked[0] != asked[1] and layer.op == graph.layer[twin].op:
+            in_one_format = layer.op == graph.layer[twin].op or not any(each.storage.is_float for each in asked)
+            if asked[0] != asked[1] and in_one_format:
                 raise UserError(
                     f"the policy stores {layer.name} as {asked[0]} and {twin} as {asked[1]}, and they share one weight",
                     fix="give both the same precision",
@@ -113,11 +133,30 @@ def completed(policy: Policy, graph: "ModelGraph", target: "Target") -> Policy:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A policy made real, in PyTorch."""
+    """A policy made real, in PyTorch: norms folded, every weight on its grid."""
 
     model: nn.Module
+    grids: Mapping[str, Grid]
+    """Of every layer that is not stored in floats."""
     simulated_score: float
     """On the search split, under the number formats."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The file of a policy, and what the choice of its activations' ranges went by."""
+
+    file: "Exported"
+    scores_by_ranges: Mapping[str, float]
+    """On the search split, by method; the best is the file's.  Empty without int8 layers."""
+
+    @property
+    def note(self) -> str | None:
+        """For people."""
+        if not self.scores_by_ranges:
+            return None
+        each = ", ".join(f"{method} {score:.2f}" for method, score in self.scores_by_ranges.items())
+        return f"ranges of activations by the score on the search split: {each}"
 
 
 class Workbench:
@@ -175,21 +214,33 @@ class Workbench:
     # -- a policy made real ----------------------------------------------------------------------------------
 
     def compressed(self, policy: Policy) -> Compressed:
-        """Channels removed, statistics re-estimated, fine-tuned under the formats.  From the journal if known."""
+        """Channels removed, fine-tuned under the formats, norms folded, weights on their grids.
+
+        From the journal if known.
+        """
         name = policy.digest()
-        weights = self.run.blob(f"weights/{name}", lambda: self._trained(self._pruned(policy), policy, name))
-        model = self._pruned(policy)  # a new one, so that a resumed run goes on with the very same tensors
-        model.load_state_dict(safetensors.torch.load(weights))
+        saved = safetensors.torch.load(
+            self.run.blob(f"weights/{name}", lambda: self._trained(self._pruned(policy), policy, name))
+        )
+        # a new model, so that a resumed run goes on with the very same tensors
+        model = self._folded(self._pruned(policy))
+        grids: dict[str, dict[str, Tensor]] = {}
+        for key in [key for key in saved if key.startswith(GRID)]:
+            layer, _, role = key.removeprefix(GRID).rpartition("/")
+            grids.setdefault(layer, {})[role] = saved.pop(key)
+        model.load_state_dict(saved)
         score = self.run.step(f"score/{name}", lambda: self._score(self.simulated_outputs(model, policy)))
         self.run.drop_state(name)
-        return Compressed(model.eval(), score)
+        return Compressed(model.eval(), grids, score)
 
     def _trained(self, model: nn.Module, policy: Policy, name: str) -> bytes:
         reestimate(model, self._calibration())
         epochs = self._fine_tuning.epochs
-        with simulated(model, policy.precisions, largest=self.largest) as simulation:
-            simulation.calibrate(self._calibration())
-            if epochs:
+        norms = present(self._norms, model)
+        grids = self._fitted(model, policy, norms)
+        if epochs:
+            with simulated(model, policy.precisions, grids, largest=self.largest, norms=norms) as simulation:
+                simulation.calibrate(self._calibration())
                 with self._progress("fine-tuning", epochs) as advance:
                     distil(
                         model,
@@ -197,18 +248,37 @@ class Workbench:
                         self.task,
                         simulation,
                         self._fine_tuning,
+                        settle=lambda: reestimate(model, self._calibration()),
                         checkpoints=self.run,
                         name=name,
                         advance=advance,
                     )
-                reestimate(model, self._calibration())
+                grids = simulation.weight_grids()
+        model = self._folded(model)
+        put_on(model, policy.precisions, grids, largest=self.largest)
+        tensors = dict(model.state_dict())
+        for layer, grid in grids.items():
+            tensors |= {f"{GRID}{layer}/{role}": values for role, values in grid.items()}
         return safetensors.torch.save(
-            {key: value.clone(memory_format=torch.contiguous_format) for key, value in model.state_dict().items()}
+            {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
         )
+
+    def _fitted(self, model: nn.Module, policy: Policy, norms: Pairs) -> dict[str, Grid]:
+        layers = [name for name, precision in policy.precisions.items() if not precision.storage.is_float]
+        met = energies(model, layers, self._calibration(ENERGY_EXAMPLES, batch=ENERGY_BATCH))
+        return fitted(model, policy.precisions, met, largest=self.largest, norms=norms)
+
+    @cached_property
+    def _norms(self) -> Pairs:
+        """The BatchNorms that can be folded."""
+        return foldable(self.model, as_tensors(self.task.example))
+
+    def _folded(self, model: nn.Module) -> nn.Module:
+        return fold(model, present(self._norms, model)).eval()
 
     def simulated_outputs(self, model: nn.Module, policy: Policy) -> accuracy.Outputs:
         """What a compressed model says of the search split under its number formats: the file, foreseen."""
-        with simulated(model, policy.precisions, largest=self.largest) as simulation:
+        with simulated(model, policy.precisions, {}, largest=self.largest) as simulation:
             simulation.calibrate(self._calibration())
             return self._search_outputs(model)
 
@@ -238,20 +308,47 @@ class Workbench:
 
     # -- files -----------------------------------------------------------------------------------------------
 
-    def write(self, model: nn.Module, policy: Policy) -> "Exported":
-        """The artifact's file."""
+    def write(self, model: nn.Module, policy: Policy, grids: Mapping[str, Grid]) -> "Written":
+        """The artifact's file, of a model that has its norms folded and its weights on these grids.
+
+        How ranges of activations are chosen is decided by the score of the file on the search split.
+        """
+        graph = self._float_graph(model)
+        computes = {precision.compute for precision in policy.precisions.values()}
+        methods = self.runtime.range_methods if Compute.INT8 in computes else ()
+        files = {method: self._file(graph, policy, grids, method) for method in methods}
+        if not files:
+            return Written(self._file(graph, policy, grids), {})
+        found: dict[str, float] = self.run.step(
+            f"ranges/{policy.digest()}", lambda: {method: self._file_score(file) for method, file in files.items()}
+        )
+        # drop: the lower, the better, whatever the direction of the score; the first of equals
+        best = min(found, key=lambda method: self.task.drop(self.original_score, found[method]))
+        return Written(files[best], found)
+
+    def _file(self, graph: Any, policy: Policy, grids: Mapping[str, Grid], ranges: str = "min-max") -> "Exported":
         return self.runtime.write(
-            self._float_graph(model),
+            graph,
             policy.precisions,
+            grids,
             calibration=self._calibration_arrays(),
+            ranges=ranges,
             largest=self.largest,
             ir_version=self.target.runtime.ir_version,
             metadata=self.metadata,
         )
 
+    def _file_score(self, file: "Exported") -> float:
+        """Of a file, on the search split."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"candidate{self.runtime.suffix}"
+            path.write_bytes(file.data)
+            session = self.runtime.load(path, threads=self._threads)
+            return self._score(accuracy.outputs(session, self.task.search)[0])
+
     @cached_property
     def _original_graph(self) -> Any:
-        return self._float_graph(self.model)
+        return self._float_graph(self._folded(self.model))
 
     def write_baseline(self) -> "Exported":
         """The original in fp32, stripped in the same way."""
@@ -278,14 +375,21 @@ class Workbench:
     def _skeleton(self, gone: frozenset[str]) -> Any:
         """The float graph without these branches, everything else at full width."""
         if gone not in self._skeletons:
-            self._skeletons[gone] = self._float_graph(self._pruned(Policy({}, dict.fromkeys(gone, 0))))
+            self._skeletons[gone] = self._float_graph(self._folded(self._pruned(Policy({}, dict.fromkeys(gone, 0)))))
         return self._skeletons[gone]
 
     def _float_graph(self, model: nn.Module) -> Any:
         return self.runtime.float_graph(model, self.task.example, opset=self.target.runtime.opset)
 
+    def draft(self, policy: Policy) -> "Exported":
+        """A file with the policy's shapes and formats and untrained weights: it weighs and runs like the real one."""
+        model = self._folded(self._pruned(policy))
+        grids = fitted(model, policy.precisions, {}, largest=self.largest)
+        put_on(model, policy.precisions, grids, largest=self.largest)
+        return self._file(self._float_graph(model), policy, grids)
+
     def _price(self, policy: Policy) -> dict[str, Any]:
-        files = {"baseline": self.write_baseline().data, "policy": self.write(self._pruned(policy), policy).data}
+        files = {"baseline": self.write_baseline().data, "policy": self.draft(policy).data}
         with tempfile.TemporaryDirectory() as folder:
             sessions = {}
             for name, data in files.items():
@@ -304,16 +408,23 @@ class Workbench:
 
     # -- data ------------------------------------------------------------------------------------------------
 
-    def _calibration(self) -> Iterator[dict[str, Tensor]]:
-        return (as_tensors(inputs) for inputs in self._calibration_arrays())
+    def _calibration(
+        self, examples: int = CALIBRATION_EXAMPLES, batch: int | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """The same examples each time; in batches of the task's, or of at most `batch`."""
+        for inputs in self._calibration_arrays(examples):
+            whole = as_tensors(inputs)
+            size = len(next(iter(whole.values())))
+            for start in range(0, size, batch or size):
+                yield {name: tensor[start : start + (batch or size)] for name, tensor in whole.items()}
 
-    def _calibration_arrays(self) -> Iterator["Inputs"]:
-        """The same examples each time, a batch in memory at a time."""
+    def _calibration_arrays(self, examples: int = CALIBRATION_EXAMPLES) -> Iterator["Inputs"]:
+        """A batch in memory at a time."""
         seen = 0
         for positions, inputs, _ in self.task.train.shuffled(self._fine_tuning.seed, CALIBRATION_EPOCH):
             yield inputs
             seen += len(positions)
-            if seen >= CALIBRATION_EXAMPLES:
+            if seen >= examples:
                 return
 
 

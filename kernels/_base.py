@@ -1,67 +1,37 @@
 """What a number format is: one file in this folder, with a `FORMAT`.
 
-A format has three functions that agree bit for bit: `quantise` puts weights on its grid (torch, with a
-straight-through gradient, for fine-tuning), `pack` writes the codes of those very values as the tensors of a
-file, and `unpack` writes the ONNX nodes that turn the tensors back into int8 codes when a session loads.
+A weight is seen as a matrix, (channels, columns): a row an output channel.  Every format stores small unsigned
+codes and a scale, and decodes to integers that fit into int8: weight = integer * scale.  So a layer can be
+computed in int8 or in fp32, whatever it is stored in, and the decoding is done when a session loads.
+
+Three functions agree bit for bit.  `quantise` puts weights on the grid (torch, with gradients, for fine-tuning);
+`pack` gives the codes of those very values; `unpack` writes the ONNX nodes that turn codes into integers.  What they
+agree on is the `Grid`: what `fit` has found for one weight and fine-tuning may still move.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from hirelc_deploy.policy import Compute, Granularity, PerChannel, PerTensor, Storage
+from hirelc_deploy.kernels._planes import plane_bytes
+from hirelc_deploy.policy import Compute, Granularity, PerTensor, Storage
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     from torch import Tensor
 
+Grid = Mapping[str, "Tensor"]
+"""By role: `scale`, (channels, 1) or (1, 1), and whatever else the format needs, as float32."""
 
-@dataclass(frozen=True)
-class Packed:
-    """A weight as it lies in a file: weight = unpack(tensors) * scale along the output channels."""
+INT8_MAX = 127
+"""The largest integer that a format may decode to; 63 where products of 8-bit weights would saturate."""
 
-    tensors: Mapping[str, np.ndarray]
-    """By role; `codes` is always one of them."""
-    scale: np.ndarray | None
-    """float32, () or (output channels,); None where the values are stored as they are."""
-
-
-class Format(ABC):
-    """A number format.
-
-    `axis` is the weight's axis of output channels: 0 for Conv and Linear as PyTorch has them, 1 for a Linear
-    that is written as MatMul.  `largest` bounds the magnitude of int8 codes: 127, or 63 where 8-bit products
-    would saturate.
-    """
-
-    name: str
-    encoding: str
-    """How its tensors lie in a file, in words."""
-    bits: tuple[int, ...]
-    granularities: tuple[type[Granularity], ...]
-    computes: frozenset[Compute]
-    native: Literal["int8", "int4", "fp8"] | None
-    """What a runtime that cannot decode in the graph stores instead; None where it cannot hold the format."""
-
-    @abstractmethod
-    def quantise(self, weight: "Tensor", storage: Storage, *, axis: int, largest: int) -> "Tensor":
-        """The nearest weights on the grid, of the same shape; the gradient passes straight through."""
-
-    @abstractmethod
-    def pack(self, weight: "Tensor", storage: Storage, *, axis: int, largest: int) -> Packed:
-        """The tensors whose decoded values are bit for bit `quantise` of the same weight."""
-
-    @abstractmethod
-    def unpack(self, tensors: Mapping[str, "ir.Value"]) -> tuple["list[ir.Node]", "ir.Value"]:
-        """The nodes that decode the packed tensors and the value that holds the codes (or the weights)."""
-
-    @abstractmethod
-    def packed_bytes(self, shape: tuple[int, ...], storage: Storage, *, axis: int) -> int:
-        """Bytes of the packed tensors, scales included, for a weight of this shape."""
-
+LARGE = 1 << 16
+"""A weight with at least so many entries is decoded for speed and memory, a smaller one in few nodes and bytes."""
 
 SCALE_FLOOR = 1e-3
 """A channel's scale is at least this part of the largest one.
@@ -71,26 +41,143 @@ input scale times weight scale, overflows.
 """
 
 
-def scales(weight: "Tensor", granularity: Granularity, *, axis: int, largest: int) -> "Tensor":
-    """max |w| / largest over each channel or over the tensor, of the weight's rank with 1 where reduced."""
-    magnitude = weight.detach().abs()
-    match granularity:
-        case PerTensor():
-            peak = magnitude.amax(list(range(weight.dim())), keepdim=True)
-        case PerChannel():
-            peak = magnitude.amax([a for a in range(weight.dim()) if a != axis], keepdim=True)
-        case _:
-            raise ValueError(f"no scales are defined for {granularity}")
-    floor = peak.max() * SCALE_FLOOR if peak.max() > 0 else 1.0
-    return peak.clamp(min=floor).float() / largest
+@dataclass(frozen=True)
+class Layout:
+    """How much a format stores for a matrix of one shape: known before any weight is."""
+
+    codes: int
+    code_bits: int
+    """1 to 8."""
+    scale: tuple[int, ...]
+    """() or (channels,)."""
+    tables: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of what lies beside the codes, one byte an entry."""
+
+    @property
+    def bytes(self) -> int:
+        """Of codes, tables and scales."""
+        return plane_bytes(self.codes, self.code_bits) + sum(map(prod, self.tables.values())) + 4 * prod(self.scale)
 
 
-def scale_shape(shape: tuple[int, ...], granularity: Granularity, *, axis: int) -> tuple[int, ...]:
-    """The shape in which the scales of a weight of `shape` are stored."""
-    match granularity:
-        case PerTensor():
-            return ()
-        case PerChannel():
-            return (shape[axis],)
-        case _:
-            raise ValueError(f"no scales are defined for {granularity}")
+@dataclass(frozen=True)
+class Packed:
+    """A weight as it is stored."""
+
+    codes: np.ndarray
+    """uint8, (codes,), each below 2 ** code_bits."""
+    code_bits: int
+    tables: Mapping[str, np.ndarray]
+    """int8 or uint8, by role."""
+    scale: np.ndarray
+    """float32, () or (channels,)."""
+    integers: np.ndarray
+    """int8, (channels, columns): what the codes decode to."""
+
+
+class Nodes:
+    """The ONNX nodes that a decoding is made of, in order."""
+
+    def __init__(self, constant: Callable[[np.ndarray], "ir.Value"]) -> None:
+        """`constant` gives an initializer, the same one for equal arrays."""
+        self.made: list[ir.Node] = []
+        self.constant = constant
+
+    def op(self, kind: str, *inputs: "ir.Value", outputs: int = 1, **attributes: int | str | list[int]) -> "ir.Value":
+        """Append a node and return its (first) output."""
+        import onnx_ir as ir
+
+        self.made.append(ir.node(kind, inputs, attributes, num_outputs=outputs))
+        return self.made[-1].outputs[0]
+
+
+class Format(ABC):
+    """A number format.  `rows` is always (channels, columns) in float32; `largest` bounds the decoded integers."""
+
+    name: str
+    bits: tuple[int, ...]
+    granularities: tuple[type[Granularity], ...]
+    computes: frozenset[Compute] = frozenset({Compute.INT8, Compute.FP32})
+    """Whatever decodes to int8 can be computed in both."""
+    native: Literal["int8", "int4", "fp8"] | None
+    """What a runtime that cannot decode in the graph stores instead; None where it cannot hold the format."""
+    trained: tuple[str, ...] = ("scale",)
+    """Roles of the grid that fine-tuning moves."""
+
+    @abstractmethod
+    def fit(self, rows: "Tensor", storage: Storage, *, largest: int, energy: "Tensor | None" = None) -> Grid:
+        """The grid with the least squared error, each weight's counted by `energy` (broadcast to rows) if given."""
+
+    @abstractmethod
+    def integers(self, rows: "Tensor", grid: Grid, storage: Storage, *, largest: int) -> "Tensor":
+        """What each weight decodes to, (channels, columns); gradients reach rows and grid."""
+
+    @abstractmethod
+    def layout(self, channels: int, columns: int, storage: Storage) -> Layout:
+        """How many codes, tables and scales there are for a matrix of this shape."""
+
+    @abstractmethod
+    def pack(self, rows: "Tensor", grid: Grid, storage: Storage, *, largest: int) -> Packed:
+        """The codes of the values that `quantise` gives for the same weight and grid."""
+
+    @abstractmethod
+    def unpack(
+        self,
+        codes: "ir.Value",
+        tables: Mapping[str, "ir.Value"],
+        shape: tuple[int, int],
+        storage: Storage,
+        nodes: Nodes,
+    ) -> "ir.Value":
+        """Nodes from codes, int32 (codes,), to integers, int8 with channels * columns entries in any shape.
+
+        Without tables the codes may be those of several weights below LARGE, one behind the other.
+        """
+
+    def quantise(self, rows: "Tensor", grid: Grid, storage: Storage, *, largest: int) -> "Tensor":
+        """The weights on the grid, as a file decodes them: one product of two float32 each."""
+        return self.integers(rows, grid, storage, largest=largest) * grid["scale"]
+
+    def part(self, grid: Grid, columns: slice, of: int) -> Grid:
+        """The grid of some columns of a matrix that has `of`; they begin and end where a code does."""
+        return grid
+
+    def codes_together(self, columns: int, storage: Storage) -> int:
+        """How many neighbouring columns one code decides."""
+        return 1
+
+    def packed_bytes(self, channels: int, columns: int, storage: Storage) -> int:
+        """Bytes of codes, tables and scales for a matrix of this shape."""
+        return self.layout(channels, columns, storage).bytes
+
+    def blank(self, channels: int, columns: int, storage: Storage) -> Packed:
+        """Zeros of the shapes that `pack` gives: the size of a file is told with them."""
+        layout = self.layout(channels, columns, storage)
+        return Packed(
+            codes=np.zeros(layout.codes, np.uint8),
+            code_bits=layout.code_bits,
+            tables={role: np.zeros(shape, np.int8) for role, shape in layout.tables.items()},
+            scale=np.zeros(layout.scale, np.float32),
+            integers=np.zeros((channels, columns), np.int8),
+        )
+
+
+def scale_shape(channels: int, granularity: Granularity) -> tuple[int, ...]:
+    """The shape in which scales are stored: one for the tensor, otherwise one a channel."""
+    return () if isinstance(granularity, PerTensor) else (channels,)
+
+
+def floored(scale: "Tensor") -> "Tensor":
+    """Scales that are positive and not smaller than SCALE_FLOOR of the largest; 1 where all weights are zero."""
+    largest = scale.detach().amax()
+    return scale.clamp(min=float(largest) * SCALE_FLOOR) if largest > 0 else scale.new_ones(scale.shape)
+
+
+def rows_of(weight: "Tensor", axis: int) -> "Tensor":
+    """A weight as a matrix, (channels, columns): `axis` is the one of output channels."""
+    return weight.movedim(axis, 0).flatten(1)
+
+
+def from_rows(rows: "Tensor", shape: tuple[int, ...], axis: int) -> "Tensor":
+    """The inverse of `rows_of` for a weight of `shape`."""
+    rest = [size for a, size in enumerate(shape) if a != axis]
+    return rows.unflatten(1, rest).movedim(0, axis) if rest else rows.flatten()

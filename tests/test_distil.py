@@ -1,7 +1,9 @@
 """Fine-tuning: nearer to the original, the same weights however often it was killed, and no number that is not one."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from hirelc_deploy.compress import distil as module
+from hirelc_deploy.compress.batchnorm import reestimate
 from hirelc_deploy.compress.distil import FineTuning, Teacher, as_tensors, distil
-from hirelc_deploy.compress.simulate import simulated
+from hirelc_deploy.compress.fold import fold
+from hirelc_deploy.compress.grids import fitted, put_on
+from hirelc_deploy.compress.simulate import Simulation, StoredWeight, simulated
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.graph import forward
-from hirelc_deploy.policy import INT8
+from hirelc_deploy.graph.trial import relative_error
+from hirelc_deploy.policy import INT8, Compute, PerChannel, Precision, Storage
 from hirelc_deploy.task import ArraySource, Classification, Task
 
 EXAMPLES = 44
@@ -23,10 +29,17 @@ STEPS_PER_EPOCH = 3  # of 15, 15 and 14 examples
 SETTINGS = FineTuning(epochs=2, seed=5, rate=5e-3)
 STEPS = SETTINGS.epochs * STEPS_PER_EPOCH
 PRECISIONS = {"conv": INT8, "head": INT8}
+NORMS = {"conv": "norm"}
 LARGEST = 63
 
 # The same products, summed in another order where an example lies elsewhere in its batch, over a few steps of Adam.
 BATCH_TOLERANCE = 1e-4
+
+# The same products of 32-bit floats, with the norm before the sum or behind it.
+EXACT = 1e-6
+
+# An activation that lies between two steps of its grid, and is rounded the other way.
+ONE_STEP_APART = 1e-3
 
 
 class KilledError(Exception):
@@ -104,32 +117,57 @@ def student_of(teacher: nn.Module) -> nn.Module:
     return student
 
 
-def train(
+def batches(data: Task) -> Iterator[dict[str, Tensor]]:
+    return (as_tensors(inputs) for inputs, _ in data.train)
+
+
+@contextmanager
+def trained(
     teacher: nn.Module,
+    student: nn.Module,
     *,
     settings: FineTuning = SETTINGS,
+    precisions: Mapping[str, Precision] = PRECISIONS,
     checkpoints: Memory | None = None,
     advance: Callable[[str], None] = lambda detail: None,
     cache_bytes: int = module.CACHE_BYTES,
-    student: nn.Module | None = None,
-) -> dict[str, Tensor]:
-    """Weights and ranges of a student that was fine-tuned under INT8."""
+    settling: Callable[[], None] = lambda: None,
+) -> Iterator[Simulation]:
+    """The student fine-tuned, still under its number formats; `settling` is called where statistics settle."""
     data = task()
-    student = student or student_of(teacher)
-    with simulated(student, PRECISIONS, largest=LARGEST) as simulation:
-        simulation.calibrate(as_tensors(inputs) for inputs, _ in data.train)
+    grids = fitted(student, precisions, {}, largest=LARGEST, norms=NORMS)
+
+    def settle() -> None:
+        settling()
+        reestimate(student, batches(data))
+
+    with simulated(student, precisions, grids, largest=LARGEST, norms=NORMS) as simulation:
+        simulation.calibrate(batches(data))
         distil(
             student,
             Teacher(teacher, data.train, cache_bytes=cache_bytes),
             data,
             simulation,
             settings,
+            settle=settle,
             checkpoints=checkpoints or Memory(),
             name="a",
             advance=advance,
         )
-        ranges = simulation.state_dict()
-    return {**student.state_dict(), **{f"range {key}": value for key, value in ranges.items()}}
+        yield simulation
+
+
+def train(teacher: nn.Module, *, student: nn.Module | None = None, **settings: Any) -> dict[str, Tensor]:
+    """Weights, ranges and number grids of a student that was fine-tuned under INT8."""
+    student = student or student_of(teacher)
+    with trained(teacher, student, **settings) as simulation:
+        ranges = {f"range {key}": value for key, value in simulation.state_dict().items()}
+        grids = {
+            f"grid {layer} {role}": values
+            for layer, grid in simulation.weight_grids().items()
+            for role, values in grid.items()
+        }
+    return {**student.state_dict(), **ranges, **grids}
 
 
 @pytest.fixture
@@ -145,12 +183,16 @@ def distance(student: nn.Module, teacher: nn.Module) -> float:
 
 
 def test_the_student_comes_nearer_to_the_original() -> None:
+    """On its number grids, since that is what is stored."""
     teacher = build()
     student = student_of(teacher)
     before = distance(student, teacher)
-    train(teacher, student=student, settings=FineTuning(epochs=30, task_weight=0.0))
-    assert distance(student, teacher) < before / 4
+    with trained(teacher, student, settings=FineTuning(epochs=30, task_weight=0.0)) as simulation:
+        grids = simulation.weight_grids()
     assert not student.training
+    folded = fold(student, NORMS)
+    put_on(folded, PRECISIONS, grids, largest=LARGEST)
+    assert distance(folded, teacher) < before / 4
 
 
 def test_the_original_stays_as_it_was() -> None:
@@ -281,12 +323,89 @@ def test_the_rate_rises_to_its_peak_and_falls_towards_zero(steps: int) -> None:
         assert rates[-1] < 1e-3
 
 
-def test_weights_decay_and_biases_and_norms_do_not() -> None:
-    decaying, others = module._groups(build(), 0.1)
+def test_weights_decay_and_biases_norms_and_number_grids_do_not() -> None:
+    student = build()
+    grids = fitted(student, PRECISIONS, {}, largest=LARGEST, norms=NORMS)
+    with simulated(student, PRECISIONS, grids, largest=LARGEST, norms=NORMS):
+        decaying, others = module._groups(student, 0.1)
+        of_grids = [p for part in student.modules() if isinstance(part, StoredWeight) for p in part.parameters()]
     assert decaying["weight_decay"] == 0.1
     assert others["weight_decay"] == 0.0
-    assert {p.dim() for p in decaying["params"]} == {2, 4}
-    assert {p.dim() for p in others["params"]} == {1}
+    assert {id(p) for p in decaying["params"]} == {id(student.conv.weight), id(student.head.weight)}
+    assert {p.dim() for p in of_grids} == {2}  # so that their shape does not tell them from weights
+    assert {id(p) for p in others["params"]} == {
+        *map(id, of_grids),
+        *(id(p) for p in student.parameters() if p.dim() == 1),
+    }
+
+
+# -- the settled part ----------------------------------------------------------------------------------------
+
+
+def test_in_the_last_quarter_statistics_are_those_estimated_once_before() -> None:
+    """What is folded at the end is then what the weights were trained under, not a mean of what was since left."""
+    steps = 4 * STEPS_PER_EPOCH
+    settled_from = 9
+    student = student_of(build())
+    norm = student.get_submodule("norm")
+    assert isinstance(norm, nn.BatchNorm2d)
+    means: list[Tensor] = []  # of each step's forward pass, before it
+    by_batch: list[bool] = []
+    settled: list[int] = []
+
+    def note(model: nn.Module, _: Any) -> None:
+        if model.training:
+            assert norm.running_mean is not None
+            means.append(norm.running_mean.clone())
+            by_batch.append(norm.training)
+
+    student.register_forward_pre_hook(note)
+    after = train(build(), student=student, settings=FineTuning(epochs=4), settling=lambda: settled.append(len(means)))
+    assert len(means) == steps
+    assert settled == [settled_from]
+    assert by_batch == [True] * settled_from + [False] * (steps - settled_from)
+    assert all(not torch.equal(one, other) for one, other in pairwise(means[: settled_from + 1]))
+    assert all(torch.equal(mean, after["norm.running_mean"]) for mean in means[settled_from:])
+
+
+SETTLED_CASES = [
+    *(
+        (Precision(Storage(name, bits, PerChannel()), Compute.FP32), EXACT)
+        for name, bits in (("int", 2), ("int", 4), ("float", 4), ("log", 3), ("codebook", 3), ("vector", 2))
+    ),
+    (INT8, ONE_STEP_APART),
+]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), SETTLED_CASES, ids=str)
+def test_what_was_trained_is_what_is_stored(precision: Precision, tolerance: float) -> None:
+    """Weights folded and put on their grids, as the file has them, against the network that was trained."""
+    student = student_of(build())
+    precisions = dict.fromkeys(PRECISIONS, precision)
+    inputs = {"input": torch.from_numpy(task().train.source.take(np.arange(EXAMPLES))[0]["input"])}
+    with torch.no_grad():
+        started_from = forward(student, inputs)
+    with trained(build(), student, precisions=precisions) as simulation, torch.no_grad():
+        expected = forward(student, inputs)
+        grids, ranges = simulation.weight_grids(), simulation.state_dict()
+    folded = fold(student, NORMS)
+    put_on(folded, precisions, grids, largest=LARGEST)
+    with torch.no_grad(), simulated(folded, precisions, {}, largest=LARGEST) as simulation:
+        simulation.load_state_dict(ranges)
+        assert relative_error(forward(folded, inputs), expected) < tolerance
+    assert relative_error(started_from, expected) > 0.1
+
+
+@pytest.mark.parametrize("role", ["scale", "book"])
+def test_number_grids_are_trained_with_the_weights(role: str) -> None:
+    student = student_of(build())
+    precisions = dict.fromkeys(PRECISIONS, Precision(Storage("vector", 2, PerChannel()), Compute.FP32))
+    before = fitted(student, precisions, {}, largest=LARGEST, norms=NORMS)
+    with trained(build(), student, precisions=precisions) as simulation:
+        after = simulation.weight_grids()
+    for layer in precisions:
+        assert not torch.equal(after[layer][role], before[layer][role])
+        assert after[layer][role].isfinite().all()
 
 
 # -- the original's outputs ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Files for ONNX Runtime: what they compute, what they run as, what they weigh, and what is not in them."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -10,19 +11,39 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from exporting import hasten
 from torch import Tensor, nn
 
 from hirelc_deploy import graph
+from hirelc_deploy.compress.fold import fold, foldable
+from hirelc_deploy.compress.grids import fitted, put_on
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import Exported
 from hirelc_deploy.exporters._float import FloatGraph
 from hirelc_deploy.exporters._qdq import Range, plan
-from hirelc_deploy.policy import INT8, Compute, PerChannel, PerTensor, Precision, Storage
+from hirelc_deploy.kernels._base import Grid
+from hirelc_deploy.policy import INT8, Compute, PerChannel, PerGroup, PerTensor, Precision, Storage
+
+hasten()
 
 RUNTIME = load_runtime("onnxruntime")
 INT8_STORED = Precision(Storage("int", 8, PerChannel()), Compute.FP32)
 INT8_PER_TENSOR = Precision(Storage("int", 8, PerTensor()), Compute.INT8)
+COARSE = [
+    Precision(Storage(name, bits, granularity), compute)
+    for name, bits, granularity in (
+        ("int", 2, PerChannel()),
+        ("int", 3, PerGroup(16)),
+        ("float", 5, PerTensor()),
+        ("log", 4, PerChannel()),
+        ("codebook", 3, PerTensor()),
+        ("vector", 2, PerChannel()),
+    )
+    for compute in (Compute.INT8, Compute.FP32)
+]
+"""A precision of every format."""
 EXAMPLES = 16
+LARGEST = 63  # integers that saturate on no CPU, so that a file computes the same on all of them
 
 # Rounding in 32-bit floats over sums of a few hundred products.
 FLOAT_TOLERANCE = 1e-5
@@ -68,6 +89,32 @@ class Residual(nn.Module):
         x = F.relu(self.stem(x))
         x = F.relu(self.conv2(F.relu(self.conv1(x))) + x)
         return self.head(x.mean((2, 3)))
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d: a BatchNorm by type that does more than that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+class NormsThatStay(nn.Module):
+    """One whose input is read elsewhere, one that is called as a function, and beside them one that is folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm1 = NormAndActivation(16)
+        self.second = nn.Conv2d(16, 16, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(16)
+        self.third = nn.Conv2d(16, 8, 3, padding=1)
+        self.norm3 = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.norm1(self.first(x)))
+        x = self.third(F.relu(self.norm2(x) + x))
+        norm = self.norm3
+        return F.relu(F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias))
 
 
 class Tied(nn.Module):
@@ -135,6 +182,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, np.ndarray]]] = {
         lambda: nn.Sequential(nn.ConvTranspose2d(3, 6, 2, stride=2), nn.ReLU()),
         {"x": floats(3, 4, 4)},
     ),
+    "grouped transposed conv": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), nn.BatchNorm2d(6), nn.ReLU()),
+        {"x": floats(4, 4, 4)},
+    ),
+    "3-D conv": (lambda: nn.Sequential(nn.Conv3d(3, 8, 2), nn.BatchNorm3d(8), nn.ReLU()), {"x": floats(3, 4, 4, 4)}),
+    "norms that stay": (NormsThatStay, {"x": floats(3, 8, 8)}),
 }
 
 
@@ -142,7 +195,9 @@ def build(make: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     model = make()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):  # statistics of 0 and 1 would hide a fold that went wrong
+        if isinstance(
+            module, (nn.BatchNorm2d, nn.BatchNorm3d)
+        ):  # statistics of 0 and 1 would hide a fold that went wrong
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
             nn.init.normal_(module.running_mean)
@@ -158,23 +213,38 @@ def reference(model: nn.Module, inputs: Mapping[str, np.ndarray]) -> dict[str, n
 
 @dataclass(frozen=True)
 class Case:
-    """A network, one batch for it, and its float graph, which takes a second or two to export."""
+    """A network, one batch for it, and the float graph of it with its norms folded, which takes a second or two."""
 
     model: nn.Module
     inputs: dict[str, np.ndarray]
+    folded: nn.Module
     graph: FloatGraph
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: dict[str, np.ndarray]) -> "Case":
+        pairs = foldable(model, {name: torch.from_numpy(array) for name, array in inputs.items()})
+        folded = fold(model, pairs).eval()
+        return cls(model, inputs, folded, RUNTIME.float_graph(folded, inputs, opset=18))
 
     @property
     def able(self) -> list[str]:
         """The layers that have an integer kernel."""
         return [n for n, m in self.model.named_modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear))]
 
+    def grids(self, precisions: Mapping[str, Precision]) -> dict[str, Grid]:
+        return fitted(self.folded, precisions, {}, largest=LARGEST)
+
+    def rounded(self, precisions: Mapping[str, Precision]) -> nn.Module:
+        """The network with the weights that are stored."""
+        model = copy.deepcopy(self.folded)
+        put_on(model, precisions, self.grids(precisions), largest=LARGEST)
+        return model
+
 
 @cache
 def case_of(name: str) -> Case:
     make, inputs = (LAYERS | NETWORKS)[name]
-    model = build(make)
-    return Case(model, inputs, RUNTIME.float_graph(model, inputs, opset=18))
+    return Case.of(build(make), inputs)
 
 
 def write(
@@ -182,10 +252,14 @@ def write(
 ) -> tuple[Exported, Path]:
     """The file with `precision` for all layers that can have it, or for `only` some."""
     precisions = {} if precision is None else dict.fromkeys(only or case.able, precision)
-    exported = RUNTIME.write(case.graph, precisions, calibration=[case.inputs])
+    exported = RUNTIME.write(case.graph, precisions, case.grids(precisions), calibration=[case.inputs], largest=LARGEST)
     path = folder / "model.onnx"
     path.write_bytes(exported.data)
     return exported, path
+
+
+def is_layer(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1
 
 
 def relative_error(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
@@ -204,9 +278,7 @@ def test_the_fp32_file_is_the_model_at_every_batch_size(case: str, tmp_path: Pat
         some = {name: array[:examples] for name, array in inputs.items()}
         assert relative_error(session.run(some), reference(model, some)) < FLOAT_TOLERANCE
     runs_as = RUNTIME.runs_as(path, exported.tensors, threads=1)
-    assert runs_as.keys() == {
-        n for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), Tensor) and m.weight.dim() > 1
-    }
+    assert runs_as.keys() == {name for name, module in model.named_modules() if is_layer(module)}
     assert set(runs_as.values()) == {"fp32"}
 
 
@@ -227,7 +299,23 @@ def test_weights_stored_in_int8_and_computed_in_fp32_are_the_decoded_values(case
     model, inputs = network.model, network.inputs
     exported, path = write(network, INT8_STORED, tmp_path)
     assert RUNTIME.runs_as(path, exported.tensors, threads=1) == {"0": "fp32"}
-    assert relative_error(RUNTIME.load(path, threads=1).run(inputs), reference(model, inputs)) < INT8_TOLERANCE
+    found = RUNTIME.load(path, threads=1).run(inputs)
+    assert relative_error(found, reference(network.rounded({"0": INT8_STORED}), inputs)) < FLOAT_TOLERANCE
+    assert FLOAT_TOLERANCE < relative_error(found, reference(model, inputs)) < INT8_TOLERANCE
+
+
+@pytest.mark.parametrize("precision", [p for p in COARSE if p.compute is Compute.FP32], ids=str)
+@pytest.mark.parametrize("case", list(NETWORKS))
+def test_a_network_computes_with_the_weights_that_were_put_on_their_grids(
+    case: str, precision: Precision, tmp_path: Path
+) -> None:
+    """Whatever the exporter makes of it: a norm that it folded now, say, would leave weights that are on no grid."""
+    network = case_of(case)
+    precisions = {name: precision for name, module in network.model.named_modules() if is_layer(module)}
+    exported, path = write(network, precision, tmp_path, only=tuple(precisions))
+    assert set(RUNTIME.runs_as(path, exported.tensors, threads=1).values()) == {"fp32"}
+    found = RUNTIME.load(path, threads=1).run(network.inputs)
+    assert relative_error(found, reference(network.rounded(precisions), network.inputs)) < FLOAT_TOLERANCE
 
 
 @pytest.mark.parametrize("case", list(NETWORKS))
@@ -237,7 +325,7 @@ def test_an_int8_network_runs_in_integers_wherever_it_can(case: str, tmp_path: P
     exported, path = write(network, INT8, tmp_path)
     runs_as = RUNTIME.runs_as(path, exported.tensors, threads=1)
     for name, compute in runs_as.items():
-        floats_only = isinstance(model.get_submodule(name), (nn.Embedding, nn.ConvTranspose2d))
+        floats_only = isinstance(model.get_submodule(name), (nn.Embedding, nn.ConvTranspose2d, nn.Conv3d))
         assert compute == ("fp32" if floats_only else "int8"), name
     assert relative_error(RUNTIME.load(path, threads=1).run(inputs), reference(model, inputs)) < INT8_TOLERANCE
 
@@ -274,8 +362,7 @@ def test_an_fp32_layer_between_int8_ones_keeps_its_float_weights(tmp_path: Path)
         second.weight[0, 0, 0, 0] = 1e3
     model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(8, 8, 1)).eval()
     inputs = {"x": floats(3, 6, 6)}
-    case = Case(model, inputs, RUNTIME.float_graph(model, inputs, opset=18))
-    exported, path = write(case, INT8, tmp_path, only=("0", "4"))
+    exported, path = write(Case.of(model, inputs), INT8, tmp_path, only=("0", "4"))
     assert RUNTIME.runs_as(path, exported.tensors, threads=1) == {"0": "int8", "2": "fp32", "4": "int8"}
     assert relative_error(RUNTIME.load(path, threads=1).run(inputs), reference(model, inputs)) < INT8_TOLERANCE
 
@@ -293,7 +380,7 @@ def test_a_float_layer_reads_the_float_tensor_that_an_int8_layer_quantises(tmp_p
 
 
 @pytest.mark.parametrize("case", [*LAYERS, *NETWORKS])
-@pytest.mark.parametrize("precision", [None, INT8, INT8_STORED], ids=str)
+@pytest.mark.parametrize("precision", [None, INT8, INT8_STORED, *COARSE], ids=str)
 def test_the_size_of_a_file_is_known_before_it_is_written(
     case: str, precision: Precision | None, tmp_path: Path
 ) -> None:
@@ -338,7 +425,7 @@ def test_a_file_is_for_old_runtimes_and_says_nothing_about_this_machine() -> Non
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     residual = case_of("residual")
-    again = Case(residual.model, residual.inputs, RUNTIME.float_graph(residual.model, residual.inputs, opset=18))
+    again = Case.of(residual.model, residual.inputs)
     assert write(residual, INT8, tmp_path)[0].data == write(again, INT8, tmp_path)[0].data
 
 
@@ -346,11 +433,12 @@ def test_seven_bit_weights_stay_within_63() -> None:
     """Where 8-bit products saturate, the target says so, and no code may be larger than what cannot."""
     residual = case_of("residual")
     precisions = dict.fromkeys(residual.able, INT8)
-    exported = RUNTIME.write(residual.graph, precisions, calibration=[residual.inputs], largest=63)
+    grids = residual.grids(precisions)
+    exported = RUNTIME.write(residual.graph, precisions, grids, calibration=[residual.inputs], largest=LARGEST)
     proto = onnx.load_from_string(exported.data)
     codes = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
     for layer, tensor in exported.tensors.items():
-        assert np.abs(codes[tensor].astype(int)).max() == 63, layer
+        assert np.abs(codes[tensor].astype(int)).max() == LARGEST, layer
 
 
 def test_a_range_holds_zero_and_its_grid_spans_it() -> None:

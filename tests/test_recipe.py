@@ -10,11 +10,13 @@ from hypothesis import given, strategies as st
 
 from hirelc_deploy.budget import Budget, Figures, judge, met
 from hirelc_deploy.errors import UserError
-from hirelc_deploy.policy import FP32, INT8, Compute, PerTensor, Policy, Precision, Storage
+from hirelc_deploy.policy import FP32, INT8, Compute, PerChannel, PerTensor, Policy, Precision, Storage
 from hirelc_deploy.search.recipe import LADDER_KEEP_PERCENT, Recipe, ladder, search
 from hirelc_deploy.search.space import Evaluation, SearchSpace
 
 INT8_TENSOR = Precision(Storage("int", 8, PerTensor()), Compute.INT8)
+INT4_IN_FLOATS = Precision(Storage("int", 4, PerChannel()), Compute.FP32)
+INT4 = Precision(Storage("int", 4, PerChannel()), Compute.INT8)
 
 
 def space(*, total: int = 16, able: bool = True) -> SearchSpace:
@@ -39,6 +41,10 @@ def space(*, total: int = 16, able: bool = True) -> SearchSpace:
         ("compute=fp32", Recipe(100, Compute.FP32)),
         ("storage=int8", Recipe(100, Compute.INT8, "int8")),
         ("storage=int8/tensor,compute=fp32", Recipe(100, Compute.FP32, "int8/tensor")),
+        ("storage=int4/group32", Recipe(100, Compute.INT8, "int4/group32")),
+        ("keep=75%,storage=codebook3,compute=fp32", Recipe(75, Compute.FP32, "codebook3")),
+        ("storage=vector1/channel", Recipe(100, Compute.INT8, "vector1/channel")),
+        ("storage=fp32,compute=fp32", Recipe(100, Compute.FP32, "fp32")),
     ],
 )
 def test_a_recipe_is_read_in_any_order(text: str, recipe: Recipe) -> None:
@@ -63,6 +69,10 @@ def test_a_recipe_is_read_in_any_order(text: str, recipe: Recipe) -> None:
         ("compute=int9", "compute is 'int9'", "did you mean int8"),
         ("compute=INT8", "compute is 'INT8'", "did you mean int8"),
         ("keep=50%,compute=int8,keep=25%", "says keep twice", "keep=50%"),
+        ("storage=int9", "storage is 'int9'", "did you mean int"),
+        ("storage=codebok3", "storage is 'codebok3'", "did you mean codebook3"),
+        ("storage=int4/chanel", "storage is 'int4/chanel'", "did you mean int4/channel"),
+        ("storage=log3/group32", "storage is 'log3/group32'", "There is codebook2, codebook3, codebook4, float4"),
     ],
 )
 def test_a_recipe_that_cannot_be_read_says_how_to_write_it(text: str, what: str, fix: str) -> None:
@@ -99,27 +109,35 @@ def test_a_layer_that_cannot_stays_as_it_was_trained() -> None:
 
 @pytest.mark.parametrize(
     ("storage", "chosen"),
-    [(None, INT8), ("int8", INT8), ("int8/channel", INT8), ("int8/tensor", INT8_TENSOR)],
+    [
+        (None, INT8),
+        ("int8", INT8),
+        ("int8/channel", INT8),
+        ("int8/tensor", INT8_TENSOR),
+        ("int4", INT4),
+    ],
 )
 def test_a_storage_is_named_with_or_without_its_granularity(storage: str | None, chosen: Precision) -> None:
-    some = replace(space(), layers={"conv": (FP32, INT8, INT8_TENSOR)})
+    some = replace(space(), layers={"conv": (FP32, INT8, INT4_IN_FLOATS, INT4, INT8_TENSOR)})
     assert Recipe(100, Compute.INT8, storage).policy(some).precisions == {"conv": chosen}
 
 
 @pytest.mark.parametrize(
-    ("recipe", "network"),
+    ("recipe", "network", "fix"),
     [
-        (Recipe(50, Compute.INT8), space(able=False)),
-        (Recipe(50, Compute.INT8, "int4"), space()),
-        (Recipe(50, Compute.INT8, "int8/group32"), space()),
-        (Recipe(50, Compute.FP16), space()),
+        (Recipe(50, Compute.INT8), space(able=False), "compute=fp32 with storage=fp32"),
+        (Recipe(50, Compute.INT8, "int4"), space(), "compute=fp32 or int8 with storage=fp32, int8"),
+        (Recipe(50, Compute.INT8, "int8/group32"), space(), "compute=fp32 or int8 with storage=fp32, int8"),
+        (Recipe(50, Compute.FP16), space(), "compute=fp32 or int8 with storage=fp32, int8"),
     ],
 )
-def test_a_recipe_that_fits_no_layer_is_refused_with_what_there_is(recipe: Recipe, network: SearchSpace) -> None:
+def test_a_recipe_that_fits_no_layer_is_refused_with_what_there_is(
+    recipe: Recipe, network: SearchSpace, fix: str
+) -> None:
     with pytest.raises(UserError, match="no layer of this network") as raised:
         recipe.policy(network)
     assert str(recipe) in raised.value.what
-    assert "storage=fp32/tensor,compute=fp32" in raised.value.fix
+    assert fix in raised.value.fix
 
 
 # -- the ladder ----------------------------------------------------------------------------------------------

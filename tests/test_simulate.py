@@ -1,8 +1,9 @@
 """What is trained under is what the file computes; taking it off leaves the float weights and nothing else."""
 
 import copy
-import itertools
 from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import networks
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,15 +20,21 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hirelc_deploy.compress.batchnorm import reestimate
+from hirelc_deploy.compress.fold import along_channels, channel_factor, fold, foldable
+from hirelc_deploy.compress.grids import fitted, put_on
+from hirelc_deploy.compress.inputs import energies
 from hirelc_deploy.compress.prune import prune
-from hirelc_deploy.compress.simulate import RANGE_MOMENTUM, Simulation, simulated
+from hirelc_deploy.compress.simulate import RANGE_MOMENTUM, Simulation, StoredWeight, simulated
 from hirelc_deploy.exporters import load_runtime
+from hirelc_deploy.exporters._base import Exported
+from hirelc_deploy.exporters._calibrate import Method
 from hirelc_deploy.exporters._float import FloatGraph
 from hirelc_deploy.exporters._qdq import plan
 from hirelc_deploy.graph import forward, trace
 from hirelc_deploy.graph.trial import jitter
 from hirelc_deploy.graph.vanish import Bypass, Gone
-from hirelc_deploy.policy import INT8, Compute, PerChannel, Policy, Precision, Storage
+from hirelc_deploy.kernels._base import Grid
+from hirelc_deploy.policy import INT8, Compute, PerChannel, PerGroup, PerTensor, Policy, Precision, Storage
 
 hasten()
 
@@ -35,6 +43,23 @@ LARGEST = 63  # codes that saturate on no CPU, so that the file computes the sam
 INT8_STORED = Precision(Storage("int", 8, PerChannel()), Compute.FP32)
 EXAMPLES = 32
 FILES = ["residual", "inverted", "attention", "mlp", "called_twice", "tied_twice"]
+
+STORED = [
+    Precision(Storage(name, bits, granularity), compute)
+    for name, bits, granularity in (
+        ("int", 2, PerChannel()),
+        ("int", 4, PerGroup(16)),
+        ("float", 4, PerTensor()),
+        ("log", 3, PerChannel()),
+        ("codebook", 3, PerChannel()),
+        ("vector", 1, PerChannel()),
+    )
+    for compute in (Compute.INT8, Compute.FP32)
+]
+"""A precision of every format, coarse enough for a wrong grid to show."""
+
+COARSE = [*(("residual", precision) for precision in STORED), *(("tied_twice", precision) for precision in STORED[-4:])]
+"""Networks and what all their layers are stored as."""
 
 # The file also rounds biases, and what a convolution writes before an addition; INT8 itself is off by 0.01 to 0.02.
 SIMULATION_TOLERANCE = 0.005
@@ -56,8 +81,11 @@ class Case:
 
     @property
     def int8(self) -> dict[str, Precision]:
+        return self.all(INT8)
+
+    def all(self, precision: Precision) -> dict[str, Precision]:
         able = (nn.Conv1d, nn.Conv2d, nn.Linear)
-        return {name: INT8 for name, module in self.model.named_modules() if isinstance(module, able)}
+        return {name: precision for name, module in self.model.named_modules() if isinstance(module, able)}
 
 
 def build(name: str) -> Case:
@@ -71,37 +99,75 @@ def build(name: str) -> Case:
     return Case(jitter(small.model).eval(), inputs)
 
 
+def under(
+    model: nn.Module, precisions: Mapping[str, Precision], *, largest: int = LARGEST
+) -> AbstractContextManager[Simulation]:
+    """A simulation with grids that are fitted to the model as it stands, norms left alone."""
+    return simulated(model, precisions, fitted(model, precisions, {}, largest=largest), largest=largest)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What becomes of a case: norms folded, weights on their grids; and the float graph that is written from it."""
+
+    model: nn.Module
+    pairs: dict[str, str]
+    precisions: dict[str, Precision]
+    grids: dict[str, Grid]
+    graph: FloatGraph
+
+    def write(self, case: Case) -> Exported:
+        return RUNTIME.write(self.graph, self.precisions, self.grids, calibration=[case.arrays], largest=LARGEST)
+
+
 @cache
-def exported(name: str) -> tuple[Case, FloatGraph]:
-    """A case that no test changes, and its float graph, which takes a second or two."""
+def compressed(name: str, precision: Precision = INT8) -> tuple[Case, Compressed]:
+    """A case that no test changes; the graph takes a second or two."""
     case = build(name)
-    return case, RUNTIME.float_graph(case.model, case.arrays, opset=18)
+    pairs = foldable(case.model, case.inputs)
+    model = fold(case.model, pairs).eval()
+    precisions = case.all(precision)
+    grids = fitted(model, precisions, energies(model, precisions, [case.inputs]), largest=LARGEST)
+    put_on(model, precisions, grids, largest=LARGEST)
+    return case, Compressed(model, pairs, precisions, grids, RUNTIME.float_graph(model, case.arrays, opset=18))
 
 
-def run_simulated(case: Case) -> dict[str, np.ndarray]:
-    model = copy.deepcopy(case.model)
-    with torch.no_grad(), simulated(model, case.int8, largest=LARGEST) as simulation:
+def run_simulated(
+    case: Case, model: nn.Module, precisions: Mapping[str, Precision], grids: Mapping[str, Grid], pairs: dict[str, str]
+) -> dict[str, np.ndarray]:
+    model = copy.deepcopy(model)
+    with torch.no_grad(), simulated(model, precisions, grids, largest=LARGEST, norms=pairs) as simulation:
         simulation.calibrate([case.inputs])
         return {name: output.numpy() for name, output in forward(model, case.inputs).items()}
 
 
-def relative_error(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:
+def relative_error(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
     assert found.keys() == wanted.keys()
     return max(float(np.linalg.norm(found[n] - wanted[n]) / np.linalg.norm(wanted[n])) for n in wanted)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_the_simulation_computes_what_the_file_computes(name: str, tmp_path: Path) -> None:
-    case, graph = exported(name)
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*((name, INT8) for name in FILES), *COARSE],
+    ids=str,
+)
+def test_the_simulation_computes_what_the_file_computes(name: str, precision: Precision, tmp_path: Path) -> None:
+    """Both of it: the network in training, with its norms, and the compressed one that is scored."""
+    case, made = compressed(name, precision)
     path = tmp_path / "model.onnx"
-    path.write_bytes(RUNTIME.write(graph, case.int8, calibration=[case.arrays], largest=LARGEST).data)
+    path.write_bytes(made.write(case).data)
     from_file = RUNTIME.load(path, threads=1).run(case.arrays)
     with torch.no_grad():
         floats = {n: output.numpy() for n, output in forward(case.model, case.inputs).items()}
 
-    error = relative_error(run_simulated(case), from_file)
-    assert error < SIMULATION_TOLERANCE
-    assert error < relative_error(floats, from_file) / 2  # nearer to the file than the float model is
+    in_training = run_simulated(case, case.model, made.precisions, made.grids, made.pairs)
+    scored = run_simulated(case, made.model, made.precisions, {}, {})
+    tolerance = SIMULATION_TOLERANCE if precision.compute is Compute.INT8 else FLOAT_TOLERANCE
+    assert relative_error(scored, from_file) < tolerance
+    # nearer to the file than the float model is
+    assert relative_error(scored, from_file) < relative_error(floats, from_file) / 2
+    # ranges are those of float weights while training
+    assert relative_error(in_training, from_file) < (0.02 if precision.compute is Compute.INT8 else tolerance)
 
 
 def inputs_of_layers(graph: FloatGraph) -> dict[str, str]:
@@ -128,71 +194,78 @@ def inputs_of_layers(graph: FloatGraph) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_ranges_are_those_that_the_exporter_calibrates(name: str) -> None:
-    """Of the float model, over all batches: rounded weights would shift them, and the file with them."""
-    case, graph = exported(name)
-    layout = plan(graph, case.int8)
+    """Of the network with its weights as they are stored and activations in floats, over all batches."""
+    case, made = compressed(name)
+    layout = plan(made.graph, made.precisions)
     halves = [{n: x[:20] for n, x in case.inputs.items()}, {n: x[20:] for n, x in case.inputs.items()}]
-    ranges = RUNTIME._ranges(graph, layout, [{n: x.numpy() for n, x in half.items()} for half in halves])  # type: ignore[attr-defined]
-    model = copy.deepcopy(case.model)
-    with simulated(model, case.int8, largest=LARGEST) as simulation:
+    arrays = [{n: x.numpy() for n, x in half.items()} for half in halves]
+    ranges = RUNTIME._ranges(made.graph, layout, arrays, Method.MIN_MAX)  # type: ignore[attr-defined]
+    model = copy.deepcopy(made.model)
+    with simulated(model, made.precisions, {}, largest=LARGEST) as simulation:
         simulation.calibrate(halves)
-    read = inputs_of_layers(graph)
+    read = inputs_of_layers(made.graph)
     assert simulation.grids.keys() == read.keys()
     for grid, tensor in read.items():
         seen = ranges[layout.tensors[tensor].same_grid_as or tensor]
-        found = (simulation.grids[grid].low.item(), simulation.grids[grid].high.item())
+        found = (min(simulation.grids[grid].low.item(), 0), max(simulation.grids[grid].high.item(), 0))
         assert found == pytest.approx((seen.low, seen.high), rel=FLOAT_TOLERANCE, abs=FLOAT_TOLERANCE), grid
 
 
-@pytest.mark.parametrize("name", ["residual", "inverted", "attention"])
-def test_weights_are_the_codes_of_the_file_times_their_scale(name: str) -> None:
-    """BatchNorm is folded in the file and not in the simulation: with one scale a channel the two commute."""
-    case, graph = exported(name)
-    written = RUNTIME.write(graph, case.int8, calibration=[case.arrays], largest=LARGEST)
-    stored = decoded_weights(written.data)
+def test_ranges_in_training_begin_as_those_of_the_float_model() -> None:
+    case = build("inverted")
+    seen: dict[str, tuple[float, float]] = {}
+
+    def note(name: str) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor]) -> None:
+            seen[name] = (args[0].min().item(), args[0].max().item())
+
+        case.model.get_submodule(name).register_forward_pre_hook(hook)
+
+    plain = copy.deepcopy(case.model)
+    for name in case.int8:
+        note(name)
+    with torch.no_grad():
+        forward(case.model, case.inputs)
+    with under(plain, case.int8) as simulation:
+        simulation.calibrate([case.inputs])
+    assert {name: (grid.low.item(), grid.high.item()) for name, grid in simulation.grids.items()} == seen
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*((name, INT8) for name in ("residual", "inverted", "attention")), *COARSE],
+    ids=str,
+)
+def test_weights_are_those_that_the_file_decodes_to(name: str, precision: Precision) -> None:
+    """Those put on their grids bit for bit; those under a norm but for the order of two multiplications."""
+    case, made = compressed(name, precision)
+    written = made.write(case)
+    decoded = decoded_weights(written, case.arrays)
+    assert decoded.keys() == made.precisions.keys()
     model = copy.deepcopy(case.model)
-    norms = dict(zip(*norm_behind(model), strict=True))
-    folded = 0
-    with torch.no_grad(), simulated(model, case.int8, largest=LARGEST):
-        for layer, tensor in written.tensors.items():
-            weight = model.get_submodule(layer).weight
-            assert isinstance(weight, Tensor)
-            norm = norms.get(layer)
-            if norm is not None:
-                folded += 1
-                assert norm.running_var is not None
-                factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-                weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
-            found = stored[tensor].T if stored[tensor].shape != tuple(weight.shape) else stored[tensor]
-            if weight.dim() == 2 and not np.allclose(found, weight.numpy(), rtol=FLOAT_TOLERANCE):
-                found = found.T  # a square one that is written as MatMul
-            np.testing.assert_allclose(found, weight.numpy(), rtol=FLOAT_TOLERANCE)
-    assert folded == len(norms)
+    with torch.no_grad(), simulated(model, made.precisions, made.grids, largest=LARGEST, norms=made.pairs):
+        for layer, found in decoded.items():
+            on_grid = made.model.get_parameter(f"{layer}.weight").detach().numpy()
+            if not np.array_equal(found, on_grid):
+                np.testing.assert_array_equal(found.T, on_grid, err_msg=layer)  # a MatMul's is transposed
+            module = model.get_submodule(layer)
+            assert isinstance(module.weight, Tensor)
+            factor = channel_factor(model.get_submodule(made.pairs[layer])) if layer in made.pairs else torch.ones(1)
+            np.testing.assert_allclose(module.weight * along_channels(factor, module), on_grid, rtol=FLOAT_TOLERANCE)
+    assert bool(made.pairs) == (name in ("residual", "inverted"))
 
 
-def decoded_weights(data: bytes) -> dict[str, np.ndarray]:
-    """Name of the stored codes -> codes times scale, as DequantizeLinear does it."""
-    graph = onnx.load_from_string(data).graph
-    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    decoded = {}
-    for node in graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in arrays and arrays[node.input[0]].ndim > 1:
-            axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
-            codes, scale = arrays[node.input[0]], arrays[node.input[1]]
-            shape = [-1 if a == axis else 1 for a in range(codes.ndim)]
-            decoded[node.input[0]] = codes.astype(np.float32) * scale.reshape(shape)
-    return decoded
-
-
-def norm_behind(model: nn.Module) -> tuple[list[str], list[nn.BatchNorm2d]]:
-    """Convolutions and the BatchNorm that is defined right behind each: true of the networks used here."""
-    modules = list(model.named_modules())
-    pairs = [
-        (name, norm)
-        for (name, layer), (_, norm) in itertools.pairwise(modules)
-        if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-    ]
-    return [name for name, _ in pairs], [norm for _, norm in pairs]
+def decoded_weights(written: Exported, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """By layer what its operator reads for a weight, asked from a session that runs the file."""
+    model = onnx.load_from_string(written.data)
+    readers = {
+        node.input[0]: node.output[0] for node in model.graph.node if node.op_type in ("DequantizeLinear", "Mul")
+    }
+    values = {layer: readers[tensor] for layer, tensor in written.tensors.items()}
+    for name in values.values():
+        model.graph.output.append(onnx.ValueInfoProto(name=name))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return dict(zip(values, session.run(list(values.values()), dict(inputs)), strict=True))
 
 
 def leftovers(model: nn.Module) -> list[str]:
@@ -209,7 +282,7 @@ def test_what_stays_is_the_trained_float_weights_and_nothing_else(name: str) -> 
     case = build(name)
     before = {key: tensor.clone() for key, tensor in case.model.state_dict().items()}
     types = [type(module) for module in case.model.modules()]
-    with simulated(case.model, case.int8, largest=LARGEST) as simulation:
+    with under(case.model, case.int8) as simulation:
         simulation.calibrate([case.inputs])
         assert leftovers(case.model)
         with torch.no_grad():
@@ -225,7 +298,7 @@ def test_what_stays_is_the_trained_float_weights_and_nothing_else(name: str) -> 
 
 def test_the_simulation_goes_even_if_training_fails() -> None:
     case = build("mlp")
-    with pytest.raises(KeyError), simulated(case.model, case.int8, largest=LARGEST):
+    with pytest.raises(KeyError), under(case.model, case.int8):
         raise KeyError
     assert not leftovers(case.model)
 
@@ -235,9 +308,11 @@ def test_tied_weights_stay_tied_and_train_as_one() -> None:
     model = case.model
     assert isinstance(model, networks.TiedTwice)
     parameters = len(list(model.parameters()))
-    with simulated(model, case.int8, largest=LARGEST) as simulation:
+    with under(model, case.int8) as simulation:
         simulation.calibrate([case.inputs])
-        assert len(list(model.parameters())) == parameters
+        of_grids = {p for part in model.modules() if isinstance(part, StoredWeight) for p in part.parameters()}
+        assert of_grids
+        assert len(set(model.parameters()) - of_grids) == parameters
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         forward(model, case.inputs)["output"].square().sum().backward()
         optimizer.step()
@@ -248,7 +323,7 @@ def test_tied_weights_stay_tied_and_train_as_one() -> None:
 def test_each_call_of_a_layer_has_a_range_of_its_own() -> None:
     """A mean of both ranges, which is what one grid would come to in training, cuts off the wider."""
     case = build("called_twice")
-    with simulated(case.model, case.int8, largest=LARGEST) as simulation:
+    with under(case.model, case.int8) as simulation:
         simulation.calibrate([case.inputs])
         simulation.train(True)
         first, second = (simulation.grids[name].high.item() for name in ("again", "again#2"))
@@ -264,7 +339,7 @@ def test_each_call_of_a_layer_has_a_range_of_its_own() -> None:
 def test_gradients_reach_every_weight_and_the_inputs() -> None:
     case = build("inverted")
     inputs = {name: tensor.clone().requires_grad_() for name, tensor in case.inputs.items()}
-    with simulated(case.model, case.int8, largest=LARGEST) as simulation:
+    with under(case.model, case.int8) as simulation:
         simulation.calibrate([case.inputs])
         forward(case.model, inputs)["output"].square().sum().backward()
     for name, tensor in (*case.model.named_parameters(), *inputs.items()):
@@ -275,7 +350,7 @@ def test_gradients_reach_every_weight_and_the_inputs() -> None:
 
 def test_ranges_follow_in_training_and_are_held_outside() -> None:
     model = nn.Sequential(nn.Linear(4, 3))
-    with simulated(model, {"0": INT8}, largest=LARGEST) as simulation:
+    with under(model, {"0": INT8}) as simulation:
         simulation.calibrate([{"input": torch.linspace(-1, 1, 8).reshape(2, 4)}])
         wide = {"input": torch.linspace(-3, 5, 8).reshape(2, 4)}
         forward(model, wide)
@@ -294,7 +369,7 @@ def test_ranges_follow_in_training_and_are_held_outside() -> None:
 
 def test_calibrating_again_forgets_what_was_seen() -> None:
     model = nn.Sequential(nn.Linear(4, 3))
-    with simulated(model, {"0": INT8}, largest=LARGEST) as simulation:
+    with under(model, {"0": INT8}) as simulation:
         simulation.calibrate([{"input": 100 * torch.ones(2, 4)}])
         simulation.calibrate([{"input": torch.linspace(-1, 1, 8).reshape(2, 4)}])
         assert (simulation.grids["0"].low, simulation.grids["0"].high) == (-1, 1)
@@ -303,7 +378,10 @@ def test_calibrating_again_forgets_what_was_seen() -> None:
 def test_a_range_that_was_never_seen_is_no_range() -> None:
     """A grid of no width would make every input zero, and the score a wrong number."""
     model = nn.Sequential(nn.Linear(4, 3))
-    with simulated(model, {"0": INT8}, largest=LARGEST), pytest.raises(ValueError, match="calibrate first"):
+    with (
+        under(model, {"0": INT8}),
+        pytest.raises(ValueError, match="calibrate first"),
+    ):
         forward(model, {"input": torch.ones(2, 4)})
 
 
@@ -312,7 +390,7 @@ def test_activations_are_rounded_to_256_values() -> None:
     nn.init.ones_(layer.weight)
     model = nn.Sequential(layer)
     x = torch.linspace(-1, 3, 10_001)[:, None]
-    with torch.no_grad(), simulated(model, {"0": INT8}, largest=127) as simulation:
+    with torch.no_grad(), under(model, {"0": INT8}, largest=127) as simulation:
         simulation.calibrate([{"input": x}])
         rounded = forward(model, {"input": x})["output"]
         outside = forward(model, {"input": torch.tensor([[-9.0], [0.0], [9.0]])})["output"].flatten()
@@ -328,7 +406,7 @@ def test_stored_in_int8_and_computed_in_fp32_rounds_weights_alone() -> None:
     case = build("mlp")
     precisions = dict.fromkeys(case.int8, INT8_STORED)
     floats = {name: case.model.get_submodule(name).weight for name in precisions}
-    with torch.no_grad(), simulated(case.model, precisions, largest=LARGEST) as simulation:
+    with torch.no_grad(), under(case.model, precisions) as simulation:
         found = forward(case.model, case.inputs)["output"]
         assert not simulation.grids
         rounded = {name: case.model.get_submodule(name).weight for name in precisions}
@@ -342,11 +420,14 @@ def test_stored_in_int8_and_computed_in_fp32_rounds_weights_alone() -> None:
 
 def test_ranges_come_back_from_a_checkpoint() -> None:
     case = build("called_twice")
-    with torch.no_grad(), simulated(case.model, case.int8, largest=LARGEST) as simulation:
+    with (
+        torch.no_grad(),
+        under(case.model, case.int8) as simulation,
+    ):
         simulation.calibrate([case.inputs])
         state = {key: tensor.clone() for key, tensor in simulation.state_dict().items()}
         before = forward(case.model, case.inputs)["output"]
-    with torch.no_grad(), simulated(case.model, case.int8, largest=LARGEST) as again:
+    with torch.no_grad(), under(case.model, case.int8) as again:
         again.load_state_dict(state)
         assert torch.equal(forward(case.model, case.inputs)["output"], before)
         assert again.state_dict() == state
@@ -360,7 +441,7 @@ def test_layers_that_are_gone_are_passed_over() -> None:
     model = prune(case.model, graph, Policy({}, keep), {}).model
     gone = {layer for name in keep for layer in graph.group[name].gone_at_zero}
     assert {type(model.get_submodule(name)) for name in gone} == {Gone, Bypass}
-    with torch.no_grad(), simulated(model, case.int8, largest=LARGEST) as simulation:
+    with torch.no_grad(), under(model, case.int8) as simulation:
         simulation.calibrate([case.inputs])
         output = forward(model, case.inputs)["output"]
     assert simulation.grids.keys() == case.int8.keys() - gone
@@ -380,7 +461,10 @@ class ByKeyword(nn.Module):
 def test_a_layer_that_is_called_by_keyword_is_rounded_as_well() -> None:
     model = ByKeyword()
     inputs = {"x": torch.randn(8, 4, generator=torch.Generator().manual_seed(0))}
-    with torch.no_grad(), simulated(model, {"layer": INT8}, largest=LARGEST) as simulation:
+    with (
+        torch.no_grad(),
+        under(model, {"layer": INT8}) as simulation,
+    ):
         simulation.calibrate([inputs])
         by_keyword = forward(model, inputs)["output"]
         assert torch.equal(
@@ -429,9 +513,12 @@ def test_statistics_under_a_simulation_are_those_of_rounded_weights() -> None:
     """As fine-tuning leaves them: the file's weights are rounded, and its BatchNorm is folded from these."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    simulation = Simulation(model, {"0": INT8_STORED}, largest=3)
+    coarse = {"0": Precision(Storage("int", 2, PerChannel()), Compute.FP32)}
+    before = model[0].weight.detach().clone()
+    simulation = Simulation(model, coarse, fitted(model, coarse, {}, largest=LARGEST), largest=LARGEST)
     reestimate(model, batches())
     with torch.no_grad():
         means = [model[0](batch["input"]).mean((0, 2, 3)) for batch in batches()]
+        assert relative_error({"weight": model[0].weight.numpy()}, {"weight": before.numpy()}) > 0.1
     simulation.remove()
     torch.testing.assert_close(model[1].running_mean, torch.stack(means).mean(0))

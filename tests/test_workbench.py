@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from hirelc_deploy import workbench
 from hirelc_deploy.compress.distil import FineTuning
+from hirelc_deploy.compress.grids import put_on
 from hirelc_deploy.console import Advance
 from hirelc_deploy.errors import UserError
+from hirelc_deploy.exporters._base import Exported
 from hirelc_deploy.graph import ModelGraph, trace
 from hirelc_deploy.graph.model_graph import Group
 from hirelc_deploy.graph.trial import jitter
-from hirelc_deploy.policy import FP32, INT8, Compute, PerTensor, Policy, Precision, Storage
+from hirelc_deploy.kernels import every_storage, load_format
+from hirelc_deploy.policy import FP32, INT8, Compute, PerChannel, PerGroup, PerTensor, Policy, Precision, Storage
 from hirelc_deploy.profiles import Target, load_target
 from hirelc_deploy.rundir import RunFolder
 from hirelc_deploy.task import ArraySource, Classification, Task
@@ -152,13 +155,39 @@ def test_a_multiple_counts_channels_not_units(
 
 def test_precisions_are_those_that_the_target_runs() -> None:
     graph = traced("convolutions")[1]
+    both = HOST.model_copy(update={"computes": dict.fromkeys(("Conv2d", "Linear"), (Compute.FP32, Compute.INT8))})
     floats_only = HOST.model_copy(update={"computes": {"Linear": (Compute.FP32,), "Conv2d": (Compute.FP32,)}})
     convolutions = HOST.model_copy(update={"computes": {"Conv2d": (Compute.FP32, Compute.INT8)}})
-    assert set(search_space(graph, HOST).layers.values()) == {(FP32, INT8)}
-    assert set(search_space(graph, floats_only).layers.values()) == {(FP32,)}
-    assert search_space(graph, convolutions).layers == {
-        layer.name: (FP32,) if layer.op == "Linear" else (FP32, INT8) for layer in graph.layers
+    in_floats = {FP32, *(Precision(storage, Compute.FP32) for storage in every_storage())}
+    in_integers = {Precision(storage, Compute.INT8) for storage in every_storage()}
+
+    def offered(target: Target) -> dict[str, set[Precision]]:
+        return {layer: set(choices) for layer, choices in search_space(graph, target).layers.items()}
+
+    assert offered(both) == {layer.name: in_floats | in_integers for layer in graph.layers}
+    assert offered(floats_only) == {layer.name: in_floats for layer in graph.layers}
+    assert offered(convolutions) == {
+        layer.name: in_floats if layer.op == "Linear" else in_floats | in_integers for layer in graph.layers
     }
+    assert all(choices >= in_floats | in_integers for choices in offered(HOST).values())
+
+
+def test_formats_are_offered_in_the_order_in_which_an_engineer_would_try_them() -> None:
+    """As trained, then INT8: what a recipe without a storage takes."""
+    graph = traced("convolutions")[1]
+    for choices in search_space(graph, HOST).layers.values():
+        assert choices[:2] == (FP32, INT8)
+        assert len(set(choices)) == len(choices)
+
+
+def test_a_format_that_cannot_be_computed_in_integers_is_offered_in_floats_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph = traced("convolutions")[1]
+    monkeypatch.setattr(load_format("log"), "computes", frozenset({Compute.FP32}))
+    for choices in search_space(graph, HOST).layers.values():
+        assert {choice.compute for choice in choices if choice.storage.format == "log"} == {Compute.FP32}
+        assert Compute.INT8 in {choice.compute for choice in choices if choice.storage.format == "int"}
 
 
 def test_every_layer_belongs_to_one_block() -> None:
@@ -178,8 +207,13 @@ def test_every_layer_belongs_to_one_block() -> None:
         (Policy({}, {STEM: 17}), "cannot keep 17 of its 16", "the nearest legal count is 16"),
         (Policy({}, {STEM: 0}), "cannot keep 0 of its 16", "the nearest legal count is 1"),
         (
-            Policy({"head": Precision(Storage("int", 8, PerTensor()), Compute.INT8)}, {}),
-            "head as int8/tensor->int8, which host cannot",
+            Policy({"head": Precision(Storage("log", 3, PerGroup(32)), Compute.INT8)}, {}),
+            "head as log3/group32->int8, which host cannot",
+            "there is fp32/tensor->fp32, int8/channel->int8",
+        ),
+        (
+            Policy({"head": Precision(Storage("int", 9, PerChannel()), Compute.INT8)}, {}),
+            "head as int9/channel->int8, which host cannot",
             "there is fp32/tensor->fp32, int8/channel->int8",
         ),
         (
@@ -217,7 +251,7 @@ def test_what_a_policy_leaves_out_stays_as_it_was_trained() -> None:
 
 
 def random_policy(bench: Workbench, seed: int) -> Policy:
-    """Counts down to vanished branches, and int8 and fp32 layers in any mixture."""
+    """Counts down to vanished branches, and layers as trained or in any format and arithmetic, in any mixture."""
     draw = random.Random(seed)
     return Policy(
         {layer: draw.choice(choices) for layer, choices in bench.space.layers.items()},
@@ -228,12 +262,17 @@ def random_policy(bench: Workbench, seed: int) -> Policy:
     )
 
 
+def written_file(bench: Workbench, policy: Policy) -> Exported:
+    made = bench.compressed(policy)
+    return bench.write(made.model, policy, made.grids).file
+
+
 @pytest.mark.parametrize("name", ["convolutions", "tokens"])
 def test_the_size_is_known_before_anything_is_pruned(name: str, tmp_path: Path) -> None:
     with opened(name, tmp_path) as bench:
         policies = [random_policy(bench, seed) for seed in SEEDS]
         predicted = [bench.predicted_bytes(policy) for policy in policies]
-        written = [len(bench.write(bench.compressed(policy).model, policy).data) for policy in policies]
+        written = [len(written_file(bench, policy).data) for policy in policies]
     assert predicted == written
     assert {0 in policy.keep.values() for policy in policies} == {True, False}
     assert len(set(written)) > len(policies) / 2
@@ -256,17 +295,85 @@ def test_an_evaluation_is_replayed_bit_for_bit(tmp_path: Path, monkeypatch: pyte
     with opened("convolutions", tmp_path, epochs=1) as bench:
         policy = small_policy(bench)
         first = bench.evaluate(policy)
-        weights = bench.compressed(policy).model.state_dict()
+        made = bench.compressed(policy)
+        weights = made.model.state_dict()
+        file = written_file(bench, policy)
     monkeypatch.setattr(workbench, "distil", None)  # a replay computes nothing
     monkeypatch.setattr(workbench.timing, "interleave", None)
     with opened("convolutions", tmp_path, epochs=1) as again:
         assert again.evaluate(policy) == first
-        replayed = again.compressed(policy).model.state_dict()
+        made_again = again.compressed(policy)
+        replayed = made_again.model.state_dict()
+        assert written_file(again, policy).data == file.data
         assert first.figures.drop == again.original_score - first.score
         assert first.figures.size_bytes == again.predicted_bytes(policy)
     assert replayed.keys() == weights.keys()
     assert all(torch.equal(replayed[key], tensor) for key, tensor in weights.items())
+    assert made.grids.keys() == {layer for layer in policy.precisions if layer not in ("inner", "outer")}
+    assert made_again.grids.keys() == made.grids.keys()
+    for layer, grid in made.grids.items():
+        assert made_again.grids[layer].keys() == grid.keys()
+        assert all(torch.equal(made_again.grids[layer][role], values) for role, values in grid.items())
     assert not list((tmp_path / "states").iterdir())
+
+
+MIXED = {
+    "stem": Precision(Storage("vector", 2, PerChannel()), Compute.FP32),
+    "inner": Precision(Storage("codebook", 3, PerTensor()), Compute.INT8),
+    "outer": FP32,
+    "head": Precision(Storage("int", 4, PerGroup(16)), Compute.INT8),
+}
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_compressed_network_has_its_norms_folded_and_its_weights_on_their_grids(epochs: int, tmp_path: Path) -> None:
+    """What is written is then what was trained and scored, with or without fine-tuning."""
+    with opened("convolutions", tmp_path, epochs=epochs) as bench:
+        policy = completed(Policy(MIXED, {"inner": 16}), bench.graph, bench.target)
+        made = bench.compressed(policy)
+        largest = bench.largest
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in made.model.modules())
+    assert made.grids.keys() == MIXED.keys() - {"outer"}
+    before = {key: tensor.clone() for key, tensor in made.model.state_dict().items()}
+    put_on(made.model, policy.precisions, made.grids, largest=largest)
+    after = made.model.state_dict()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    for layer, most in {"stem": 256 * 4, "inner": 8}.items():
+        scale = made.grids[layer]["scale"].flatten()
+        steps = made.model.get_parameter(f"{layer}.weight").flatten(1) / scale[:, None]
+        assert len(steps.round().unique()) <= most
+        torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)  # whole steps, but for a 32-bit division
+
+
+@pytest.mark.parametrize("best", ["min-max", "percentile", "mse"])
+def test_ranges_of_activations_are_those_that_score_best_on_the_search_split(
+    best: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened("convolutions", tmp_path) as bench:
+        policy = small_policy(bench)
+        made = bench.compressed(policy)
+        methods = bench.runtime.range_methods
+        scores = {method: 80.0 if method == best else 70.0 for method in methods}
+        assert best in methods
+        monkeypatch.setattr(bench, "_file", lambda graph, policy, grids, ranges: Exported(ranges.encode(), {}))
+        monkeypatch.setattr(bench, "_file_score", lambda file: scores[file.data.decode()])
+        written = bench.write(made.model, policy, made.grids)
+        assert written.file.data == best.encode()
+        assert written.scores_by_ranges == scores
+        assert f"{best} 80.00" in str(written.note)
+        monkeypatch.setattr(bench, "_file_score", None)  # journalled: a resumed run scores nothing again
+        assert bench.write(made.model, policy, made.grids) == written
+
+
+def test_without_integer_layers_there_are_no_ranges_to_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened("convolutions", tmp_path) as bench:
+        monkeypatch.setattr(bench, "_file_score", None)
+        in_floats = Precision(Storage("int", 4, PerChannel()), Compute.FP32)
+        policy = completed(Policy(dict.fromkeys(bench.graph.layer, in_floats), {}), bench.graph, bench.target)
+        made = bench.compressed(policy)
+        written = bench.write(made.model, policy, made.grids)
+    assert written.scores_by_ranges == {}
+    assert written.note is None
 
 
 def test_the_original_is_never_changed(tmp_path: Path) -> None:
@@ -281,8 +388,11 @@ def test_the_original_is_never_changed(tmp_path: Path) -> None:
 
 
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    """And lie on one grid: in the file they are stored once."""
     with opened("tied", tmp_path, epochs=1) as bench:
-        policy = completed(Policy(dict.fromkeys(bench.graph.layer, INT8), {}), bench.graph, HOST)
-        model = bench.compressed(policy).model
-    assert isinstance(model, networks.TiedTwice)
-    assert model.one.weight is model.other.weight
+        coarse = Precision(Storage("codebook", 2, PerChannel()), Compute.FP32)
+        policy = completed(Policy(dict.fromkeys(bench.graph.layer, coarse), {}), bench.graph, HOST)
+        made = bench.compressed(policy)
+    assert isinstance(made.model, networks.TiedTwice)
+    assert made.model.one.weight is made.model.other.weight
+    assert all(torch.equal(made.grids["other"][role], values) for role, values in made.grids["one"].items())

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from hirelc_deploy.graph import forward
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (nn.modules.batchnorm._BatchNorm,)
+"""What all of PyTorch's have in common, and those of others that are made of them."""
 
 
 @torch.no_grad()

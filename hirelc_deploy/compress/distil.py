@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hirelc_deploy.compress.simulate import Simulation
+from hirelc_deploy.compress.batchnorm import NORMS
+from hirelc_deploy.compress.simulate import Simulation, StoredWeight
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.graph import forward
 from hirelc_deploy.task import Batches, Inputs, Task
@@ -45,6 +46,10 @@ class FineTuning:
     weight_decay: float = 1e-4
     task_weight: float = 0.5
     """Weight of the task's own loss beside the distance to the original's outputs."""
+
+
+SETTLED = 0.25
+"""Part of the steps, the last ones, in which BatchNorm no longer follows the batches."""
 
 
 class Checkpoints(Protocol):
@@ -145,22 +150,27 @@ def distil(
     simulation: Simulation,
     settings: FineTuning,
     *,
+    settle: Callable[[], None] = lambda: None,
     checkpoints: Checkpoints,
     name: str,
     advance: Callable[[str], None] = lambda detail: None,
 ) -> None:
     """Train `student` in place, under its simulated formats, towards the original and the task's targets.
 
-    `name` tells this fine-tuning's checkpoint from others'; `advance` is called after each epoch, those that a
-    checkpoint holds included.  Raises UserError if the loss is not finite, or if no parameter may be trained.
+    For the last SETTLED part of the steps BatchNorm uses its statistics, which `settle` estimates once before: what
+    is trained then are the very numbers that are stored.  `name` tells this fine-tuning's checkpoint from others';
+    `advance` is called after each epoch, those that a checkpoint holds included.  Raises UserError if the loss is not
+    finite, or if no parameter may be trained.
     """
-    if not any(parameter.requires_grad for parameter in student.parameters()):
+    of_grids = _of_grids(student)
+    if not any(parameter.requires_grad and id(parameter) not in of_grids for parameter in student.parameters()):
         raise UserError(
             "no parameter of the model may be trained: requires_grad is False for all",
             fix="let the factory return a model that can be fine-tuned, or export without fine-tuning: --epochs 0",
         )
     steps_per_epoch = math.ceil(task.train.examples / task.train.batch)
     steps = settings.epochs * steps_per_epoch
+    settled_from = round((1 - SETTLED) * steps)
     optimizer = torch.optim.AdamW(_groups(student, settings.weight_decay), lr=settings.rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     held = _Held(student, simulation, optimizer, schedule)
@@ -173,7 +183,12 @@ def distil(
             advance("from the checkpoint")
         saved = time.monotonic()
         for step, (positions, inputs, target) in _steps(task.train, settings, done, steps_per_epoch):
+            if step == settled_from:
+                simulation.train(False)  # as it is after a checkpoint was read: a resumed run ends the same
+                settle()
             student.train()
+            if step >= settled_from:
+                _hold_statistics(student)
             simulation.train(True)
             outputs = forward(student, as_tensors(inputs))
             original = teacher.outputs(positions, inputs)
@@ -228,12 +243,23 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights decay; biases and the scales of norms do not."""
+    """Weights decay; biases, the scales of norms and number grids do not."""
+    of_grids = _of_grids(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    decaying = [p for p in trained if p.dim() > 1 and id(p) not in of_grids]
+    others = [p for p in trained if p.dim() <= 1 or id(p) in of_grids]
+    return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _of_grids(model: nn.Module) -> set[int]:
+    """Identities of the parameters of number formats, which are trained but are no weights of the model."""
+    return {id(p) for module in model.modules() if isinstance(module, StoredWeight) for p in module.parameters()}
+
+
+def _hold_statistics(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            module.eval()
 
 
 class _Held:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum, auto
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from hirelc_deploy.compress.fold import Pairs, along_channels, channel_factor
+from hirelc_deploy.compress.grids import largest_integer, output_axis
 from hirelc_deploy.graph import forward
 from hirelc_deploy.kernels import load_format
+from hirelc_deploy.kernels._base import Grid, floored, from_rows, rows_of
 from hirelc_deploy.policy import Compute, Precision, Storage
 
 LEVELS = 255  # steps of a uint8 grid
@@ -24,20 +28,49 @@ RANGE_MOMENTUM = 0.05  # of a range's running mean while training: it follows we
 
 
 class StoredWeight(nn.Module):
-    """A weight as the file will hold it, or the float one while `passing`."""
+    """A weight as the file will hold it, or the float one while `passing`.
 
-    def __init__(self, storage: Storage, *, axis: int, largest: int) -> None:
+    The grid is that of the weight with its BatchNorm folded in, since that is what is stored.  What training may
+    move of it are parameters of this module: scales as ratios to the fitted ones, so that one rate of learning
+    suits all of them (learned step sizes: LSQ, arXiv 1902.08153).
+    """
+
+    def __init__(
+        self, storage: Storage, grid: Grid, *, axis: int, largest: int, factor: Callable[[], Tensor] | None = None
+    ) -> None:
+        """`factor` gives what folding multiplies the weight by, in a shape that does so."""
         super().__init__()
         self.storage = storage
         self.axis = axis
         self.largest = largest
         self.passing = False
         self.format = load_format(storage.format)
+        self._factor = factor
+        self._roles = tuple(grid)
+        for role, values in grid.items():
+            self.register_buffer(role, values.detach().clone())
+            if role in self.format.trained:
+                start = torch.ones_like(values) if role == "scale" else values.detach().clone()
+                self.register_parameter(f"trained_{role}", nn.Parameter(start))
+
+    def grid(self) -> dict[str, Tensor]:
+        """As it stands now; gradients reach what is trained."""
+        grid = {role: self.get_parameter(f"trained_{role}") for role in self._roles if role in self.format.trained}
+        fixed = {role: self.get_buffer(role) for role in self._roles if role not in grid}
+        return {**fixed, **grid, "scale": floored(self.get_buffer("scale") * grid["scale"])}
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.passing:
             return weight
-        return self.format.quantise(weight, self.storage, axis=self.axis, largest=self.largest)
+        if self._factor is None:
+            return self._rounded(weight)
+        factor = self._factor()
+        return self._rounded(weight * factor) / torch.where(factor == 0, 1.0, factor)
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        rows = rows_of(weight, self.axis)
+        on_grid = self.format.quantise(rows, self.grid(), self.storage, largest=self.largest)
+        return from_rows(on_grid, tuple(weight.shape), self.axis)
 
 
 class ActivationGrid:
@@ -80,25 +113,50 @@ class Simulation:
     grids: dict[str, ActivationGrid]
     """By layer.  A second call in the same forward pass is `name#2`: in the file it reads another tensor."""
 
-    def __init__(self, model: nn.Module, precisions: Mapping[str, Precision], *, largest: int) -> None:
-        """`largest` bounds int8 codes, as in the file.  Layers that the model no longer has are passed over."""
+    def __init__(
+        self,
+        model: nn.Module,
+        precisions: Mapping[str, Precision],
+        grids: Mapping[str, Grid],
+        *,
+        largest: int,
+        norms: Pairs | None = None,
+    ) -> None:
+        """`largest` bounds the integers of int8 layers, as in the file; `norms` are the BatchNorms to be folded.
+
+        A layer without a grid keeps its weight: it is on its grid already, or is not to be rounded.  Layers that the
+        model no longer has are passed over.
+        """
         self.grids = {}
         self._model = model
         self._ranges = Ranges.HOLD
         self._weights: dict[nn.Module, StoredWeight] = {}
+        self._names: dict[nn.Module, str] = {}
         self._calls: Counter[str] = Counter()
         self._hooks: list[RemovableHandle] = [model.register_forward_pre_hook(lambda *_: self._calls.clear())]
         modules = dict(model.named_modules())
+        stored: dict[int, StoredWeight] = {}
         for name, precision in precisions.items():
             layer = modules.get(name)
             if layer is None or not isinstance(getattr(layer, "weight", None), Tensor):
                 continue
-            if precision.storage.format != "fp32":
-                axis = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
-                self._weights[layer] = StoredWeight(precision.storage, axis=axis, largest=largest)
-                parametrize.register_parametrization(layer, "weight", self._weights[layer], unsafe=True)
+            if name in grids:
+                norm = modules[norms[name]] if norms and name in norms else None
+                factor = None if norm is None else partial(_folding, norm, layer)
+                key = id(layer.weight)
+                if key not in stored:  # layers that share a weight share what it is stored as
+                    stored[key] = StoredWeight(
+                        precision.storage,
+                        grids[name],
+                        axis=output_axis(layer),
+                        largest=largest_integer(precision.compute, largest),
+                        factor=factor,
+                    )
+                self._weights[layer] = stored[key]
+                self._names[layer] = name
+                parametrize.register_parametrization(layer, "weight", stored[key], unsafe=True)
             if precision.compute is Compute.INT8:
-                self._hooks.append(layer.register_forward_pre_hook(self._on_input(name), with_kwargs=True))
+                self._hooks.append(layer.register_forward_pre_hook(_on_input(self._rounding(name)), with_kwargs=True))
 
     def train(self, mode: bool) -> None:
         """Let the ranges follow the batches, or hold them."""
@@ -120,6 +178,13 @@ class Simulation:
             for weight in self._weights.values():
                 weight.passing = False
 
+    def weight_grids(self) -> dict[str, Grid]:
+        """By layer, as training has left them."""
+        return {
+            self._names[layer]: {role: values.detach().clone() for role, values in weight.grid().items()}
+            for layer, weight in self._weights.items()
+        }
+
     def state_dict(self) -> dict[str, Tensor]:
         """The ranges, for a checkpoint; weights are the model's."""
         return {f"{name}.{end}": getattr(grid, end) for name, grid in self.grids.items() for end in ("low", "high")}
@@ -136,15 +201,12 @@ class Simulation:
             hook.remove()
         self._weights, self._hooks = {}, []
 
-    def _on_input(self, name: str) -> Callable[..., Any]:
-        def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def _rounding(self, name: str) -> Callable[[Tensor], Tensor]:
+        def rounded(x: Tensor) -> Tensor:
             self._calls[name] += 1
-            grid = name if self._calls[name] == 1 else f"{name}#{self._calls[name]}"
-            if args:
-                return (self._rounded(grid, args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "input": self._rounded(grid, kwargs["input"])}  # its name in every layer of torch
+            return self._rounded(name if self._calls[name] == 1 else f"{name}#{self._calls[name]}", x)
 
-        return on_input
+        return rounded
 
     def _rounded(self, name: str, x: Tensor) -> Tensor:
         """x as a layer reads it.  Raises ValueError if its range is to be held and was never seen."""
@@ -162,10 +224,32 @@ class Simulation:
         return grid.round(x)
 
 
+def _on_input(rounded: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """A hook that rounds what a layer is called with."""
+
+    def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (rounded(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "input": rounded(kwargs["input"])}  # its name in every layer of torch
+
+    return on_input
+
+
+def _folding(norm: nn.Module, layer: nn.Module) -> Tensor:
+    return along_channels(channel_factor(norm), layer)
+
+
 @contextmanager
-def simulated(model: nn.Module, precisions: Mapping[str, Precision], *, largest: int) -> Iterator[Simulation]:
+def simulated(
+    model: nn.Module,
+    precisions: Mapping[str, Precision],
+    grids: Mapping[str, Grid],
+    *,
+    largest: int,
+    norms: Pairs | None = None,
+) -> Iterator[Simulation]:
     """A `Simulation` that is taken off at the end, whatever happens."""
-    simulation = Simulation(model, precisions, largest=largest)
+    simulation = Simulation(model, precisions, grids, largest=largest, norms=norms)
     try:
         yield simulation
     finally:

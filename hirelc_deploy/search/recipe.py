@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from hirelc_deploy.budget import Budget, Check, Figures, judge
 from hirelc_deploy.config import nearest
 from hirelc_deploy.errors import UserError
-from hirelc_deploy.policy import Compute, Policy, Precision
+from hirelc_deploy.kernels import every_storage
+from hirelc_deploy.policy import FP32, Compute, Policy, Precision, Storage
 from hirelc_deploy.search.space import Choice, Evaluation, SearchSpace
 
 LADDER_KEEP_PERCENT = (100.0, 75.0, 50.0, 37.5, 25.0, 12.5)
@@ -30,7 +31,7 @@ class Recipe:
     keep_percent: float
     compute: Compute
     storage: str | None = None
-    """int8, int8/tensor …; None is the first that the compute allows."""
+    """int4, int4/tensor, codebook3, vector1 …; None is the first that the compute allows."""
 
     def __str__(self) -> str:
         stored = "" if self.storage is None else f"storage={self.storage},"
@@ -49,15 +50,17 @@ class Recipe:
             raise UserError(
                 f"the recipe's compute is {compute!r}", fix=f"did you mean {nearest(compute, known)}? one of {known}"
             )
-        return cls(_percent(parts.get("keep", "100%")), Compute(compute), parts.get("storage"))
+        return cls(_percent(parts.get("keep", "100%")), Compute(compute), _storage(parts.get("storage")))
 
     def policy(self, space: SearchSpace) -> Policy:
         """The recipe on every layer and group of a space.  Raises UserError if it fits no layer at all."""
         precisions = {layer: self._precision(choices) for layer, choices in space.layers.items()}
         if not any(self._fits(precision) for precision in precisions.values()):
-            offered = sorted({f"storage={p.storage},compute={p.compute}" for c in space.layers.values() for p in c})
+            computes = sorted({str(precision.compute) for c in space.layers.values() for precision in c})
+            stored = sorted({_bare(precision.storage) for c in space.layers.values() for precision in c})
             raise UserError(
-                f"no layer of this network can be {self} on this target", fix=f"there is {'; '.join(offered)}"
+                f"no layer of this network can be {self} on this target",
+                fix=f"there is compute={' or '.join(computes)} with storage={', '.join(stored)}",
             )
         return Policy(precisions, {group: self._count(space, group) for group in space.groups})
 
@@ -65,8 +68,8 @@ class Recipe:
         return next((choice for choice in choices if self._fits(choice)), choices[0])
 
     def _fits(self, precision: Precision) -> bool:
-        stored = str(precision.storage)
-        return precision.compute is self.compute and self.storage in (None, stored, stored.split("/")[0])
+        stored = precision.storage
+        return precision.compute is self.compute and self.storage in (None, str(stored), _bare(stored))
 
     def _count(self, space: SearchSpace, group: str) -> int:
         """The nearest count on offer, the larger of two, but never none: whole branches are not a uniform matter."""
@@ -160,6 +163,28 @@ def _parts(text: str) -> dict[str, str]:
             )
         parts[name] = value
     return parts
+
+
+def _bare(storage: Storage) -> str:
+    """Without its granularity: int4 of int4/channel."""
+    return str(storage).partition("/")[0]
+
+
+def _storage(text: str | None) -> str | None:
+    """A storage as a recipe names it.  Raises UserError, with the nearest, if no format can be that."""
+    known = [
+        "fp32",
+        str(FP32.storage),
+        *(name for storage in every_storage() for name in (str(storage), _bare(storage))),
+    ]
+    if text is None or text in known:
+        return text
+    bare = sorted({name for name in known if "/" not in name})
+    raise UserError(
+        f"the recipe's storage is {text!r}",
+        fix=f"did you mean {nearest(text, known)}? There is {', '.join(bare)}, each with /channel, /tensor or /group32 "
+        "where the format has that",
+    )
 
 
 def _percent(text: str) -> float:

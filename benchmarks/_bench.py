@@ -1,0 +1,39 @@
+"""What the benchmarks on Fashion-MNIST have in common: a workbench for one of the example networks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hirelc_deploy import checkpoint, console, datasets, graph
+from hirelc_deploy.compress.distil import FineTuning
+from hirelc_deploy.cpu import cpu_flags
+from hirelc_deploy.profiles import load_target
+from hirelc_deploy.rundir import RunFolder
+from hirelc_deploy.workbench import Workbench
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "fashion_mnist"
+RESULTS = ROOT / "benchmarks" / "results"
+NETWORKS = ("wide", "small", "depthwise", "vit")
+
+
+@contextmanager
+def workbench(network: str, run: Path, *, epochs: int = 0, seed: int = 0) -> Iterator[Workbench]:
+    """A network as it was trained, on this machine; what was computed in the folder `run` before is not done again."""
+    task = datasets.load_task(f"{EXAMPLE}/task.py:task", seed=seed)
+    file = EXAMPLE / "checkpoints" / f"{network}.safetensors"
+    trained = checkpoint.load(f"{EXAMPLE}/networks.py:{network}", file)
+    fingerprint = {"model": trained.sha256, "epochs": str(epochs), "cpu": " ".join(sorted(cpu_flags()))}
+    with RunFolder.open(run, fingerprint, resume=True) as folder:
+        yield Workbench(
+            trained.model,
+            task,
+            graph.trace(trained.model, task.example),
+            load_target("host"),
+            folder,
+            importance="l2",
+            fine_tuning=FineTuning(epochs=epochs, seed=seed),
+            threads=1,
+            batch=1,
+            progress=console.progress,
+        )

@@ -1,0 +1,167 @@
+"""How weights lie in a file, and the nodes that turn them back when a session loads.
+
+A layer's integers are stored as they are (plain) or as codes of fewer bits.  Codes of one width are decoded together
+where layers are small: a bank is one run of codes, decoded once and then split, since ten nodes a layer would cost more
+than some layers' weights.  All of it is a function of shapes, formats and bits, so that sizes can be told beforehand;
+decoded values never depend on it.  Everything here is folded into constants by ONNX Runtime 1.16 and later.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import onnx_ir as ir
+
+from hirelc_deploy.kernels import load_format
+from hirelc_deploy.kernels._base import LARGE, Nodes, Packed
+from hirelc_deploy.kernels._planes import join, padded, plane_bytes, split
+from hirelc_deploy.policy import Compute, Precision
+
+BANK_BYTES = 260
+"""What the nodes of a bank cost, about: they have to be saved first."""
+
+MEMBER_BYTES = 64
+"""What each member costs beside its codes: a Reshape with its shape, a name and a size in the Split."""
+
+
+TABLE_BYTES = 200
+"""What the nodes that read a table cost each."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight on its way into the file."""
+
+    shape: tuple[int, ...]
+    """As the operator reads it."""
+    axis: int
+    """Of its output channels."""
+    precision: Precision
+    packed: Packed
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the operator computes with the integers themselves."""
+        return self.precision.compute is not Compute.FP32
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Where a weight's integers are, as int8 or as float32, in the operator's shape."""
+
+    value: ir.Value
+    encoding: str
+    bytes: int
+    """Of codes, tables and scales."""
+
+
+Constant = Callable[[np.ndarray], ir.Value]
+
+
+def decode(weights: Sequence[Weight], tensor: Constant, shared: Constant) -> tuple[list[ir.Node], list[Decoded]]:
+    """Store weights; the nodes that decode them, in order, and one value each.
+
+    `tensor` makes an initializer of its own, `shared` one for all equal arrays.
+    """
+    nodes = Nodes(shared)
+    found: dict[int, Decoded] = {}
+    for members in _banks(weights):
+        found |= _bank([(i, weights[i]) for i in members], tensor, nodes)
+    for i, weight in enumerate(weights):
+        if i not in found:
+            found[i] = _plain(weight, tensor, nodes)
+    return nodes.made, [found[i] for i in range(len(weights))]
+
+
+def _banks(weights: Sequence[Weight]) -> list[list[int]]:
+    """Positions of weights that are decoded together; those in no bank are stored plainly."""
+    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for i, weight in enumerate(weights):
+        packed, precision = weight.packed, weight.precision
+        if _saved(weight) <= 0:
+            continue
+        is_alone = prod(weight.shape) >= LARGE
+        # tables are read after the split; without them all integers of a bank are decoded at once
+        kind = "codes" if packed.tables else (precision.storage.format, weight.is_integer)
+        alike[packed.code_bits, kind, i if is_alone else -1].append(i)
+    return [bank for bank in alike.values() if sum(_saved(weights[i]) for i in bank) > BANK_BYTES]
+
+
+def _saved(weight: Weight) -> int:
+    """Bytes that codes and tables, and what reads them, need less than plain integers."""
+    return prod(weight.shape) - _stored(weight) - MEMBER_BYTES - TABLE_BYTES * len(weight.packed.tables)
+
+
+def _stored(weight: Weight) -> int:
+    """Bytes of codes and tables."""
+    packed = weight.packed
+    return plane_bytes(len(packed.codes), packed.code_bits) + sum(table.nbytes for table in packed.tables.values())
+
+
+def _bank(members: Sequence[tuple[int, Weight]], tensor: Constant, nodes: Nodes) -> dict[int, Decoded]:
+    first = members[0][1]
+    bits = first.packed.code_bits
+    codes = np.concatenate([weight.packed.codes for _, weight in members])
+    stored = [tensor(plane) for plane in split(codes, bits)]
+    value = join(stored, bits, nodes)
+    early = not first.packed.tables
+    if early:
+        value = _typed(_unpack(first, value, {}, nodes), first, nodes)
+    sizes = [len(weight.packed.codes) for _, weight in members]
+    filling = padded(sum(sizes), bits) - sum(sizes)
+    pieces = _split(value, [*sizes, filling] if filling else sizes, nodes)
+    found = {}
+    for (i, weight), piece in zip(members, pieces, strict=False):  # the filling is nobody's
+        integers = piece
+        if not early:
+            tables = {role: tensor(table) for role, table in weight.packed.tables.items()}
+            integers = _typed(_unpack(weight, piece, tables, nodes), weight, nodes)
+        found[i] = Decoded(
+            _in_shape(integers, weight, nodes),
+            f"{bits}-bit codes" + (f", {len(members)} layers together" if len(members) > 1 else ""),
+            _stored(weight) + weight.packed.scale.nbytes,
+        )
+    return found
+
+
+def _plain(weight: Weight, tensor: Constant, nodes: Nodes) -> Decoded:
+    moved = [size for a, size in enumerate(weight.shape) if a != weight.axis]
+    channels = weight.shape[weight.axis]
+    integers = np.moveaxis(weight.packed.integers.reshape(channels, *moved), 0, weight.axis)
+    value = tensor(np.ascontiguousarray(integers))
+    return Decoded(_typed(value, weight, nodes), "int8", integers.nbytes + weight.packed.scale.nbytes)
+
+
+def _unpack(weight: Weight, codes: ir.Value, tables: dict[str, ir.Value], nodes: Nodes) -> ir.Value:
+    storage = weight.precision.storage
+    channels = weight.shape[weight.axis]
+    columns = prod(weight.shape) // channels
+    return load_format(storage.format).unpack(codes, tables, (channels, columns), storage, nodes)
+
+
+def _typed(integers: ir.Value, weight: Weight, nodes: Nodes) -> ir.Value:
+    """int8 for the operators that compute with integers; they are cast where they are few."""
+    return integers if weight.is_integer else nodes.op("Cast", integers, to=int(ir.DataType.FLOAT))
+
+
+def _split(value: ir.Value, sizes: Sequence[int], nodes: Nodes) -> Sequence[ir.Value]:
+    if len(sizes) == 1:
+        return [value]
+    first = nodes.op("Split", value, nodes.constant(np.array(sizes, np.int64)), outputs=len(sizes))
+    producer = first.producer()
+    assert producer is not None
+    return producer.outputs
+
+
+def _in_shape(integers: ir.Value, weight: Weight, nodes: Nodes) -> ir.Value:
+    """From rows, one output channel each, to the operator's shape."""
+    rest = [size for a, size in enumerate(weight.shape) if a != weight.axis]
+    by_channel = np.array([weight.shape[weight.axis], *rest], np.int64)
+    shaped = nodes.op("Reshape", integers, nodes.constant(by_channel))
+    if weight.axis == 0:
+        return shaped
+    order = list(range(1, len(weight.shape)))
+    order.insert(weight.axis, 0)
+    return nodes.op("Transpose", shaped, perm=order)

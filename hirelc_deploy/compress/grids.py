@@ -1,0 +1,72 @@
+"""The grid of every layer's weight, fitted to the network as it stands, and weights put on it."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hirelc_deploy.compress.fold import Pairs, along_channels, channel_factor
+from hirelc_deploy.kernels import load_format
+from hirelc_deploy.kernels._base import INT8_MAX, Grid, from_rows, rows_of
+from hirelc_deploy.policy import Compute, Precision
+
+
+def output_axis(layer: nn.Module) -> int:
+    """The axis of a weight's output channels, as PyTorch has it."""
+    return 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
+
+
+def largest_integer(compute: Compute, largest: int) -> int:
+    """What bounds the integers that a weight decodes to: only products of integers can saturate."""
+    return INT8_MAX if compute is Compute.FP32 else largest
+
+
+@torch.no_grad()
+def fitted(
+    model: nn.Module,
+    precisions: Mapping[str, Precision],
+    energies: Mapping[str, Tensor],
+    *,
+    largest: int,
+    norms: Pairs | None = None,
+) -> dict[str, Grid]:
+    """A grid for every layer of the model that is stored in a number format, with its BatchNorm folded in.
+
+    `energies` gives, by layer, how much each weight's error counts (`inputs.energies`); without, all count alike.
+    """
+    norms = norms or {}
+    modules = dict(model.named_modules())
+    grids: dict[str, Grid] = {}
+    of_weight: dict[int, Grid] = {}
+    for name, precision in precisions.items():
+        layer = modules.get(name)
+        weight = getattr(layer, "weight", None)
+        if layer is None or not isinstance(weight, Tensor) or precision.storage.is_float:
+            continue
+        if id(weight) in of_weight:  # layers that share a weight share its grid, fitted to what the first one reads
+            grids[name] = of_weight[id(weight)]
+            continue
+        key = id(weight)
+        if name in norms:
+            weight = weight * along_channels(channel_factor(modules[norms[name]]), layer)
+        grids[name] = of_weight[key] = load_format(precision.storage.format).fit(
+            rows_of(weight.detach(), output_axis(layer)),
+            precision.storage,
+            largest=largest_integer(precision.compute, largest),
+            energy=energies.get(name),
+        )
+    return grids
+
+
+@torch.no_grad()
+def put_on(model: nn.Module, precisions: Mapping[str, Precision], grids: Mapping[str, Grid], *, largest: int) -> None:
+    """Replace each weight by the value on its grid: the numbers that the file decodes to."""
+    modules = dict(model.named_modules())
+    for name, grid in grids.items():
+        layer, precision = modules[name], precisions[name]
+        weight = layer.get_parameter("weight")
+        axis = output_axis(layer)
+        on_grid = load_format(precision.storage.format).quantise(
+            rows_of(weight, axis), grid, precision.storage, largest=largest_integer(precision.compute, largest)
+        )
+        weight.copy_(from_rows(on_grid, tuple(weight.shape), axis))
