@@ -16,15 +16,14 @@ import onnx_ir as ir
 
 from hirelc_deploy.kernels import load_format
 from hirelc_deploy.kernels._base import LARGE, Nodes, Packed
-from hirelc_deploy.kernels._planes import join, padded, plane_bytes, split
+from hirelc_deploy.kernels._planes import join, padded, plane_bytes, planes, split
 from hirelc_deploy.policy import Compute, Precision
 
-BANK_BYTES = 260
-"""What the nodes of a bank cost, about: they have to be saved first."""
+BANK_BYTES = 150
+"""What the nodes of a bank cost, about, for each of its planes: they have to be saved first."""
 
-MEMBER_BYTES = 64
+MEMBER_BYTES = 96
 """What each member costs beside its codes: a Reshape with its shape, a name and a size in the Split."""
-
 
 TABLE_BYTES = 200
 """What the nodes that read a table cost each."""
@@ -77,7 +76,7 @@ def decode(weights: Sequence[Weight], tensor: Constant, shared: Constant) -> tup
 
 def _banks(weights: Sequence[Weight]) -> list[list[int]]:
     """Positions of weights that are decoded together; those in no bank are stored plainly."""
-    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    alike: dict[tuple[int, object, int], list[int]] = defaultdict(list)
     for i, weight in enumerate(weights):
         packed, precision = weight.packed, weight.precision
         if _saved(weight) <= 0:
@@ -86,7 +85,11 @@ def _banks(weights: Sequence[Weight]) -> list[list[int]]:
         # tables are read after the split; without them all integers of a bank are decoded at once
         kind = "codes" if packed.tables else (precision.storage.format, weight.is_integer)
         alike[packed.code_bits, kind, i if is_alone else -1].append(i)
-    return [bank for bank in alike.values() if sum(_saved(weights[i]) for i in bank) > BANK_BYTES]
+    return [
+        bank
+        for (bits, *_), bank in alike.items()
+        if sum(_saved(weights[i]) for i in bank) > BANK_BYTES * (1 + len(planes(bits)))
+    ]
 
 
 def _saved(weight: Weight) -> int:

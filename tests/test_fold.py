@@ -114,8 +114,8 @@ class Both(nn.Module):
         super().__init__()
         self.good = nn.Conv2d(3, 8, 3, padding=1)
         self.good_norm = nn.BatchNorm2d(8)
-        self.layer = nn.Conv2d(8, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
+        self.layer: nn.Conv2d | nn.Linear = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm: nn.BatchNorm2d | nn.BatchNorm1d = nn.BatchNorm2d(8)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.rest(F.relu(self.good_norm(self.good(x))))

@@ -214,6 +214,7 @@ def test_weights_of_few_bits_take_few_bytes_and_compute_what_was_trained(
         assert record.weight_bytes == weights * 3 / 8 + 2**3 + 4 * record.of  # codes, levels, scales
     assert outcome.manifest.predicted.size_bytes == outcome.manifest.measured.size_bytes
     assert outcome.manifest.measured.compression > 4  # more than int8 could
+    assert outcome.manifest.measured.drop_points is not None
     assert outcome.manifest.measured.drop_points < 5
 
 
