@@ -15,6 +15,7 @@ help:
 	@echo "make demo   export the embedded example and measure it"
 	@echo "make test   lint, types and tests"
 	@echo "make lint   lint and types only"
+	@echo "make test-runtimes  files of every format on the oldest ONNX Runtime and on today's"
 	@echo "make wheel  build dist/*.whl"
 	@echo "make clean  remove what was made here, the environment included"
 
@@ -46,7 +47,7 @@ wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # Files of every number format on the oldest ONNX Runtime that the profiles promise, and on today's.
 # The last Python that it has wheels for is 3.11; its own dependencies are for tools that are not used.

@@ -58,7 +58,25 @@ def add_folder(folder: Path) -> None:
     if taken:
         raise UserError(f"{folder} has a format {taken[0]!r}, and so has this program", fix="rename its file")
     __path__.append(str(folder))
-    for name in own:
-        if not hasattr(load_module(__name__, name, kind="number format"), "FORMAT"):
-            __path__.remove(str(folder))
-            raise UserError(f"{folder / name}.py has no FORMAT", fix="end it with FORMAT = YourFormat()")
+    try:
+        for name in own:
+            _check_format(folder, name)
+    except BaseException:
+        __path__.remove(str(folder))
+        raise
+
+
+def _check_format(folder: Path, name: str) -> None:
+    """Raises UserError, in the file's own words, if it cannot be loaded or is not the format that it is called."""
+    try:
+        module = load_module(__name__, name, kind="number format")
+    except Exception as error:  # the file is the user's, and so is whatever it raises
+        raise UserError(
+            f"{folder / name}.py cannot be loaded: {type(error).__name__}: {error}", fix="mend that file"
+        ) from error
+    if not hasattr(module, "FORMAT"):
+        raise UserError(f"{folder / name}.py has no FORMAT", fix="end it with FORMAT = YourFormat()")
+    if module.FORMAT.name != name:
+        raise UserError(
+            f"{folder / name}.py holds a format that is called {module.FORMAT.name!r}", fix=f"call it {name!r}"
+        )

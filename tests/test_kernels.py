@@ -340,3 +340,21 @@ def test_an_unknown_format_offers_the_nearest() -> None:
     with pytest.raises(UserError, match="number format 'itn'") as raised:
         load_format("itn")
     assert "int" in raised.value.fix
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("raise OSError('no such table')", "OSError: no such table"),
+        ("FORMAT = type('Mine', (), {'name': 'log'})()", "called 'log'"),
+    ],
+)
+def test_a_file_of_a_users_folder_that_is_no_format_is_refused_and_leaves_nothing(
+    tmp_path: Path, source: str, what: str
+) -> None:
+    file = f"broken_{len(source)}"
+    (tmp_path / f"{file}.py").write_text(source + "\n", encoding="utf-8")
+    before = format_names()
+    with pytest.raises(UserError, match=what):
+        kernels.add_folder(tmp_path)
+    assert format_names() == before
