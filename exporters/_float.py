@@ -1,8 +1,8 @@
 """From a PyTorch model to a clean float ONNX graph in which every layer's weight can be found by name.
 
-The exporter of PyTorch folds constants.  What is left to do is to bring inputs and outputs to
-the names of the model's own, to drop what a deployed file does not need (stack traces with the paths of the
-machine, value_info, default attributes), and to say where each layer's weight lies.
+The exporter of PyTorch folds constants.  What is left to do is to bring inputs and outputs to the names of the model's
+own, to drop what a deployed file does not need (stack traces with the paths of the machine, value_info, default
+attributes), and to say where each layer's weight lies.
 """
 
 import contextlib

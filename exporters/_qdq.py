@@ -20,7 +20,7 @@ from hirelc_deploy.exporters._base import Stored
 from hirelc_deploy.exporters._float import FloatGraph, constant, replace
 from hirelc_deploy.exporters._weights import Decoded, Weight, decode
 from hirelc_deploy.kernels import load_format
-from hirelc_deploy.kernels._base import INT8_MAX, Grid, rows_of
+from hirelc_deploy.kernels._base import Grid, largest_integer, rows_of
 from hirelc_deploy.policy import Compute, Precision
 
 LEVELS = 255
@@ -291,7 +291,7 @@ class _Writer:
         if grids is None:
             packed = numbers.blank(len(rows), rows.shape[1], storage)
         else:
-            largest = INT8_MAX if precision.compute is Compute.FP32 else self.largest
+            largest = largest_integer(precision.compute, self.largest)
             packed = numbers.pack(rows, grids[name], storage, largest=largest)
         return Weight(array.shape, axis, precision, packed)
 

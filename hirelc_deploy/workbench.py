@@ -7,8 +7,9 @@ run folder before it is used, so that a run that was killed goes on with the sam
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ from hirelc_deploy.verify import accuracy, timing
 from hirelc_deploy.verify.measure import example
 
 if TYPE_CHECKING:
-    from hirelc_deploy.exporters._base import Arrays, Exported
+    from hirelc_deploy.exporters._base import Arrays, Exported, Session
     from hirelc_deploy.graph.model_graph import Group, ModelGraph
     from hirelc_deploy.profiles import Target
     from hirelc_deploy.rundir import RunFolder
@@ -65,8 +66,9 @@ PREDICTION_SECONDS = 1.0
 
 def search_space(graph: "ModelGraph", target: "Target") -> SearchSpace:
     """The choices for a network that this target can run."""
+    by_op = {op: _precisions(target.computes_for(op)) for op in {layer.op for layer in graph.layers}}
     return SearchSpace(
-        layers={layer.name: _precisions(target.computes_for(layer.op)) for layer in graph.layers},
+        layers={layer.name: by_op[layer.op] for layer in graph.layers},
         groups={group.name: _counts(group, target.channel_multiple) for group in graph.groups},
         totals={group.name: group.total for group in graph.groups},
         blocks={block.name: block.layers for block in graph.blocks},
@@ -265,6 +267,8 @@ class Workbench:
 
     def _fitted(self, model: nn.Module, policy: Policy, norms: Pairs) -> dict[str, Grid]:
         layers = [name for name, precision in policy.precisions.items() if not precision.storage.is_float]
+        if not layers:
+            return {}
         met = energies(model, layers, self._calibration(ENERGY_EXAMPLES, batch=ENERGY_BATCH))
         return fitted(model, policy.precisions, met, largest=self.largest, norms=norms)
 
@@ -316,15 +320,15 @@ class Workbench:
         graph = self._float_graph(model)
         computes = {precision.compute for precision in policy.precisions.values()}
         methods = self.runtime.range_methods if Compute.INT8 in computes else ()
-        files = {method: self._file(graph, policy, grids, method) for method in methods}
-        if not files:
+        if not methods:
             return Written(self._file(graph, policy, grids), {})
+        file = cache(lambda method: self._file(graph, policy, grids, method))  # a resumed run writes the best alone
         found: dict[str, float] = self.run.step(
-            f"ranges/{policy.digest()}", lambda: {method: self._file_score(file) for method, file in files.items()}
+            f"ranges/{policy.digest()}", lambda: {method: self._file_score(file(method)) for method in methods}
         )
         # drop: the lower, the better, whatever the direction of the score; the first of equals
         best = min(found, key=lambda method: self.task.drop(self.original_score, found[method]))
-        return Written(files[best], found)
+        return Written(file(best), found)
 
     def _file(self, graph: Any, policy: Policy, grids: Mapping[str, Grid], ranges: str = "min-max") -> "Exported":
         return self.runtime.write(
@@ -340,11 +344,19 @@ class Workbench:
 
     def _file_score(self, file: "Exported") -> float:
         """Of a file, on the search split."""
+        with self._loaded({"candidate": file}) as sessions:
+            return self._score(accuracy.outputs(sessions["candidate"], self.task.search)[0])
+
+    @contextmanager
+    def _loaded(self, files: Mapping[str, "Exported"]) -> "Iterator[dict[str, Session]]":
+        """Files by name, ready to run until the end of the block."""
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"candidate{self.runtime.suffix}"
-            path.write_bytes(file.data)
-            session = self.runtime.load(path, threads=self._threads)
-            return self._score(accuracy.outputs(session, self.task.search)[0])
+            sessions = {}
+            for name, file in files.items():
+                path = Path(folder) / f"{name}{self.runtime.suffix}"
+                path.write_bytes(file.data)
+                sessions[name] = self.runtime.load(path, threads=self._threads)
+            yield sessions
 
     @cached_property
     def _original_graph(self) -> Any:
@@ -389,13 +401,7 @@ class Workbench:
         return self._file(self._float_graph(model), policy, grids)
 
     def _price(self, policy: Policy) -> dict[str, Any]:
-        files = {"baseline": self.write_baseline().data, "policy": self.draft(policy).data}
-        with tempfile.TemporaryDirectory() as folder:
-            sessions = {}
-            for name, data in files.items():
-                path = Path(folder) / f"{name}{self.runtime.suffix}"
-                path.write_bytes(data)
-                sessions[name] = self.runtime.load(path, threads=self._threads)
+        with self._loaded({"baseline": self.write_baseline(), "policy": self.draft(policy)}) as sessions:
             times = timing.interleave(sessions, example(self.task, self._batch), seconds=PREDICTION_SECONDS)
         clock = timing.clock_for(self._threads)
         speedup = timing.ratio(times["baseline"], times["policy"], clock=clock)

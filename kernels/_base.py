@@ -137,8 +137,8 @@ class Format(ABC):
         """The weights on the grid, as a file decodes them: one product of two float32 each."""
         return self.integers(rows, grid, storage, largest=largest) * grid["scale"]
 
-    def part(self, grid: Grid, columns: slice, of: int) -> Grid:
-        """The grid of some columns of a matrix that has `of`; they begin and end where a code does."""
+    def part(self, grid: Grid, columns: slice) -> Grid:
+        """The grid of some columns of a matrix; they begin and end where a code does."""
         return grid
 
     def codes_together(self, columns: int, storage: Storage) -> int:
@@ -159,6 +159,21 @@ class Format(ABC):
             scale=np.zeros(layout.scale, np.float32),
             integers=np.zeros((channels, columns), np.int8),
         )
+
+
+def largest_integer(compute: Compute, largest: int) -> int:
+    """What bounds the integers that a weight decodes to: only products of integers can saturate."""
+    return INT8_MAX if compute is Compute.FP32 else largest
+
+
+def scaled_alike(granularity: Granularity) -> list[int]:
+    """The axes of a matrix along which all weights have one scale."""
+    return [0, 1] if isinstance(granularity, PerTensor) else [1]
+
+
+def spread(rows: "Tensor", granularity: Granularity) -> "Tensor":
+    """Root mean square of the weights that have one scale, (channels, 1) or (1, 1)."""
+    return floored(rows.square().mean(scaled_alike(granularity), keepdim=True).sqrt())
 
 
 def scale_shape(channels: int, granularity: Granularity) -> tuple[int, ...]:

@@ -6,8 +6,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hirelc_deploy.kernels._base import INT8_MAX, LARGE, Format, Grid, Layout, Nodes, Packed, floored, scale_shape
-from hirelc_deploy.policy import Granularity, PerChannel, PerGroup, PerTensor, Storage
+from hirelc_deploy.kernels._base import (
+    INT8_MAX,
+    LARGE,
+    Format,
+    Grid,
+    Layout,
+    Nodes,
+    Packed,
+    floored,
+    scale_shape,
+    scaled_alike,
+)
+from hirelc_deploy.policy import Granularity, PerChannel, PerGroup, Storage
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -54,7 +65,7 @@ class Levels(Format):
     def integers(self, rows: "Tensor", grid: Grid, storage: Storage, *, largest: int) -> "Tensor":
         levels = self.levels(storage, grid, largest=largest)
         multiplier = grid.get("multiplier")
-        steps = rows / grid["scale"] if multiplier is None else rows / (grid["scale"] * multiplier)
+        steps = _in_steps(rows, grid)
         table = levels.detach()
         on_level = levels[self.nearest(steps.detach(), table)]
         # no gradient beyond the outermost levels, where only scale and levels can lower the error
@@ -74,14 +85,13 @@ class Levels(Format):
         rows = rows.detach()
         levels = self.levels(storage, grid, largest=largest).detach()
         multiplier = grid.get("multiplier")
-        steps = rows / grid["scale"] if multiplier is None else rows / (grid["scale"] * multiplier)
         tables = {}
         if multiplier is not None:
             assert isinstance(storage.granularity, PerGroup)
             every = group_size(rows.shape[1], storage.granularity)
             tables["multiplier"] = multiplier[:, ::every].numpy().astype(np.int8)
         together = codes_in_one(rows.numel(), storage.bits)
-        codes = self.nearest(steps, levels).reshape(-1, together).numpy()
+        codes = self.nearest(_in_steps(rows, grid), levels).reshape(-1, together).numpy()
         return Packed(
             codes=(codes << _places(storage.bits, together)).sum(1).astype(np.uint8),
             code_bits=together * storage.bits,
@@ -125,7 +135,7 @@ class Levels(Format):
             return levels
         return nodes.op("Gather", levels, nodes.op("Cast", nodes.constant(digits), to=int(ir.DataType.INT32)))
 
-    def part(self, grid: Grid, columns: slice, of: int) -> Grid:
+    def part(self, grid: Grid, columns: slice) -> Grid:
         if "multiplier" not in grid:
             return grid
         return {**grid, "multiplier": grid["multiplier"][:, columns]}
@@ -134,7 +144,7 @@ class Levels(Format):
         """(channels, 1), or (1, 1) for one scale a tensor."""
         import torch
 
-        axes = [0, 1] if isinstance(granularity, PerTensor) else [1]
+        axes = scaled_alike(granularity)
         widest = rows.abs().amax(axes, keepdim=True) / levels.abs().max()
         best = widest
         least = torch.full_like(widest, torch.inf)
@@ -192,6 +202,12 @@ class Levels(Format):
         step = scale * multiplier.repeat_interleave(size, 1)
         off = levels[self.nearest(rows / step, levels)] * step - rows
         return (cost * off.square()).broadcast_to(rows.shape).reshape(len(rows), -1, size).sum(2)
+
+
+def _in_steps(rows: "Tensor", grid: Grid) -> "Tensor":
+    """Weights in units of what one level is worth."""
+    multiplier = grid.get("multiplier")
+    return rows / (grid["scale"] if multiplier is None else grid["scale"] * multiplier)
 
 
 def codes_in_one(weights: int, bits: int) -> int:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hirelc_deploy.kernels._base import Grid, Layout, Packed, floored
+from hirelc_deploy.kernels._base import Grid, Layout, Packed, spread
 from hirelc_deploy.kernels._levels import Levels
 from hirelc_deploy.policy import PerChannel, PerTensor, Storage
 
@@ -33,11 +33,10 @@ class Codebook(Levels):
     def fit(self, rows: "Tensor", storage: Storage, *, largest: int, energy: "Tensor | None" = None) -> Grid:
         rows = rows.detach()
         cost = rows.new_ones(()) if energy is None else energy
-        axes = [0, 1] if isinstance(storage.granularity, PerTensor) else [1]
-        spread = floored(rows.square().mean(axes, keepdim=True).sqrt())
-        centres = _lloyd(rows / spread, cost * spread.square(), 2**storage.bits)
+        unit = spread(rows, storage.granularity)
+        centres = _lloyd(rows / unit, cost * unit.square(), 2**storage.bits)
         widest = float(centres.abs().max()) or 1.0
-        grid = {"levels": centres / widest, "scale": spread * widest / largest}
+        grid = {"levels": centres / widest, "scale": unit * widest / largest}
         levels = self.levels(storage, grid, largest=largest)
         # the scales again, for levels that are rounded to int8
         return {**grid, "scale": self._fit_scale(rows, levels, cost, storage.granularity)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hirelc_deploy.kernels._base import Format, Grid, Layout, Nodes, Packed, floored, scale_shape
+from hirelc_deploy.kernels._base import Format, Grid, Layout, Nodes, Packed, scale_shape, spread
 from hirelc_deploy.kernels._planes import plane_bytes
 from hirelc_deploy.policy import PerChannel, PerTensor, Storage
 
@@ -46,13 +46,12 @@ class Vector(Format):
 
     def fit(self, rows: "Tensor", storage: Storage, *, largest: int, energy: "Tensor | None" = None) -> Grid:
         rows = rows.detach()
-        axes = [0, 1] if isinstance(storage.granularity, PerTensor) else [1]
-        spread = floored(rows.square().mean(axes, keepdim=True).sqrt())
-        cost = (rows.new_ones(()) if energy is None else energy) * spread.square()
+        unit = spread(rows, storage.granularity)
+        cost = (rows.new_ones(()) if energy is None else energy) * unit.square()
         words = 2 ** code_bits(rows.numel(), storage)
-        vectors, costs = (_vectors(x, word_length(storage)) for x in (rows / spread, cost.broadcast_to(rows.shape)))
+        vectors, costs = (_vectors(x, word_length(storage)) for x in (rows / unit, cost.broadcast_to(rows.shape)))
         book = (_k_means(vectors, costs, words) / MAX_WORD).clamp(-1, 1)
-        return {"scale": spread * (MAX_WORD / largest), "book": book}
+        return {"scale": unit * (MAX_WORD / largest), "book": book}
 
     def integers(self, rows: "Tensor", grid: Grid, storage: Storage, *, largest: int) -> "Tensor":
         book = self._book(grid, largest)

@@ -201,7 +201,7 @@ def test_a_part_of_a_weight_is_on_the_grid_of_the_whole(storage: Storage) -> Non
         together = numbers.codes_together(columns, storage)
         for start in range(0, columns, together):
             part = slice(start, start + together)
-            alone = numbers.quantise(on_grid[:, part], numbers.part(grid, part, columns), storage, largest=INT8_MAX)
+            alone = numbers.quantise(on_grid[:, part], numbers.part(grid, part), storage, largest=INT8_MAX)
             assert torch.equal(alone, on_grid[:, part])
 
 
@@ -325,6 +325,8 @@ def test_a_format_in_a_folder_of_ones_own_keeps_the_contract(folder: Path, tmp_p
     [
         ("int.py", TERNARY, "has a format 'int', and so has this program"),
         ("ternary.py", "", "has no FORMAT"),
+        ("ternary.py", "raise OSError('no such table')", "OSError: no such table"),
+        ("ternary.py", TERNARY.replace('"ternary"', '"log"'), "called 'log'"),
         ("_helper.py", "", "is no folder with number formats"),
     ],
 )
@@ -340,21 +342,3 @@ def test_an_unknown_format_offers_the_nearest() -> None:
     with pytest.raises(UserError, match="number format 'itn'") as raised:
         load_format("itn")
     assert "int" in raised.value.fix
-
-
-@pytest.mark.parametrize(
-    ("source", "what"),
-    [
-        ("raise OSError('no such table')", "OSError: no such table"),
-        ("FORMAT = type('Mine', (), {'name': 'log'})()", "called 'log'"),
-    ],
-)
-def test_a_file_of_a_users_folder_that_is_no_format_is_refused_and_leaves_nothing(
-    tmp_path: Path, source: str, what: str
-) -> None:
-    file = f"broken_{len(source)}"
-    (tmp_path / f"{file}.py").write_text(source + "\n", encoding="utf-8")
-    before = format_names()
-    with pytest.raises(UserError, match=what):
-        kernels.add_folder(tmp_path)
-    assert format_names() == before

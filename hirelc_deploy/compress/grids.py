@@ -7,18 +7,13 @@ from torch import Tensor, nn
 
 from hirelc_deploy.compress.fold import Pairs, along_channels, channel_factor
 from hirelc_deploy.kernels import load_format
-from hirelc_deploy.kernels._base import INT8_MAX, Grid, from_rows, rows_of
-from hirelc_deploy.policy import Compute, Precision
+from hirelc_deploy.kernels._base import Grid, from_rows, largest_integer, rows_of
+from hirelc_deploy.policy import Precision
 
 
 def output_axis(layer: nn.Module) -> int:
     """The axis of a weight's output channels, as PyTorch has it."""
     return 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
-
-
-def largest_integer(compute: Compute, largest: int) -> int:
-    """What bounds the integers that a weight decodes to: only products of integers can saturate."""
-    return INT8_MAX if compute is Compute.FP32 else largest
 
 
 @torch.no_grad()

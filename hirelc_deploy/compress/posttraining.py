@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hirelc_deploy.compress.equalise import Kept, equalise
-from hirelc_deploy.compress.grids import fitted, largest_integer, put_on
+from hirelc_deploy.compress.grids import fitted, put_on
 from hirelc_deploy.compress.inputs import columns, columns_at, energies, watch
 from hirelc_deploy.graph import PROOF_EXAMPLES, forward
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.kernels import load_format
-from hirelc_deploy.kernels._base import Format, Grid
+from hirelc_deploy.kernels._base import Format, Grid, largest_integer
 from hirelc_deploy.policy import Precision, Storage
 
 Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
@@ -151,9 +151,9 @@ class _OnGrid:
     grid: Grid
     largest: int
 
-    def __call__(self, rows: Tensor, part: slice, of: int) -> Tensor:
-        """`rows` are the columns `part` of a matrix that has `of`."""
-        return self.format.quantise(rows, self.format.part(self.grid, part, of), self.storage, largest=self.largest)
+    def __call__(self, rows: Tensor, part: slice) -> Tensor:
+        """`rows` are the columns `part` of the matrix."""
+        return self.format.quantise(rows, self.format.part(self.grid, part), self.storage, largest=self.largest)
 
 
 class _EnoughError(Exception):
@@ -231,9 +231,9 @@ def _feed_back(layer: nn.Module, own: Tensor, cross: Tensor, put: _OnGrid) -> No
     now = now[:, order].unflatten(0, (len(own), -1))  # (groups, channels a group, columns)
     # least squares: what must multiply these inputs to give what the weights gave with the original's
     wanted = now + (now.double() @ (cross - own) @ root.mT @ root).to(now.dtype)
-    fed = _fed_back(wanted, units, upper.to(now.dtype), root.to(now.dtype), lambda part, unit: put(part, unit, wide))
+    fed = _fed_back(wanted, units, upper.to(now.dtype), root.to(now.dtype), put)
     nearest = now.clone()
-    nearest[..., :wide] = put(rows, slice(0, wide), wide)[:, order[:wide]].view_as(nearest[..., :wide])
+    nearest[..., :wide] = put(rows, slice(0, wide))[:, order[:wide]].view_as(nearest[..., :wide])
 
     # channel by channel whichever gives outputs nearer to the original's: never worse than rounding to nearest
     errors = torch.stack([_squared_error(each - wanted, own) for each in (fed, nearest)])
@@ -241,7 +241,7 @@ def _feed_back(layer: nn.Module, own: Tensor, cross: Tensor, put: _OnGrid) -> No
         errors = errors.sum((1, 2), keepdim=True).expand_as(errors)
     better = errors[0] < errors[1]
     best = torch.where(better[..., None], fed, nearest).flatten(0, 1)[:, order.argsort()]
-    weight.copy_(put(best[:, :wide], slice(0, wide), wide).view_as(weight))
+    weight.copy_(put(best[:, :wide], slice(0, wide)).view_as(weight))
     if bias is not None:
         bias.copy_(best[:, wide])
 

@@ -17,10 +17,10 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from hirelc_deploy.compress.fold import Pairs, along_channels, channel_factor
-from hirelc_deploy.compress.grids import largest_integer, output_axis
+from hirelc_deploy.compress.grids import output_axis
 from hirelc_deploy.graph import forward
 from hirelc_deploy.kernels import load_format
-from hirelc_deploy.kernels._base import Grid, floored, from_rows, rows_of
+from hirelc_deploy.kernels._base import Grid, floored, from_rows, largest_integer, rows_of
 from hirelc_deploy.policy import Compute, Precision, Storage
 
 LEVELS = 255  # steps of a uint8 grid
