@@ -264,7 +264,8 @@ def is_layer(module: nn.Module) -> bool:
 
 def relative_error(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
     assert found.keys() == wanted.keys()
-    errors = [np.linalg.norm(found[n] - wanted[n]) / np.linalg.norm(wanted[n]) for n in wanted]
+    # behind a ReLU one example may be all zeros, in both or not at all
+    errors = [np.linalg.norm(found[n] - wanted[n]) / (np.linalg.norm(wanted[n]) or 1.0) for n in wanted]
     return float(max(errors))
 
 
