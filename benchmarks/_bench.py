@@ -1,8 +1,10 @@
 """What the benchmarks on Fashion-MNIST have in common: a workbench for one of the example networks."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hirelc_deploy import checkpoint, console, datasets, graph
 from hirelc_deploy.compress.distil import FineTuning
@@ -37,3 +39,19 @@ def workbench(network: str, run: Path, *, epochs: int = 0, seed: int = 0) -> Ite
             batch=1,
             progress=console.progress,
         )
+
+
+def save(record: Any, path: Path) -> None:
+    """Write a result file, with six significant digits: more than any measurement here holds."""
+    path.write_text(json.dumps(_rounded(record), indent=1) + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    match value:
+        case float():
+            return float(f"{value:.6g}")
+        case dict():
+            return {key: _rounded(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_rounded(each) for each in value]
+    return value

@@ -7,22 +7,19 @@ benchmarks/results/large_models.json.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import torch
+from _bench import RESULTS, save
+from _graphs import optimised, shape_of
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
@@ -37,7 +34,7 @@ from hirelc_deploy.profiles import load_target
 from hirelc_deploy.verify import timing
 from hirelc_deploy.verify.environment import environment
 
-RESULT = Path(__file__).resolve().parent / "results" / "large_models.json"
+RESULT = RESULTS / "large_models.json"
 PIXELS = 224
 LABELS = 1000
 
@@ -172,34 +169,6 @@ def _load(*file: str) -> Load:
     return Load(*map(float, printed.split()))
 
 
-def optimised(path: Path) -> onnx.GraphProto:
-    """What a session makes of a file before it runs."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = ort.SessionOptions()
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        options.log_severity_level = 3
-        ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
-        return onnx.load(options.optimized_model_filepath).graph
-
-
-def shape_of(graph: onnx.GraphProto) -> list[str]:
-    """A digest a node, sorted: equal for graphs that differ in names, order and values of initializers alone.
-
-    A node's digest holds its operator and attributes and, for each input, the digest of the node that it comes from
-    or the type and shape of the initializer.
-    """
-    known = {"": "none"}
-    known |= {value.name: f"input {value.name}" for value in graph.input}
-    known |= {tensor.name: f"{tensor.data_type} {list(tensor.dims)}" for tensor in graph.initializer}
-    digests = []
-    for node in graph.node:
-        attributes = sorted(attribute.SerializeToString(deterministic=True).hex() for attribute in node.attribute)
-        parts = [node.domain, node.op_type, *attributes, *(known[name] for name in node.input)]
-        digests.append(sha256("\n".join(parts).encode()).hexdigest())
-        known |= {name: f"{digests[-1]} {i}" for i, name in enumerate(node.output) if name}
-    return sorted(digests)
-
-
 def measure(name: str, paths: Mapping[str, Path], *, loads: int, seconds: float) -> list[Row]:
     """All files of a network side by side."""
     runtime = load_runtime("onnxruntime")
@@ -261,21 +230,9 @@ def table(name: str, rows: Sequence[Row]) -> str:
     return "\n".join([*lines, ""])
 
 
-def rounded(value: Any) -> Any:
-    """Plain data with six significant digits, more than any measurement here holds."""
-    match value:
-        case float():
-            return float(f"{value:.6g}")
-        case dict():
-            return {key: rounded(each) for key, each in value.items()}
-        case list() | tuple():
-            return [rounded(each) for each in value]
-    return value
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("networks", nargs="*", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/large"), help="where the files go")
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--loads", type=int, default=LOADS, help="fresh processes a file")
@@ -294,7 +251,7 @@ def main() -> None:
         paths = write_files(NETWORKS[name]().eval(), options.out / name)
         rows = measure(name, paths, loads=options.loads, seconds=options.seconds)
         record["networks"][name] = [asdict(row) for row in rows]
-    options.result.write_text(json.dumps(rounded(record), indent=1) + "\n")
+    save(record, options.result)
 
 
 if __name__ == "__main__":
