@@ -8,6 +8,7 @@ from typing import Any
 
 from hirelc_deploy import checkpoint, console, datasets, graph
 from hirelc_deploy.compress.distil import FineTuning
+from hirelc_deploy.config import POST_TRAINING_STEPS
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.profiles import load_target
 from hirelc_deploy.rundir import RunFolder
@@ -20,12 +21,21 @@ NETWORKS = ("wide", "small", "depthwise", "vit")
 
 
 @contextmanager
-def workbench(network: str, run: Path, *, epochs: int = 0, seed: int = 0) -> Iterator[Workbench]:
+def workbench(
+    network: str,
+    run: Path,
+    *,
+    epochs: int = 0,
+    seed: int = 0,
+    post_training: tuple[str, ...] = POST_TRAINING_STEPS,
+) -> Iterator[Workbench]:
     """A network as it was trained, on this machine; what was computed in the folder `run` before is not done again."""
     task = datasets.load_task(f"{EXAMPLE}/task.py:task", seed=seed)
     file = EXAMPLE / "checkpoints" / f"{network}.safetensors"
     trained = checkpoint.load(f"{EXAMPLE}/networks.py:{network}", file)
     fingerprint = {"model": trained.sha256, "epochs": str(epochs), "cpu": " ".join(sorted(cpu_flags()))}
+    if not epochs:
+        fingerprint["post-training"] = ",".join(post_training)
     with RunFolder.open(run, fingerprint, resume=True) as folder:
         yield Workbench(
             trained.model,
@@ -35,6 +45,7 @@ def workbench(network: str, run: Path, *, epochs: int = 0, seed: int = 0) -> Ite
             folder,
             importance="l2",
             fine_tuning=FineTuning(epochs=epochs, seed=seed),
+            post_training=post_training,
             threads=1,
             batch=1,
             progress=console.progress,

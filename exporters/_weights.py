@@ -25,7 +25,7 @@ BANK_BYTES = 150
 MEMBER_BYTES = 96
 """What each member costs beside its codes: a Reshape with its shape, a name and a size in the Split."""
 
-TABLE_BYTES = 200
+TABLE_BYTES = 40
 """What the nodes that read a table cost each."""
 
 

@@ -168,8 +168,15 @@ def export(
     ] = None,
     epochs: Annotated[
         int | None,
+        typer.Option(metavar="N", help="Epochs of fine-tuning (default 4); 0 trains nothing.", rich_help_panel=TUNING),
+    ] = None,
+    post_training: Annotated[
+        str | None,
         typer.Option(
-            metavar="N", help="Epochs of fine-tuning (default 4); 0 changes no trained weight.", rich_help_panel=TUNING
+            metavar="STEPS",
+            help="How weights are corrected where nothing is fine-tuned: statistics,equalise,feed-back,biases "
+            "(default: all of them) or none.",
+            rich_help_panel=TUNING,
         ),
     ] = None,
     seed: Annotated[

@@ -21,6 +21,10 @@ _QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([^\W\d]*)\s*")
 SEARCHES = ("recipe",)
 """What can choose a policy; each name is something that exists."""
 IMPORTANCES = ("l2", "taylor")
+POST_TRAINING_STEPS = ("statistics", "equalise", "feed-back", "biases")
+"""What is done to weights that are not fine-tuned: BatchNorm's statistics are estimated again, channels are scaled so
+that layers have even ranges, errors of rounding are fed back into weights not yet rounded, and biases make up for what
+is left in the means."""
 
 
 def parse_duration_ms(text: object) -> float:
@@ -106,6 +110,8 @@ class ExportSettings:
     """At most so many; None lets the method decide."""
     epochs: int = 4
     """Of fine-tuning; 0 is post-training only."""
+    post_training: tuple[str, ...] | None = None
+    """The steps of POST_TRAINING_STEPS to take where nothing is fine-tuned; None takes all."""
     seed: int = 0
     threads: int = 1
     """Of the runtime that is measured."""
@@ -121,6 +127,11 @@ class ExportSettings:
             _require_at_least(1, name, getattr(self, name))
         for name in ("epochs", "seed"):
             _require_at_least(0, name, getattr(self, name))
+        if self.post_training is not None and self.epochs:
+            raise UserError(
+                f"post-training says how weights are corrected that are not fine-tuned, and epochs is {self.epochs}",
+                fix="give epochs 0 as well, or leave post-training out",
+            )
         if self.recipe is not None and self.policy is not None:
             raise UserError("recipe and policy are both given", fix="each says what to build: give one of them")
 
@@ -144,6 +155,20 @@ def _text(value: object) -> str:
 
 def _path(value: object) -> Path:
     return Path(_of_type(value, (str, Path), "a path in quotes")).expanduser()
+
+
+def _steps(value: object) -> tuple[str, ...]:
+    """`none`, or steps with commas between them."""
+    text = _text(value)
+    names = () if text == "none" else tuple(part.strip() for part in text.split(","))
+    for name in names:
+        if name not in POST_TRAINING_STEPS:
+            raise UserError(
+                f"{name!r} is no step of post-training",
+                fix=f"did you mean {nearest(name, POST_TRAINING_STEPS)}? There is {', '.join(POST_TRAINING_STEPS)}, "
+                "with commas between them, or none",
+            )
+    return names
 
 
 def _flag(value: object) -> bool:
@@ -190,6 +215,7 @@ OPTIONS: Mapping[str, Option] = {
     "allow_estimates": Option("allow_estimates", _flag),
     "evaluations": Option("evaluations", _whole),
     "epochs": Option("epochs", _whole),
+    "post_training": Option("post_training", _steps),
     "seed": Option("seed", _whole),
     "threads": Option("threads", _whole),
     "batch": Option("batch", _whole),

@@ -6,7 +6,7 @@ run folder before it is used, so that a run that was killed goes on with the sam
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -25,7 +25,8 @@ from hirelc_deploy.compress.fold import Pairs, fold, foldable, present
 from hirelc_deploy.compress.grids import fitted, put_on
 from hirelc_deploy.compress.importance import Method, scores
 from hirelc_deploy.compress.inputs import energies
-from hirelc_deploy.compress.prune import prune
+from hirelc_deploy.compress.posttraining import PostTraining, post_train
+from hirelc_deploy.compress.prune import Pruned, prune
 from hirelc_deploy.compress.simulate import simulated
 from hirelc_deploy.config import nearest
 from hirelc_deploy.cpu import cpu_flags
@@ -53,8 +54,11 @@ CALIBRATION_EXAMPLES = 1024
 CALIBRATION_EPOCH = 1_000_000
 """Their order is drawn like an epoch's, of a number that no fine-tuning reaches."""
 
-ENERGY_EXAMPLES, ENERGY_BATCH = 256, 32
-"""Of them, those that the energies of layers' inputs are taken from; unfolded, an image is nine times as large."""
+FEW_EXAMPLES, FEW_BATCH = 256, 32
+"""Of them, those that what layers read is looked at on, in order to choose weights."""
+
+FEW_ENTRIES = 1 << 25
+"""What their inputs may have together, 128 MB: large images are fewer."""
 
 GRID = "grid/"
 """What the names of grids begin with, where they are saved beside weights."""
@@ -174,11 +178,15 @@ class Workbench:
         *,
         importance: Method,
         fine_tuning: FineTuning,
+        post_training: Sequence[str],
         threads: int,
         batch: int,
         progress: Callable[[str, int], Any],
     ) -> None:
-        """`progress(what, steps)` gives a context manager that yields what is called after each step."""
+        """`post_training` are the steps that are taken without fine-tuning, of POST_TRAINING_STEPS.
+
+        `progress(what, steps)` gives a context manager that yields what is called after each step.
+        """
         self.model = model.eval()
         self.task = task
         self.graph = graph
@@ -189,6 +197,7 @@ class Workbench:
         self.largest = target.largest_code(cpu_flags())
         self._importance = importance
         self._fine_tuning = fine_tuning
+        self._post_training = post_training
         self._threads = threads
         self._batch = batch
         self._progress = progress
@@ -221,11 +230,9 @@ class Workbench:
         From the journal if known.
         """
         name = policy.digest()
-        saved = safetensors.torch.load(
-            self.run.blob(f"weights/{name}", lambda: self._trained(self._pruned(policy), policy, name))
-        )
+        saved = safetensors.torch.load(self.run.blob(f"weights/{name}", lambda: self._made(policy, name)))
         # a new model, so that a resumed run goes on with the very same tensors
-        model = self._folded(self._pruned(policy))
+        model = self._folded(self._pruned(policy).model)
         grids: dict[str, dict[str, Tensor]] = {}
         for key in [key for key in saved if key.startswith(GRID)]:
             layer, _, role = key.removeprefix(GRID).rpartition("/")
@@ -235,29 +242,10 @@ class Workbench:
         self.run.drop_state(name)
         return Compressed(model.eval(), grids, score)
 
-    def _trained(self, model: nn.Module, policy: Policy, name: str) -> bytes:
-        reestimate(model, self._calibration())
-        epochs = self._fine_tuning.epochs
-        norms = present(self._norms, model)
-        grids = self._fitted(model, policy, norms)
-        if epochs:
-            with simulated(model, policy.precisions, grids, largest=self.largest, norms=norms) as simulation:
-                simulation.calibrate(self._calibration())
-                with self._progress("fine-tuning", epochs) as advance:
-                    distil(
-                        model,
-                        self._teacher,
-                        self.task,
-                        simulation,
-                        self._fine_tuning,
-                        settle=lambda: reestimate(model, self._calibration()),
-                        checkpoints=self.run,
-                        name=name,
-                        advance=advance,
-                    )
-                grids = simulation.weight_grids()
-        model = self._folded(model)
-        put_on(model, policy.precisions, grids, largest=self.largest)
+    def _made(self, policy: Policy, name: str) -> bytes:
+        """Weights and grids to be saved."""
+        pruned = self._pruned(policy)
+        model, grids = self._fine_tuned(pruned, policy, name) if self._fine_tuning.epochs else self._fit(pruned, policy)
         tensors = dict(model.state_dict())
         for layer, grid in grids.items():
             tensors |= {f"{GRID}{layer}/{role}": values for role, values in grid.items()}
@@ -265,11 +253,52 @@ class Workbench:
             {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
         )
 
+    def _fine_tuned(self, pruned: Pruned, policy: Policy, name: str) -> tuple[nn.Module, dict[str, Grid]]:
+        model = pruned.model
+        reestimate(model, self._calibration())
+        norms = present(self._norms, model)
+        grids = self._fitted(model, policy, norms)
+        with simulated(model, policy.precisions, grids, largest=self.largest, norms=norms) as simulation:
+            simulation.calibrate(self._calibration())
+            with self._progress("fine-tuning", self._fine_tuning.epochs) as advance:
+                distil(
+                    model,
+                    self._teacher,
+                    self.task,
+                    simulation,
+                    self._fine_tuning,
+                    settle=lambda: reestimate(model, self._calibration()),
+                    checkpoints=self.run,
+                    name=name,
+                    advance=advance,
+                )
+            grids = simulation.weight_grids()
+        model = self._folded(model)
+        put_on(model, policy.precisions, grids, largest=self.largest)
+        return model, grids
+
+    def _fit(self, pruned: Pruned, policy: Policy) -> tuple[nn.Module, dict[str, Grid]]:
+        """What can be done without training."""
+        gone = any(len(pruned.kept[group.name]) < group.total for group in self.graph.groups)
+        if gone and "statistics" in self._post_training:  # with all channels there, they are what training has left
+            reestimate(pruned.model, self._calibration())
+        model = self._folded(pruned.model)
+        grids = post_train(
+            model,
+            policy.precisions,
+            PostTraining.of(self._post_training),
+            self._few,
+            largest=self.largest,
+            graph=self.graph,
+            kept=pruned.kept,
+        )
+        return model, grids
+
     def _fitted(self, model: nn.Module, policy: Policy, norms: Pairs) -> dict[str, Grid]:
         layers = [name for name, precision in policy.precisions.items() if not precision.storage.is_float]
         if not layers:
             return {}
-        met = energies(model, layers, self._calibration(ENERGY_EXAMPLES, batch=ENERGY_BATCH))
+        met = energies(model, layers, self._few())
         return fitted(model, policy.precisions, met, largest=self.largest, norms=norms)
 
     @cached_property
@@ -286,8 +315,8 @@ class Workbench:
             simulation.calibrate(self._calibration())
             return self._search_outputs(model)
 
-    def _pruned(self, policy: Policy) -> nn.Module:
-        return prune(self.model, self.graph, policy, self._scores).model
+    def _pruned(self, policy: Policy) -> Pruned:
+        return prune(self.model, self.graph, policy, self._scores)
 
     @cached_property
     def _scores(self) -> Mapping[str, Tensor]:
@@ -387,7 +416,9 @@ class Workbench:
     def _skeleton(self, gone: frozenset[str]) -> Any:
         """The float graph without these branches, everything else at full width."""
         if gone not in self._skeletons:
-            self._skeletons[gone] = self._float_graph(self._folded(self._pruned(Policy({}, dict.fromkeys(gone, 0)))))
+            self._skeletons[gone] = self._float_graph(
+                self._folded(self._pruned(Policy({}, dict.fromkeys(gone, 0))).model)
+            )
         return self._skeletons[gone]
 
     def _float_graph(self, model: nn.Module) -> Any:
@@ -395,7 +426,7 @@ class Workbench:
 
     def draft(self, policy: Policy) -> "Exported":
         """A file with the policy's shapes and formats and untrained weights: it weighs and runs like the real one."""
-        model = self._folded(self._pruned(policy))
+        model = self._folded(self._pruned(policy).model)
         grids = fitted(model, policy.precisions, {}, largest=self.largest)
         put_on(model, policy.precisions, grids, largest=self.largest)
         return self._file(self._float_graph(model), policy, grids)
@@ -423,6 +454,12 @@ class Workbench:
             size = len(next(iter(whole.values())))
             for start in range(0, size, batch or size):
                 yield {name: tensor[start : start + (batch or size)] for name, tensor in whole.items()}
+
+    def _few(self) -> Iterator[dict[str, Tensor]]:
+        """The first of them, in small batches."""
+        entries = sum(math.prod(array.shape[1:]) for array in self.task.example.values())
+        examples = max(FEW_BATCH, min(FEW_EXAMPLES, FEW_ENTRIES // entries))
+        return self._calibration(examples, batch=FEW_BATCH)
 
     def _calibration_arrays(self, examples: int = CALIBRATION_EXAMPLES) -> Iterator["Inputs"]:
         """A batch in memory at a time."""

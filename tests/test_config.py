@@ -103,6 +103,8 @@ def test_an_unknown_key_is_refused_with_the_nearest(tmp_path):
         ('resume = "yes"', "resume: 'yes'"),
         ("model = 3", "model: 3"),
         ('min-speedup = "3x"', "min-speedup: '3x'"),
+        ('post-training = "biases,equalize"', "post-training: 'equalize' is no step"),
+        ("post-training = true", "post-training: True"),
         ("[max-latency]\nms = 5", "max-latency: "),
     ],
 )
@@ -127,12 +129,21 @@ def test_a_required_option_that_is_missing_is_named(name):
         ({"epochs": -1}, "epochs is -1"),
         ({"threads": 0}, "threads is 0"),
         ({"evaluations": 0}, "evaluations is 0"),
+        ({"post_training": ("biases",)}, "post-training says how .* not fine-tuned, and epochs is 4"),
         ({"recipe": "keep=50%", "policy": Path("policy.json")}, "recipe and policy"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(setting, message):
     with pytest.raises(UserError, match=message):
         ExportSettings(**REQUIRED, **setting)
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("none", ()), ("biases", ("biases",)), ("equalise, feed-back", ("equalise", "feed-back"))]
+)
+def test_steps_of_post_training_are_read(text, steps):
+    assert export_settings(REQUIRED | {"epochs": 0, "post_training": text}).post_training == steps
+    assert export_settings(REQUIRED).post_training is None
 
 
 def test_a_method_that_does_not_exist_is_refused_with_those_that_do():

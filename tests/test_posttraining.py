@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hirelc_deploy.compress.equalise import equalise
 from hirelc_deploy.compress.fold import fold, foldable
 from hirelc_deploy.compress.grids import fitted, put_on
-from hirelc_deploy.compress.inputs import columns, columns_at, energies
+from hirelc_deploy.compress.inputs import can_unfold, columns_at, energies
 from hirelc_deploy.compress.posttraining import PostTraining, correct_biases, feed_back_errors, post_train
 from hirelc_deploy.compress.prune import prune
 from hirelc_deploy.graph import forward, trace
@@ -207,9 +207,12 @@ def test_dead_inputs_do_no_harm() -> None:
 )
 def test_some_columns_are_columns_of_the_same_places_each_time(layer: nn.Module) -> None:
     x = torch.randn(3, 4, 11, 13) if isinstance(layer, nn.Conv2d) else torch.randn(3, 4, 9)
-    every = columns(layer, x)
-    assert every is not None
-    assert torch.equal(columns_at(layer, x, every.shape[1], torch.Generator()), every)
+    assert can_unfold(layer)
+    every = columns_at(layer, x, 10**6, torch.Generator())
+    weight = layer.weight.detach().flatten(1).unflatten(0, (len(every), -1))  # (groups, channels a group, columns)
+    layer.bias = None
+    channels_first = layer(x).detach().movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1)
+    assert torch.allclose((every @ weight.mT).mT.flatten(0, 1), channels_first, atol=FLOAT_TOLERANCE)
 
     first, second = (columns_at(layer, x * sign, 5, torch.Generator().manual_seed(3)) for sign in (1, -1))
     assert torch.equal(first, -second)

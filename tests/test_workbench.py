@@ -1,7 +1,7 @@
 """What a network on a target may choose, what is refused by name, and sizes that are known before a file is written."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hirelc_deploy import workbench
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.compress.grids import put_on
+from hirelc_deploy.config import POST_TRAINING_STEPS
 from hirelc_deploy.console import Advance
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters._base import Exported
@@ -106,7 +107,14 @@ def silent(what: str, total: int) -> Iterator[Advance]:
 
 
 @contextmanager
-def opened(name: str, folder: Path, *, target: Target = ANY_COUNT, epochs: int = 0) -> Iterator[Workbench]:
+def opened(
+    name: str,
+    folder: Path,
+    *,
+    target: Target = ANY_COUNT,
+    epochs: int = 0,
+    post_training: Sequence[str] = POST_TRAINING_STEPS,
+) -> Iterator[Workbench]:
     model, graph = traced(name)
     with RunFolder.open(folder, {"model": name}, resume=True) as run:
         yield Workbench(
@@ -117,6 +125,7 @@ def opened(name: str, folder: Path, *, target: Target = ANY_COUNT, epochs: int =
             run,
             importance="l2",
             fine_tuning=FineTuning(epochs=epochs),
+            post_training=post_training,
             threads=1,
             batch=1,
             progress=silent,
@@ -343,6 +352,51 @@ def test_a_compressed_network_has_its_norms_folded_and_its_weights_on_their_grid
         steps = made.model.get_parameter(f"{layer}.weight").flatten(1) / scale[:, None]
         assert len(steps.round().unique()) <= most
         torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)  # whole steps, but for a 32-bit division
+
+
+THREE_BITS = Precision(Storage("int", 3, PerTensor()), Compute.FP32)
+
+
+def post_trained(folder: Path, steps: Sequence[str], keep: Mapping[str, int]) -> tuple[nn.Module, float]:
+    """The network at three bits without fine-tuning, and how far its outputs are from the same one in fp32."""
+    with opened("convolutions", folder, post_training=steps) as bench:
+        chosen, floats = (
+            completed(Policy(dict.fromkeys(bench.graph.layer, precision), keep), bench.graph, bench.target)
+            for precision in (THREE_BITS, FP32)
+        )
+        made, original = bench.compressed(chosen), bench.compressed(floats)
+        x = torch.from_numpy(bench.task.example["x"])
+        with torch.no_grad():
+            return made.model, float((made.model(x) - original.model(x)).square().mean())
+
+
+def test_each_step_of_post_training_can_be_switched_on_alone(tmp_path: Path) -> None:
+    alone = {step: post_trained(tmp_path / step, [step], {"inner": 16})[0] for step in POST_TRAINING_STEPS}
+    nearest = post_trained(tmp_path / "none", [], {"inner": 16})[0].state_dict()
+    for step, model in alone.items():
+        moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, nearest[name])}
+        assert moved, step
+        if step == "biases":
+            assert all(name.endswith("bias") for name in moved)
+
+
+@pytest.mark.parametrize("keep", [{}, {"inner": 16}, {"inner": 0}, {STEM: 8}], ids=str)
+def test_without_fine_tuning_all_steps_together_come_nearer_to_the_floats(
+    keep: Mapping[str, int], tmp_path: Path
+) -> None:
+    steps = [step for step in POST_TRAINING_STEPS if step != "statistics"]  # it would move what is compared against
+    corrected, nearest = (post_trained(tmp_path / str(len(each)), each, keep)[1] for each in (steps, []))
+    assert corrected < 0.7 * nearest
+
+
+def test_statistics_stay_as_they_were_trained_where_no_channel_is_gone(tmp_path: Path) -> None:
+    for keep, same in (({}, True), ({"inner": 16}, False)):
+        found = []
+        for steps in ([], ["statistics"]):
+            with opened("convolutions", tmp_path / f"{keep}{steps}", post_training=steps) as bench:
+                policy = completed(Policy({}, keep), bench.graph, bench.target)
+                found.append(bench.compressed(policy).model.state_dict())
+        assert all(torch.equal(found[0][name], found[1][name]) for name in found[0]) is same
 
 
 @pytest.mark.parametrize("best", ["min-max", "percentile", "mse"])

@@ -10,6 +10,12 @@ from torch import Tensor, nn
 
 from hirelc_deploy.graph import forward
 
+MOST_PLACES = 128
+"""Of an image, drawn at random, whose inputs are looked at: neighbours say the same."""
+
+SEED = 0
+"""Of the places that are drawn."""
+
 Read = Callable[[str, nn.Module, Tensor], None]
 """Takes a layer's name, the layer, and an input that it was called with."""
 
@@ -36,15 +42,17 @@ def energies(model: nn.Module, layers: Iterable[str], batches: Iterable[Mapping[
     """By layer the mean square of the input that each weight meets: (1, columns), or (channels, columns) if grouped.
 
     An error e in a weight adds e * x to an output, so its mean square is e * e times this: the diagonal of the layer's
-    Hessian for the squared error of its outputs.  Layers that are neither Conv nor Linear are left out.
+    Hessian for the squared error of its outputs.  Layers that are neither Conv nor Linear are left out.  What an image
+    shows is read at MOST_PLACES of it.
     """
+    random = torch.Generator().manual_seed(SEED)
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
     def read(name: str, layer: nn.Module, x: Tensor) -> None:
-        seen = columns(layer, x)
-        if seen is None:
+        if not can_unfold(layer):
             return
+        seen = columns_at(layer, x, MOST_PLACES * len(x), random)
         sums[name] = sums.get(name, torch.zeros(())) + seen.square().sum(1).double()
         counts[name] = counts.get(name, 0) + seen.shape[1]
 
@@ -53,30 +61,18 @@ def energies(model: nn.Module, layers: Iterable[str], batches: Iterable[Mapping[
     return {name: _by_channel((total / counts[name]).float(), modules[name]) for name, total in sums.items()}
 
 
-def columns(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """An input as the columns that a weight's rows are multiplied by: (groups, places, columns); None if unknown."""
-    if isinstance(layer, nn.Linear):
-        return x.reshape(1, -1, layer.in_features)
+def can_unfold(layer: nn.Module) -> bool:
+    """Whether what its weight's rows are multiplied by can be told from its input."""
     if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
-        if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-            return None
-        is_flat = isinstance(layer, nn.Conv1d)
-        image = x.unsqueeze(2) if is_flat else x
-        kernel, stride, dilation = (
-            (1, *v) if is_flat else v for v in (layer.kernel_size, layer.stride, layer.dilation)
-        )
-        padding = (0, *layer.padding) if is_flat else layer.padding
-        unfolded = F.unfold(image, kernel, dilation, padding, stride)  # (examples, channels * kernel, places)
-        by_group = unfolded.reshape(len(x), layer.groups, -1, unfolded.shape[2])
-        return by_group.permute(1, 0, 3, 2).flatten(1, 2)
-    return None
+        return not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
+    return isinstance(layer, nn.Linear)
 
 
 def columns_at(layer: nn.Module, x: Tensor, most: int, random: torch.Generator) -> Tensor:
-    """As `columns`, of at most so many places, drawn at random.  The layer is one that `columns` knows.
+    """An input as the columns that a weight's rows are multiplied by: (groups, places, columns).
 
-    Only what lies around these places is copied: all columns of an image are as many times the image as a kernel has
-    entries.
+    Of at most so many places, drawn at random; the layer is one that `can_unfold`.  Only what lies around these
+    places is copied: all columns of an image are as many times the image as a kernel has entries.
     """
     if isinstance(layer, nn.Linear):
         rows = x.reshape(1, -1, layer.in_features)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hirelc_deploy.compress.equalise import Kept, equalise
 from hirelc_deploy.compress.grids import fitted, put_on
-from hirelc_deploy.compress.inputs import columns, columns_at, energies, watch
+from hirelc_deploy.compress.inputs import MOST_PLACES, SEED, can_unfold, columns_at, energies, watch
 from hirelc_deploy.graph import PROOF_EXAMPLES, forward
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.kernels import load_format
@@ -34,23 +34,23 @@ DAMPING = 0.01
 MOST_COLUMNS = 8192
 """Of a layer whose errors are fed back: a matrix of their square is 512 MB in float64."""
 
-MOST_PLACES = 128
-"""Of an image, drawn at random, whose inputs are looked at: neighbours say the same, and each costs columns squared."""
-
 BLOCK_COLUMNS = 64
 """Columns whose errors reach the rest in one product."""
-
-SEED = 0
-"""Of the places that are drawn."""
 
 
 @dataclass(frozen=True)
 class PostTraining:
-    """The steps that are taken."""
+    """The steps that are taken; without any, weights are rounded to nearest."""
 
     equalise: bool = True
     feed_back: bool = True
     correct_biases: bool = True
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> "PostTraining":
+        """The steps with these names, as POST_TRAINING_STEPS of the settings has them."""
+        chosen = set(names)
+        return cls(equalise="equalise" in chosen, feed_back="feed-back" in chosen, correct_biases="biases" in chosen)
 
 
 def post_train(
@@ -67,6 +67,8 @@ def post_train(
 
     `graph` and `kept` say which channels belong together, as `equalise` takes them.
     """
+    if all(precision.storage.is_float for precision in precisions.values()):
+        return {}
     if steps.equalise:
         example = {name: tensor[:PROOF_EXAMPLES] for name, tensor in next(iter(batches())).items()}
         equalise(model, graph, example, kept=kept)
@@ -167,8 +169,7 @@ def _calls(model: nn.Module, layers: Iterable[str], batches: Batches) -> dict[st
 
     def read(name: str, layer: nn.Module, x: Tensor) -> None:
         calls[name] += 1
-        seen = columns(layer, x[:1])
-        if seen is None or seen.shape[2] > MOST_COLUMNS:
+        if not can_unfold(layer) or layer.get_parameter("weight").flatten(1).shape[1] > MOST_COLUMNS:
             unfit.add(name)
 
     watch(model, layers, [next(iter(batches()))], read)
