@@ -200,6 +200,8 @@ class _Writer:
         self.grids: dict[str, tuple[ir.Value, ir.Value]] = {}
         self.input_scale: dict[ir.Node, ir.Value] = {}
         """Scale of what a node reads first, where that is held in uint8."""
+        self.dynamic: dict[ir.Value, ir.Node] = {}
+        """By tensor the node that quantises it anew at every run."""
 
     def activations(self) -> None:
         values = {_name(value): value for value in self.graph.inputs}
@@ -285,7 +287,8 @@ class _Writer:
         value = self.graph.initializers[name]
         array = constant(value)
         assert array is not None
-        axis = output_axis(next(iter(value.uses())).node)
+        reader = next(iter(value.uses())).node
+        axis = output_axis(reader)
         numbers, storage = load_format(precision.storage.format), precision.storage
         rows = rows_of(torch.from_numpy(array.copy()), axis)
         if grids is None:
@@ -293,6 +296,8 @@ class _Writer:
         else:
             largest = largest_integer(precision.compute, self.largest)
             packed = numbers.pack(rows, grids[name], storage, largest=largest)
+        if precision.compute is Compute.INT8_DYNAMIC and axis == 0:  # MatMulInteger has outputs last
+            return Weight(array.shape[::-1], 1, precision, packed)
         return Weight(array.shape, axis, precision, packed)
 
     def connect(self, value: ir.Value, weight: Weight, decoded: Decoded) -> list[ir.Node]:
@@ -300,6 +305,11 @@ class _Writer:
         uses = list(value.uses())
         scale = weight.packed.scale
         made = []
+        if weight.precision.compute is Compute.INT8_DYNAMIC:
+            stored = self.constant("scale", scale)
+            for use in uses:
+                self.multiply_integers(use.node, decoded.value, stored)
+            return []
         if weight.precision.compute is Compute.INT8:
             stored = self.constant("scale", scale)
             explicit = uses[0].node.op_type != "Conv"
@@ -312,6 +322,28 @@ class _Writer:
         for use in uses:
             use.node.replace_input_with(use.idx, made[0].outputs[0])
         return made
+
+    def multiply_integers(self, node: ir.Node, integers: ir.Value, scale: ir.Value) -> None:
+        """Put a product of integers, its input quantised at every run, in the place of a Gemm or MatMul."""
+        x = node.inputs[0]
+        assert x is not None
+        if x not in self.dynamic:
+            self.dynamic[x] = ir.node("DynamicQuantizeLinear", [x], num_outputs=3)
+            producer = x.producer()
+            if producer is None:
+                self.graph.insert_before(self.graph[0], [self.dynamic[x]])
+            else:
+                self.graph.insert_after(producer, [self.dynamic[x]])
+        codes, input_scale, zero = self.dynamic[x].outputs
+        product = ir.node("MatMulInteger", [codes, integers, zero])
+        as_float = ir.node("Cast", [product.outputs[0]], {"to": int(ir.DataType.FLOAT)})
+        step = ir.node("Mul", [input_scale, scale])
+        made = [product, as_float, step, ir.node("Mul", [as_float.outputs[0], step.outputs[0]])]
+        if node.op_type == "Gemm" and len(node.inputs) > 2:
+            made.append(ir.node("Add", [made[-1].outputs[0], node.inputs[2]]))
+        self.graph.insert_before(node, made)
+        replace(node.outputs[0], made[-1].outputs[0])
+        self.graph.remove(node, safe=True)
 
     def bias(self, node: ir.Node, weight_scale: ir.Value) -> list[ir.Node]:
         """The bias of an integer kernel: int32 in steps of input scale times weight scale, multiplied at load."""

@@ -25,14 +25,18 @@ from hirelc_deploy.policy import Precision
 
 COMPUTE_OF = {
     **dict.fromkeys(["QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"], "int8"),
-    **dict.fromkeys(["DynamicQuantizeMatMul", "MatMulInteger", "ConvInteger"], "int8_dynamic"),
+    **dict.fromkeys(["DynamicQuantizeMatMul", "ConvInteger"], "int8_dynamic"),
+    **dict.fromkeys(["MatMulInteger"], "int8"),
     **dict.fromkeys(["Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"], "fp32"),
     **dict.fromkeys(["Gather"], "fp32"),
 }
 """What a layer computes in, by the operator that it is after a session has optimised the graph."""
 
-LAYER_OPERATORS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"}
+LAYER_OPERATORS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulInteger", "Gather"}
 """What a layer is in the file."""
+
+DYNAMIC = "DynamicQuantizeLinear"
+"""What quantises a tensor at every run: the integer kernels behind it are dynamic ones."""
 
 BLOCKED_SUFFIX = "_nchwc"
 """ONNX Runtime renames the weights that it reorders into blocks of channels, and calls the node by its output."""
@@ -242,13 +246,17 @@ def computes(file: onnx.GraphProto, optimised: onnx.GraphProto, tensors: Mapping
     """
     by_input: dict[str, str] = {}
     by_name: dict[str, str] = {}
+    quantised_at_run = {name for node in optimised.node if node.op_type == DYNAMIC for name in node.output}
     for node in optimised.node:
         if node.op_type in COMPUTE_OF:
-            by_name[node.name] = node.op_type
+            compute = COMPUTE_OF[node.op_type]
+            if compute == "int8" and node.input[0] in quantised_at_run:
+                compute = "int8_dynamic"
+            by_name[node.name] = compute
             for name in node.input:
-                by_input[name] = node.op_type
+                by_input[name] = compute
 
-    def operator(names: list[str], outputs: list[str]) -> str | None:
+    def runs(names: list[str], outputs: list[str]) -> str | None:
         by_weight = (by_input[name] for name in names if name in by_input)
         by_output = (by_name[name + BLOCKED_SUFFIX] for name in outputs if name + BLOCKED_SUFFIX in by_name)
         return next(by_weight, None) or next(by_output, None)
@@ -259,8 +267,7 @@ def computes(file: onnx.GraphProto, optimised: onnx.GraphProto, tensors: Mapping
             readers.setdefault(name, []).append(node)
     found: dict[str, str | None] = {}
     for layer, tensor in tensors.items():
-        seen = {operator(*place) for place in _places(tensor, readers)}
-        kinds = {None if name is None else COMPUTE_OF[name] for name in seen}
+        kinds = {runs(*place) for place in _places(tensor, readers)}
         found[layer] = kinds.pop() if len(kinds) == 1 else None
     return found
 

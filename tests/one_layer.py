@@ -104,9 +104,6 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 """Of one example, by layer."""
 
-FLOATS_ONLY = (nn.ConvTranspose2d, nn.Embedding)
-"""Layers without an integer kernel."""
-
 
 @dataclass(frozen=True)
 class Case:
@@ -150,13 +147,18 @@ def case() -> Case:
 
 
 def chosen(*precisions: Precision) -> dict[str, Precision]:
-    """The precisions one after the other, over and over; in fp32 for layers that cannot compute otherwise."""
+    """The precisions one after the other, over and over; in fp32 for layers that cannot compute in that way."""
     return {
-        layer: Precision(precision.storage, Compute.FP32)
-        if isinstance(case().model.get_submodule(layer), FLOATS_ONLY)
-        else precision
+        layer: precision
+        if _is_able(case().model.get_submodule(layer), precision.compute)
+        else Precision(precision.storage, Compute.FP32)
         for layer, precision in zip(SHAPES, cycle(precisions), strict=False)
     }
+
+
+def _is_able(layer: nn.Module, compute: Compute) -> bool:
+    able = {Compute.INT8: (nn.Conv1d, nn.Conv2d, nn.Linear), Compute.INT8_DYNAMIC: nn.Linear}
+    return compute not in able or isinstance(layer, able[compute])
 
 
 @cache
@@ -246,7 +248,10 @@ def _decoded(layer: str, precision: Precision, grid: Grid, on_grid: nn.Module) -
     weight, axis = module.get_parameter("weight").detach(), output_axis(module)
     numbers = load_format(precision.storage.format)
     packed = numbers.pack(rows_of(weight, axis), grid, precision.storage, largest=INT8_MAX)
-    return _as_read(layer, from_rows(torch.from_numpy(packed.integers), tuple(weight.shape), axis).numpy())
+    integers = from_rows(torch.from_numpy(packed.integers), tuple(weight.shape), axis).numpy()
+    if precision.compute is Compute.INT8_DYNAMIC:  # a product of integers has outputs last
+        return np.ascontiguousarray(integers.T)
+    return _as_read(layer, integers)
 
 
 def _with_initializers(

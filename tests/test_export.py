@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import networks
 import numpy as np
 import onnx
 import pytest
@@ -188,6 +189,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, np.ndarray]]] = {
     ),
     "3-D conv": (lambda: nn.Sequential(nn.Conv3d(3, 8, 2), nn.BatchNorm3d(8), nn.ReLU()), {"x": floats(3, 4, 4, 4)}),
     "norms that stay": (NormsThatStay, {"x": floats(3, 8, 8)}),
+    "attention": (lambda: networks.build("attention").model, {"x": floats(6, 8)}),
 }
 
 
@@ -195,6 +197,8 @@ def build(make: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     model = make()
     for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # layers of LAYERS were made before there was a seed
         if isinstance(
             module, (nn.BatchNorm2d, nn.BatchNorm3d)
         ):  # statistics of 0 and 1 would hide a fold that went wrong
@@ -303,6 +307,26 @@ def test_weights_stored_in_int8_and_computed_in_fp32_are_the_decoded_values(case
     found = RUNTIME.load(path, threads=1).run(inputs)
     assert relative_error(found, reference(network.rounded({"0": INT8_STORED}), inputs)) < FLOAT_TOLERANCE
     assert FLOAT_TOLERANCE < relative_error(found, reference(model, inputs)) < INT8_TOLERANCE
+
+
+DYNAMIC = Precision(Storage("int", 8, PerChannel()), Compute.INT8_DYNAMIC)
+
+
+@pytest.mark.parametrize("case", ["linear", "linear without bias", "linear on 3-D", "text", "two inputs", "attention"])
+def test_activations_can_be_quantised_at_every_run(case: str, tmp_path: Path) -> None:
+    network = case_of(case)
+    able = tuple(name for name, module in network.model.named_modules() if isinstance(module, nn.Linear))
+    exported, path = write(network, DYNAMIC, tmp_path, only=able)
+    runs_as = RUNTIME.runs_as(path, exported.tensors, threads=1)
+    assert able
+    assert {name for name, compute in runs_as.items() if compute == "int8_dynamic"} == set(able)
+    session = RUNTIME.load(path, threads=1)
+    for examples in (1, 3, EXAMPLES):
+        some = {name: array[:examples] for name, array in network.inputs.items()}
+        assert relative_error(session.run(some), reference(network.model, some)) < INT8_TOLERANCE
+    read = [node.input[0] for node in onnx.load(path).graph.node if node.op_type == "DynamicQuantizeLinear"]
+    assert len(read) == len(set(read))  # once a tensor, however many layers read it
+    assert case != "attention" or len(read) < len(able)
 
 
 @pytest.mark.parametrize("precision", [p for p in COARSE if p.compute is Compute.FP32], ids=str)

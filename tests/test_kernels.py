@@ -183,7 +183,7 @@ def test_codes_run_as_plain_initializers_would(precision: Precision, tmp_path: P
     runs_as_plain_initializers_would(precision, tmp_path, encoding=one_layer.CODES)
 
 
-@pytest.mark.parametrize("compute", [Compute.INT8, Compute.FP32])
+@pytest.mark.parametrize("compute", [Compute.INT8, Compute.INT8_DYNAMIC, Compute.FP32])
 @pytest.mark.parametrize("name", format_names())
 def test_plain_integers_run_as_plain_initializers_would(name: str, compute: Compute, tmp_path: Path) -> None:
     precision = Precision(next(one_layer.storages(name)), compute)

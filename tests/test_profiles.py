@@ -84,7 +84,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(own, old, new, key, meant):
     ("old", "new", "place"),
     [
         ("threads = 1\n", "", "lacks threads"),
-        ('Linear = ["fp32", "int8"]', 'Linear = ["int9"]', "computes.Linear.0"),
+        ('Linear = ["fp32", "int8", "int8_dynamic"]', 'Linear = ["int9"]', "computes.Linear.0"),
         ("vnni = 8", "vnni = 9", "weights.int8_bits.vnni"),
         ('kind = "cpu"', 'kind = "tpu"', "kind"),
         ("[timing]", "[timing", "is not TOML"),

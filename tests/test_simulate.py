@@ -61,6 +61,12 @@ STORED = [
 COARSE = [*(("residual", precision) for precision in STORED), *(("tied_twice", precision) for precision in STORED[-4:])]
 """Networks and what all their layers are stored as."""
 
+DYNAMIC = [
+    (name, Precision(Storage("int", bits, PerChannel()), Compute.INT8_DYNAMIC))
+    for name in ("mlp", "attention", "called_twice")
+    for bits in (4, 8)
+]
+
 # The file also rounds biases, and what a convolution writes before an addition; INT8 itself is off by 0.01 to 0.02.
 SIMULATION_TOLERANCE = 0.005
 
@@ -148,7 +154,7 @@ def relative_error(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndar
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [*((name, INT8) for name in FILES), *COARSE],
+    [*((name, INT8) for name in FILES), *COARSE, *DYNAMIC],
     ids=str,
 )
 def test_the_simulation_computes_what_the_file_computes(name: str, precision: Precision, tmp_path: Path) -> None:
@@ -162,12 +168,12 @@ def test_the_simulation_computes_what_the_file_computes(name: str, precision: Pr
 
     in_training = run_simulated(case, case.model, made.precisions, made.grids, made.pairs)
     scored = run_simulated(case, made.model, made.precisions, {}, {})
-    tolerance = SIMULATION_TOLERANCE if precision.compute is Compute.INT8 else FLOAT_TOLERANCE
+    tolerance = FLOAT_TOLERANCE if precision.compute is Compute.FP32 else SIMULATION_TOLERANCE
     assert relative_error(scored, from_file) < tolerance
     # nearer to the file than the float model is
     assert relative_error(scored, from_file) < relative_error(floats, from_file) / 2
     # ranges are those of float weights while training
-    assert relative_error(in_training, from_file) < (0.02 if precision.compute is Compute.INT8 else tolerance)
+    assert relative_error(in_training, from_file) < (tolerance if precision.compute is Compute.FP32 else 0.02)
 
 
 def inputs_of_layers(graph: FloatGraph) -> dict[str, str]:

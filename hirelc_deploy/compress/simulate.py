@@ -155,8 +155,9 @@ class Simulation:
                 self._weights[layer] = stored[key]
                 self._names[layer] = name
                 parametrize.register_parametrization(layer, "weight", stored[key], unsafe=True)
-            if precision.compute is Compute.INT8:
-                self._hooks.append(layer.register_forward_pre_hook(_on_input(self._rounding(name)), with_kwargs=True))
+            rounded = {Compute.INT8: self._rounding(name), Compute.INT8_DYNAMIC: self._by_itself}.get(precision.compute)
+            if rounded is not None:
+                self._hooks.append(layer.register_forward_pre_hook(_on_input(rounded), with_kwargs=True))
 
     def train(self, mode: bool) -> None:
         """Let the ranges follow the batches, or hold them."""
@@ -200,6 +201,13 @@ class Simulation:
         for hook in self._hooks:
             hook.remove()
         self._weights, self._hooks = {}, []
+
+    def _by_itself(self, x: Tensor) -> Tensor:
+        """x on the grid that it spans itself, as a kernel rounds it that quantises at every run."""
+        if self._ranges is Ranges.CALIBRATE:
+            return x
+        seen = x.detach()
+        return ActivationGrid(seen.amin(), seen.amax()).round(x)
 
     def _rounding(self, name: str) -> Callable[[Tensor], Tensor]:
         def rounded(x: Tensor) -> Tensor:
