@@ -36,7 +36,9 @@ STORAGES = (
     *("int8", "int4", "int4/group32", "float4", "log4", "codebook4"),
     *("int3", "log3", "codebook3", "int2", "codebook2", "vector2", "vector1"),
 )
-COMPUTES = ("int8", "fp32")
+COMPUTED_IN_INT8 = ("int8", "int4", "int3", "int2", "vector1")
+UNTUNED = (*(f"{storage}/fp32" for storage in STORAGES), *(f"{storage}/int8" for storage in COMPUTED_IN_INT8))
+"""What is only corrected, by storage and compute."""
 TUNED = ("vector1/fp32", "int3/fp32", "int2/fp32", "int4/int8", "vector2/fp32", "codebook3/fp32")
 """What is fine-tuned, by storage and compute: where post-training leaves most to gain, first."""
 
@@ -78,7 +80,7 @@ class Row:
 def build(network: str, epochs: int, out: Path, only: Sequence[str]) -> None:
     """Write what is not there yet."""
     folder = out / network / f"epochs{epochs}"
-    wanted = only or (TUNED if epochs else [f"{storage}/{compute}" for compute in COMPUTES for storage in STORAGES])
+    wanted = only or (TUNED if epochs else UNTUNED)
     with workbench(network, folder / "run", epochs=epochs) as bench:
         write_atomic(out / network / "baseline.onnx", bench.write_baseline().data)
         for name in wanted:
@@ -182,11 +184,7 @@ def section(network: str, record: Mapping[str, Any]) -> str:
     baseline, machine = record["baseline"], record["machine"]
     rows = [row for row in record["rows"] if row["epochs"] == 0]
     tuned = {(row["storage"], row["compute"]): row for row in record["rows"] if row["epochs"]}
-    order = {
-        f"{storage}/{compute}": i
-        for i, (compute, storage) in enumerate((compute, storage) for compute in COMPUTES for storage in STORAGES)
-    }
-    rows.sort(key=lambda row: order[f"{row['storage']}/{row['compute']}"])
+    rows.sort(key=lambda row: UNTUNED.index(f"{row['storage']}/{row['compute']}"))
     lines = [
         f"## `{network}`",
         "",
