@@ -1,0 +1,90 @@
+"""What each correction without training gains: python benchmarks/post_training.py
+
+Scores on the search split of the Fashion-MNIST networks in PyTorch, under their number formats, before anything is
+fine-tuned: with no step of `--post-training`, with each alone, with all of them, and with all but one.  Writes
+benchmarks/results/post_training.json and prints the table; `--write` puts it into docs/number-formats.md.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from _bench import RESULTS, save, workbench
+
+from hirelc_deploy.config import POST_TRAINING_STEPS
+from hirelc_deploy.search.recipe import Recipe
+from hirelc_deploy.verify.environment import environment
+
+RESULT = RESULTS / "post_training.json"
+OUT = Path("out/benchmarks/post_training")
+
+RECIPES = {
+    "depthwise": (
+        "storage=int4/tensor,compute=fp32",
+        "storage=int4,compute=fp32",
+        "storage=int3,compute=fp32",
+        "storage=int8/tensor,compute=int8",
+        "keep=75%,storage=int4,compute=fp32",
+    ),
+    "vit": ("storage=int3,compute=fp32", "storage=int2,compute=fp32"),
+    "wide": ("storage=int3,compute=fp32", "storage=int2,compute=fp32"),
+}
+
+VARIANTS: Mapping[str, tuple[str, ...]] = {
+    "none": (),
+    **{f"only {step}": (step,) for step in POST_TRAINING_STEPS},
+    **{f"without {step}": tuple(s for s in POST_TRAINING_STEPS if s != step) for step in POST_TRAINING_STEPS},
+    "all": POST_TRAINING_STEPS,
+}
+
+
+def variants(recipe: str) -> dict[str, tuple[str, ...]]:
+    """Those that differ: statistics are estimated again only where channels are gone."""
+    pruned = "keep" in recipe
+    return {name: steps for name, steps in VARIANTS.items() if pruned or "statistics" not in name}
+
+
+def scores(network: str, out: Path) -> dict[str, dict[str, float]]:
+    """By recipe and variant, in percent; `fp32` is the original's."""
+    found: dict[str, dict[str, float]] = {recipe: {} for recipe in RECIPES[network]}
+    for name, steps in VARIANTS.items():
+        with workbench(network, out / network / name.replace(" ", "-"), post_training=steps) as bench:
+            for recipe in RECIPES[network]:
+                if name not in variants(recipe):
+                    continue
+                found[recipe]["fp32"] = bench.original_score
+                found[recipe][name] = bench.compressed(Recipe.parse(recipe).policy(bench.space)).simulated_score
+                print(f"{network} {recipe}, {name}: {found[recipe][name]:.2f}", flush=True)
+    return found
+
+
+def table(networks: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """In Markdown."""
+    lines = [
+        f"| network | recipe | fp32 | {' | '.join(VARIANTS)} |",
+        f"| {' | '.join(['---'] * (3 + len(VARIANTS)))} |",
+    ]
+    for network, recipes in networks.items():
+        for recipe, by_variant in recipes.items():
+            cells = [f"{by_variant[name]:.2f}" if name in by_variant else "-" for name in ("fp32", *VARIANTS)]
+            lines.append(f"| `{network}` | `{recipe}` | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--networks", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    record: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"networks": {}}
+    record |= {"machine": environment(threads=1, batch=1, clock="cpu").model_dump(mode="json"), "split": "search"}
+    for network in options.networks:
+        record["networks"][network] = scores(network, options.out)
+        save(record, RESULT)
+    print(table(record["networks"]))
+
+
+if __name__ == "__main__":
+    main()
