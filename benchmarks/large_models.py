@@ -140,7 +140,8 @@ def write_files(network: nn.Module, folder: Path) -> dict[str, Path]:
         chosen = dict.fromkeys(graph.weights, precision)
         # weights are not put on their grids first: packing gives the same codes either way
         grids = fitted(network, chosen, {}, largest=largest)
-        file = runtime.write(graph, chosen, grids, calibration=batches, largest=largest)
+        seen = runtime.observe(graph, chosen, batches)
+        file = runtime.write(graph, chosen, grids, seen=seen, largest=largest)
         paths[name] = folder / f"{name.replace(', computed in ', '-')}.onnx"
         paths[name].write_bytes(file.data)
         print(f"  {name}: {len(file.data) / 1e6:.1f} MB, written in {time.monotonic() - began:.0f} s", flush=True)

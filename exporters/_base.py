@@ -3,7 +3,7 @@
 Timing, scoring and judging are the same for every runtime and live in `hirelc_deploy.verify`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -54,6 +54,19 @@ class Exported:
         return {layer: stored.tensor for layer, stored in self.layers.items()}
 
 
+@dataclass(frozen=True)
+class RoundingErrors:
+    """What 8 bits cost, tensor by tensor: the mean squared change of the model's outputs, as a part of their variance.
+
+    Of every tensor that int8 layers would have in integers, rounded alone on the grid with the least error.
+    """
+
+    between: Mapping[str, float]
+    """Of those that no layer needs in integers, by what computes them; they can be left in float."""
+    inputs: Mapping[str, float]
+    """Of what a layer reads, by layer."""
+
+
 class Runtime(Protocol):
     """One runtime, on the machine that it is called on."""
 
@@ -75,18 +88,36 @@ class Runtime(Protocol):
         precisions: Mapping[str, Precision],
         grids: Mapping[str, Grid] | None = None,
         *,
-        calibration: Iterable[Arrays] = (),
+        seen: Any = None,
         ranges: str = "min-max",
+        floats: Collection[str] = (),
         largest: int = 127,
         ir_version: int = 8,
         metadata: Mapping[str, str] | None = None,
     ) -> Exported:
         """The file of a float graph under the given precisions; layers without one stay fp32.
 
-        `grids` holds the grid of every layer that is not stored in floats, whose weights are on it; `calibration`
-        yields inputs, read once, for the ranges of int8 activations, which are chosen by `ranges`, one of
-        `range_methods`; `largest` bounds the integers of int8 layers.
+        `grids` holds the grid of every layer that is not stored in floats, whose weights are on it; `seen` is what
+        `observe` gave, for the ranges of int8 activations, which are chosen by `ranges`, one of `range_methods`;
+        `floats` names what stays in float between int8 layers; `largest` bounds the integers of int8 layers.
         """
+        ...
+
+    def observe(
+        self,
+        graph: Any,
+        precisions: Mapping[str, Precision],
+        calibration: Iterable[Arrays],
+        *,
+        floats: Collection[str] = (),
+    ) -> Any:
+        """What the int8 activations of a float graph span on these inputs, read once."""
+        ...
+
+    def rounding_errors(
+        self, graph: Any, precisions: Mapping[str, Precision], examples: Sequence[Arrays]
+    ) -> RoundingErrors:
+        """What it would cost to round the int8 activations of a float graph, each alone."""
         ...
 
     def predicted_bytes(
@@ -95,6 +126,7 @@ class Runtime(Protocol):
         shapes: Mapping[str, tuple[int, ...]],
         precisions: Mapping[str, Precision],
         *,
+        floats: Collection[str] = (),
         ir_version: int = 8,
         metadata: Mapping[str, str] | None = None,
     ) -> int:

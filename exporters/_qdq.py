@@ -8,7 +8,8 @@ however many read it.  Activations are uint8 with a zero point, weights int8 and
 anything is calibrated; `place` writes the nodes once the ranges are known.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,10 @@ class Held:
     """An integer kernel writes it: there is no float original that a float reader could use instead."""
     same_grid_as: str | None = None
     """The tensor whose scale and zero point it shares."""
+    computed_by: str | None = None
+    """Where no layer writes it: what does, in words that hold for a pruned network as well."""
+    read_by: tuple[str, ...] = ()
+    """The int8 layers that read it."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,11 @@ class Plan:
     def calibrated(self) -> list[str]:
         """The tensors whose ranges have to be seen."""
         return [name for name, tensor in self.tensors.items() if tensor.same_grid_as is None]
+
+    def readers(self, name: str) -> list[str]:
+        """The int8 layers that read a tensor, or one that shares its grid."""
+        alike = (tensor for tensor in self.tensors.values() if name in (tensor.name, tensor.same_grid_as))
+        return [layer for tensor in alike for layer in tensor.read_by]
 
 
 @dataclass(frozen=True)
@@ -84,32 +94,43 @@ class Range:
         return scale, np.array(np.clip(round(-low / float(scale)), 0, LEVELS), np.uint8)
 
 
-def plan(graph: FloatGraph, precisions: Mapping[str, Precision]) -> Plan:
-    """Which tensors become uint8 so that every int8 layer of `precisions` has an integer kernel."""
+def plan(graph: FloatGraph, precisions: Mapping[str, Precision], *, floats: Collection[str] = ()) -> Plan:
+    """Which tensors become uint8 so that every int8 layer of `precisions` has an integer kernel.
+
+    What is named in `floats` is computed in float, though it could be in integers (`Held.computed_by`).
+    """
     integer_weights = {
-        weight
+        weight: layer
         for layer, weight in graph.weights.items()
         if layer in precisions and precisions[layer].compute is Compute.INT8
     }
-    planner = _Planner()
+    planner = _Planner({weight: layer for layer, weight in graph.weights.items()}, frozenset(floats))
     for node in graph.model.graph:
-        if any(x is not None and x.name in integer_weights for x in node.inputs):
-            planner.layer(node)
+        layer = next(
+            (integer_weights[x.name] for x in node.inputs if x is not None and x.name in integer_weights), None
+        )
+        if layer is not None:
+            planner.layer(node, layer)
         elif node.op_type in INTEGER | MOVES:
             planner.between(node)
     return Plan(planner.tensors, frozenset(planner.integer_nodes))
 
 
 class _Planner:
-    def __init__(self) -> None:
+    def __init__(self, layer_of: Mapping[str, str], floats: frozenset[str]) -> None:
+        """`layer_of` gives the layer of each weight."""
         self.tensors: dict[str, Held] = {}
         self.integer_nodes: set[str] = set()
+        self.layer_of = layer_of
+        self.floats = floats
 
-    def layer(self, node: ir.Node) -> None:
+    def layer(self, node: ir.Node, name: str) -> None:
         """A layer that was decided to compute in int8."""
         x = node.inputs[0]
         assert x is not None
         self.hold(x, from_integers=False)
+        held = self.tensors[_name(x)]
+        self.tensors[_name(x)] = dataclasses.replace(held, read_by=(*held.read_by, name))
         self.integer_nodes.add(_name(node.outputs[0]))
         if node.op_type == "Conv":
             self.hold_output(node)
@@ -123,23 +144,52 @@ class _Planner:
         first = held[0]
         if first is None or not all(tensor is not None and tensor.from_integers for tensor in held):
             return
+        computed_by = None
+        if node.op_type not in MOVES:
+            computed_by = f"{node.op_type} of {', '.join(sorted(self.sources(node)))}"
+        if computed_by in self.floats:
+            return
         self.integer_nodes.add(_name(node.outputs[0]))
         if node.op_type in MOVES:
             self.hold(node.outputs[0], from_integers=True, same_grid_as=first.same_grid_as or first.name)
         else:
-            self.hold_output(node)
+            self.hold_output(node, computed_by)
 
-    def hold_output(self, node: ir.Node) -> None:
+    def sources(self, node: ir.Node) -> set[str]:
+        """The layers that an operator gets its values from, by way of operators without weights alone."""
+        found: set[str] = set()
+        pending, done = [node], {node}
+        while pending:
+            for x in pending.pop().inputs:
+                producer = None if x is None else x.producer()
+                if x is None or producer is None:
+                    continue
+                layers = {self.layer_of[y.name] for y in producer.inputs if y is not None and y.name in self.layer_of}
+                found |= layers
+                if not layers and producer not in done:
+                    done.add(producer)
+                    pending.append(producer)
+        return found
+
+    def hold_output(self, node: ir.Node, computed_by: str | None = None) -> None:
         """Hold what the node writes, behind the activation that its kernel takes along."""
         output = node.outputs[0]
         uses = list(output.uses())
         if len(uses) == 1 and uses[0].node.op_type in ACTIVATIONS and not output.is_graph_output():
             self.integer_nodes.add(_name(uses[0].node.outputs[0]))
             output = uses[0].node.outputs[0]
-        self.hold(output, from_integers=True)
+        self.hold(output, from_integers=True, computed_by=computed_by)
 
-    def hold(self, value: ir.Value, *, from_integers: bool, same_grid_as: str | None = None) -> None:
-        self.tensors.setdefault(_name(value), Held(_name(value), _nonnegative(value), from_integers, same_grid_as))
+    def hold(
+        self,
+        value: ir.Value,
+        *,
+        from_integers: bool,
+        same_grid_as: str | None = None,
+        computed_by: str | None = None,
+    ) -> None:
+        held = Held(_name(value), _nonnegative(value), from_integers, same_grid_as, computed_by)
+        self.tensors.setdefault(_name(value), held)
 
 
 def _nonnegative(value: ir.Value) -> bool:
@@ -156,6 +206,28 @@ def _nonnegative(value: ir.Value) -> bool:
         read = node.inputs[:1] if node.op_type in MOVES else node.inputs
         return all(x is not None and _nonnegative(x) for x in read)
     return False
+
+
+def rounded(graph: FloatGraph, name: str, scale: np.ndarray, zero: np.ndarray) -> FloatGraph:
+    """A copy in which one tensor, no output of the graph, is put on a uint8 grid, and nothing else is changed."""
+    copied = graph.copy()
+    body = copied.model.graph
+    value = next(v for v in (*body.inputs, *(v for node in body for v in node.outputs)) if v.name == name)
+    grid = []
+    for role, array in (("scale", scale), ("zero", zero)):
+        grid.append(ir.Value(name=f"{name}#{role}", const_value=ir.Tensor(array, name=f"{name}#{role}")))
+        body.register_initializer(grid[-1])
+    uses = list(value.uses())
+    quantise = ir.node("QuantizeLinear", [value, *grid])
+    dequantise = ir.node("DequantizeLinear", [quantise.outputs[0], *grid])
+    producer = value.producer()
+    if producer is None:
+        body.insert_before(body[0], [quantise, dequantise])
+    else:
+        body.insert_after(producer, [quantise, dequantise])
+    for use in uses:
+        use.node.replace_input_with(use.idx, dequantise.outputs[0])
+    return copied
 
 
 def place(

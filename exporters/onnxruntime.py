@@ -4,7 +4,7 @@ The path of a model: PyTorch -> float graph (`_float`) -> plan and Q/DQ (`_qdq`)
 """
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +15,11 @@ import onnxruntime as ort
 from torch import nn
 
 from hirelc_deploy.errors import UserError
-from hirelc_deploy.exporters._base import Arrays, Exported
+from hirelc_deploy.exporters._base import Arrays, Exported, RoundingErrors
 from hirelc_deploy.exporters._calibrate import Histogram, Method, range_of
 from hirelc_deploy.exporters._compact import drop_unused, share, shorten, to_bytes
 from hirelc_deploy.exporters._float import FloatGraph, float_graph, weight_of
-from hirelc_deploy.exporters._qdq import Plan, Range, output_axis, place, plan
+from hirelc_deploy.exporters._qdq import Plan, Range, output_axis, place, plan, rounded
 from hirelc_deploy.kernels._base import INT8_MAX, Grid
 from hirelc_deploy.policy import Precision
 
@@ -64,22 +64,64 @@ class OnnxRuntime:
         precisions: Mapping[str, Precision],
         grids: Mapping[str, Grid] | None = None,
         *,
-        calibration: Iterable[Arrays] = (),
+        seen: Mapping[str, Histogram] | None = None,
         ranges: str = Method.MIN_MAX,
+        floats: Collection[str] = (),
         largest: int = 127,
         ir_version: int = 8,
         metadata: Mapping[str, str] | None = None,
     ) -> Exported:
         """The file of a float graph under the given precisions; layers without one stay fp32.
 
-        `calibration` yields inputs, read once, for the ranges of int8 activations.
+        `seen` is what `observe` gave for the same layers and `floats`, for the ranges of int8 activations.
         """
         chosen = {layer: precisions[layer] for layer in graph.weights if layer in precisions}
-        layout = plan(graph, chosen)
-        found = self._ranges(graph, layout, calibration, Method(ranges)) if layout.tensors else {}
+        layout = plan(graph, chosen, floats=floats)
+        if layout.calibrated and seen is None:
+            raise ValueError(f"{len(layout.calibrated)} tensors have no range: observe first")
+        found = {
+            name: range_of((seen or {})[name], Method(ranges), nonnegative=layout.tensors[name].nonnegative)
+            for name in layout.calibrated
+        }
         return _finish(
             graph, chosen, layout, found, grids or {}, largest=largest, ir_version=ir_version, metadata=metadata or {}
         )
+
+    def observe(
+        self,
+        graph: FloatGraph,
+        precisions: Mapping[str, Precision],
+        calibration: Iterable[Arrays],
+        *,
+        floats: Collection[str] = (),
+    ) -> dict[str, Histogram]:
+        """The values of every tensor that int8 layers have in integers, from one pass with one batch in memory."""
+        layout = plan(
+            graph, {layer: precisions[layer] for layer in graph.weights if layer in precisions}, floats=floats
+        )
+        return _histograms(graph, layout.calibrated, calibration)
+
+    def rounding_errors(
+        self, graph: FloatGraph, precisions: Mapping[str, Precision], examples: Sequence[Arrays]
+    ) -> RoundingErrors:
+        """What it would cost to round the int8 activations of a float graph, each alone."""
+        layout = plan(graph, {layer: precisions[layer] for layer in graph.weights if layer in precisions})
+        seen = _histograms(graph, layout.calibrated, examples)
+        original = _outputs(graph, examples)
+        outputs = {value.name for value in graph.model.graph.outputs}
+        between: dict[str, float] = {}
+        inputs: dict[str, float] = {}
+        for name in layout.calibrated:
+            held = layout.tensors[name]
+            if name in outputs:
+                continue
+            grid = range_of(seen[name], Method.MSE, nonnegative=held.nonnegative).grid(nonnegative=held.nonnegative)
+            found = _outputs(rounded(graph, name, *grid), examples)
+            error = max(_relative_error(found[output], original[output]) for output in original)
+            if held.computed_by is not None:
+                between[held.computed_by] = max(error, between.get(held.computed_by, 0.0))
+            inputs |= dict.fromkeys(layout.readers(name), error)
+        return RoundingErrors(between, inputs)
 
     def predicted_bytes(
         self,
@@ -87,6 +129,7 @@ class OnnxRuntime:
         shapes: Mapping[str, tuple[int, ...]],
         precisions: Mapping[str, Precision],
         *,
+        floats: Collection[str] = (),
         ir_version: int = 8,
         metadata: Mapping[str, str] | None = None,
     ) -> int:
@@ -98,7 +141,7 @@ class OnnxRuntime:
         """
         small = _with_shapes(graph, shapes)
         chosen = {layer: precisions[layer] for layer in small.weights if layer in precisions}
-        layout = plan(small, chosen)
+        layout = plan(small, chosen, floats=floats)
         # Any range will do, but a zero point is one byte whatever it is.
         ranges = dict.fromkeys(layout.calibrated, Range(-1.0, 1.0))
         exported = _finish(
@@ -118,37 +161,6 @@ class OnnxRuntime:
             _session(path, options)
             return computes(onnx.load(path).graph, onnx.load(written).graph, tensors)
 
-    def _ranges(
-        self, graph: FloatGraph, layout: Plan, calibration: Iterable[Arrays], method: Method
-    ) -> dict[str, Range]:
-        """What the grid of each tensor is to span, from one pass with one batch in memory at a time."""
-        probe = graph.copy()
-        outputs = probe.model.graph.outputs
-        inputs = {value.name for value in probe.model.graph.inputs}
-        values = {v.name: v for node in probe.model.graph for v in node.outputs}
-        watched = [name for name in layout.calibrated if name not in inputs]
-        present = {value.name for value in outputs}
-        for name in watched:
-            if name not in present:
-                values[name].type = ir.TensorType(ir.DataType.FLOAT)
-                outputs.append(values[name])
-        session = ort.InferenceSession(
-            ir.serde.serialize_model(probe.model).SerializeToString(), _options(threads=1), ["CPUExecutionProvider"]
-        )
-        seen = {name: Histogram() for name in layout.calibrated}
-        empty = True
-        for batch in calibration:
-            empty = False
-            read = dict(zip(watched, session.run(watched, dict(batch)), strict=True)) if watched else {}
-            for name, histogram in seen.items():
-                histogram.add(np.asarray(batch[name] if name in inputs else read[name]))
-        if empty:
-            raise ValueError(f"no calibration data for {len(seen)} tensors, {next(iter(seen))} among them")
-        return {
-            name: range_of(histogram, method, nonnegative=layout.tensors[name].nonnegative)
-            for name, histogram in seen.items()
-        }
-
 
 class OnnxSession:
     """A loaded file; runs in the calling thread when `threads` is 1."""
@@ -160,6 +172,54 @@ class OnnxSession:
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """The outputs of one batch by name."""
         return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+
+
+def _histograms(graph: FloatGraph, names: Sequence[str], calibration: Iterable[Arrays]) -> dict[str, Histogram]:
+    """The values of these tensors.  Raises ValueError without data."""
+    probe = graph.copy()
+    outputs = probe.model.graph.outputs
+    inputs = {value.name for value in probe.model.graph.inputs}
+    values = {v.name: v for node in probe.model.graph for v in node.outputs}
+    watched = [name for name in names if name not in inputs]
+    present = {value.name for value in outputs}
+    for name in watched:
+        if name not in present:
+            values[name].type = ir.TensorType(ir.DataType.FLOAT)
+            outputs.append(values[name])
+    session = _in_memory(probe, _options(threads=1))
+    seen = {name: Histogram() for name in names}
+    empty = True
+    for batch in calibration:
+        empty = False
+        read = dict(zip(watched, session.run(watched, dict(batch)), strict=True)) if watched else {}
+        for name, histogram in seen.items():
+            histogram.add(np.asarray(batch[name] if name in inputs else read[name]))
+    if empty and names:
+        raise ValueError(f"no calibration data for {len(names)} tensors, {names[0]} among them")
+    return seen
+
+
+def _outputs(graph: FloatGraph, examples: Sequence[Arrays]) -> dict[str, np.ndarray]:
+    """Of a float graph, or one with single tensors rounded: nothing is fused into kernels of integers."""
+    options = _options(threads=1)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    session = _in_memory(graph, options)
+    names = [output.name for output in session.get_outputs()]
+    batches = [session.run(names, dict(batch)) for batch in examples]
+    return {name: np.concatenate(arrays) for name, arrays in zip(names, zip(*batches, strict=True), strict=True)}
+
+
+def _relative_error(found: np.ndarray, original: np.ndarray) -> float:
+    """Mean squared, as a part of the variance; of integers the share that is another."""
+    if not np.issubdtype(original.dtype, np.floating):
+        return float(np.mean(found != original))
+    squared = float(np.mean(np.square(found.astype(np.float64) - original)))
+    return squared / (float(np.var(original.astype(np.float64))) or 1.0)
+
+
+def _in_memory(graph: FloatGraph, options: ort.SessionOptions) -> ort.InferenceSession:
+    data = ir.serde.serialize_model(graph.model).SerializeToString()
+    return ort.InferenceSession(data, options, ["CPUExecutionProvider"])
 
 
 def _finish(

@@ -130,6 +130,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             notes=(
                 *(f"{left.name}: {left.reason}" for left in network.left_out),
                 *([written.note] if written.note else []),
+                *bench.notes_on_rounding(policy),
             ),
         )
         return _judged(settings.out, manifest, allow_estimates=settings.allow_estimates)

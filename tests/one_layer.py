@@ -150,13 +150,14 @@ def chosen(*precisions: Precision) -> dict[str, Precision]:
     """The precisions one after the other, over and over; in fp32 for layers that cannot compute in that way."""
     return {
         layer: precision
-        if _is_able(case().model.get_submodule(layer), precision.compute)
+        if is_able(case().model.get_submodule(layer), precision.compute)
         else Precision(precision.storage, Compute.FP32)
         for layer, precision in zip(SHAPES, cycle(precisions), strict=False)
     }
 
 
-def _is_able(layer: nn.Module, compute: Compute) -> bool:
+def is_able(layer: nn.Module, compute: Compute) -> bool:
+    """Whether such a layer has a kernel for it."""
     able = {Compute.INT8: (nn.Conv1d, nn.Conv2d, nn.Linear), Compute.INT8_DYNAMIC: nn.Linear}
     return compute not in able or isinstance(layer, able[compute])
 
@@ -172,7 +173,8 @@ def write(precisions: Mapping[str, Precision]) -> Written:
     grids = {layer: grid_of(layer, precision.storage) for layer, precision in precisions.items()}
     model = copy.deepcopy(case().model)
     put_on(model, precisions, grids, largest=INT8_MAX)
-    exported = RUNTIME.write(_with_weights(case().graph, model), precisions, grids, calibration=[case().inputs])
+    graph = _with_weights(case().graph, model)
+    exported = RUNTIME.write(graph, precisions, grids, seen=RUNTIME.observe(graph, precisions, [case().inputs]))
     decoded = {layer: _decoded(layer, precision, grids[layer], model) for layer, precision in precisions.items()}
     return Written(exported, _with_initializers(exported, precisions, decoded), precisions, model)
 

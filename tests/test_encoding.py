@@ -255,8 +255,7 @@ def policies(draw: st.DrawFn) -> dict[str, Precision]:
     layers = {n: m for n, m in mixed().model.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
     for name, layer in layers.items():
         readers = [other for other in layers.values() if other.weight is layer.weight]
-        in_floats = any(isinstance(reader, one_layer.FLOATS_ONLY) for reader in readers)
-        offered = [FP32, *(each for each in PRECISIONS if each.compute is Compute.FP32 or not in_floats)]
+        offered = [FP32, *(each for each in PRECISIONS if all(one_layer.is_able(r, each.compute) for r in readers))]
         if layer.weight not in by_weight:
             by_weight[layer.weight] = draw(st.sampled_from(offered), label=name)
         policy[name] = by_weight[layer.weight]
@@ -273,5 +272,6 @@ def test_the_size_of_a_file_is_known_before_it_is_written(
     grids = {name: grid_of(name, each, largest) for name, each in policy.items() if not each.storage.is_float}
     shapes = {name: tuple(tensor.shape) for name, tensor in network.model.state_dict().items()}
     with one_layer.encoded(ENCODINGS[encoding]):
-        written = one_layer.RUNTIME.write(network.graph, policy, grids, calibration=[network.inputs], largest=largest)
+        seen = one_layer.RUNTIME.observe(network.graph, policy, [network.inputs])
+        written = one_layer.RUNTIME.write(network.graph, policy, grids, seen=seen, largest=largest)
         assert one_layer.RUNTIME.predicted_bytes(network.graph, shapes, policy) == len(written.data)

@@ -256,7 +256,8 @@ def write(
 ) -> tuple[Exported, Path]:
     """The file with `precision` for all layers that can have it, or for `only` some."""
     precisions = {} if precision is None else dict.fromkeys(only or case.able, precision)
-    exported = RUNTIME.write(case.graph, precisions, case.grids(precisions), calibration=[case.inputs], largest=LARGEST)
+    seen = RUNTIME.observe(case.graph, precisions, [case.inputs])
+    exported = RUNTIME.write(case.graph, precisions, case.grids(precisions), seen=seen, largest=LARGEST)
     path = folder / "model.onnx"
     path.write_bytes(exported.data)
     return exported, path
@@ -454,12 +455,57 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     assert write(residual, INT8, tmp_path)[0].data == write(again, INT8, tmp_path)[0].data
 
 
+ADD_OF_RESIDUAL = "Add of conv2.0, stem.0"
+
+
+def test_what_is_computed_between_integer_layers_can_stay_in_float(tmp_path: Path) -> None:
+    residual = case_of("residual")
+    precisions = dict.fromkeys(residual.able, INT8)
+    assert ADD_OF_RESIDUAL in {held.computed_by for held in plan(residual.graph, precisions).tensors.values()}
+    operators = {}
+    for floats in ((), (ADD_OF_RESIDUAL,)):
+        seen = RUNTIME.observe(residual.graph, precisions, [residual.inputs], floats=floats)
+        exported = RUNTIME.write(
+            residual.graph, precisions, residual.grids(precisions), seen=seen, floats=floats, largest=LARGEST
+        )
+        path = tmp_path / "model.onnx"
+        path.write_bytes(exported.data)
+        shapes = {name: tuple(tensor.shape) for name, tensor in residual.folded.state_dict().items()}
+        predicted = RUNTIME.predicted_bytes(residual.graph, shapes, precisions, floats=floats)
+        assert predicted == len(exported.data)
+        assert set(RUNTIME.runs_as(path, exported.tensors, threads=1).values()) == {"int8"}
+        found = RUNTIME.load(path, threads=1).run(residual.inputs)
+        assert relative_error(found, reference(residual.model, residual.inputs)) < INT8_TOLERANCE
+        operators[floats] = optimised_operators(path, tmp_path)
+    assert "QLinearAdd" in operators[()]
+    assert "QLinearAdd" not in operators[ADD_OF_RESIDUAL,]
+    assert "Add" in operators[ADD_OF_RESIDUAL,]
+
+
+def test_a_tensor_that_rounds_badly_is_told_from_those_that_do_not() -> None:
+    """One channel of a residual stream is a thousand times as large as the others, and the next layer ignores it."""
+    model = build(Residual)
+    with torch.no_grad():
+        model.stem[1].weight[0], model.stem[1].bias[0] = 0.0, 3000.0
+        model.conv1[0].weight[:, 0] = 0.0
+        model.head.weight[:, 0] = 0.0
+    inputs = NETWORKS["residual"][1]
+    case = Case.of(model, inputs)
+    found = RUNTIME.rounding_errors(case.graph, dict.fromkeys(case.able, INT8), [inputs])
+    assert found.between.keys() == {ADD_OF_RESIDUAL, "GlobalAveragePool of conv2.0, stem.0"}
+    assert found.between[ADD_OF_RESIDUAL] > 0.1
+    assert found.inputs.keys() == set(case.able)
+    assert found.inputs["conv1.0"] > 0.1
+    assert found.inputs["stem.0"] < 1e-3
+
+
 def test_seven_bit_weights_stay_within_63() -> None:
     """Where 8-bit products saturate, the target says so, and no code may be larger than what cannot."""
     residual = case_of("residual")
     precisions = dict.fromkeys(residual.able, INT8)
     grids = residual.grids(precisions)
-    exported = RUNTIME.write(residual.graph, precisions, grids, calibration=[residual.inputs], largest=LARGEST)
+    seen = RUNTIME.observe(residual.graph, precisions, [residual.inputs])
+    exported = RUNTIME.write(residual.graph, precisions, grids, seen=seen, largest=LARGEST)
     proto = onnx.load_from_string(exported.data)
     codes = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
     for layer, tensor in exported.tensors.items():

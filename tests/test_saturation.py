@@ -51,7 +51,8 @@ def written(name: str, compute: Compute, largest: int, folder: Path) -> tuple[np
     precisions = {"0": Precision(Storage("int", 8, PerChannel()), compute)}
     graph = RUNTIME.float_graph(model, {"x": x}, opset=18)
     grids = fitted(model, precisions, {}, largest=largest)
-    exported = RUNTIME.write(graph, precisions, grids, calibration=[{"x": x}], largest=largest)
+    seen = RUNTIME.observe(graph, precisions, [{"x": x}])
+    exported = RUNTIME.write(graph, precisions, grids, seen=seen, largest=largest)
     path = folder / "model.onnx"
     path.write_bytes(exported.data)
     assert RUNTIME.runs_as(path, exported.tensors, threads=1) == {"0": str(compute)}

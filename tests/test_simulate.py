@@ -123,7 +123,8 @@ class Compressed:
     graph: FloatGraph
 
     def write(self, case: Case) -> Exported:
-        return RUNTIME.write(self.graph, self.precisions, self.grids, calibration=[case.arrays], largest=LARGEST)
+        seen = RUNTIME.observe(self.graph, self.precisions, [case.arrays])
+        return RUNTIME.write(self.graph, self.precisions, self.grids, seen=seen, largest=LARGEST)
 
 
 @cache

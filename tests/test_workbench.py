@@ -9,6 +9,7 @@ from pathlib import Path
 
 import networks
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -409,7 +410,7 @@ def test_ranges_of_activations_are_those_that_score_best_on_the_search_split(
         methods = bench.runtime.range_methods
         scores = {method: 80.0 if method == best else 70.0 for method in methods}
         assert best in methods
-        monkeypatch.setattr(bench, "_file", lambda graph, policy, grids, ranges: Exported(ranges.encode(), {}))
+        monkeypatch.setattr(bench, "_file", lambda graph, policy, grids, seen, ranges: Exported(ranges.encode(), {}))
         monkeypatch.setattr(bench, "_file_score", lambda file: scores[file.data.decode()])
         written = bench.write(made.model, policy, made.grids)
         assert written.file.data == best.encode()
@@ -417,6 +418,44 @@ def test_ranges_of_activations_are_those_that_score_best_on_the_search_split(
         assert f"{best} 80.00" in str(written.note)
         monkeypatch.setattr(bench, "_file_score", None)  # journalled: a resumed run scores nothing again
         assert bench.write(made.model, policy, made.grids) == written
+
+
+class OneLargeChannel(nn.Module):
+    """A residual stream of which one channel is a thousand times as large as the others, and never looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, CLASSES)
+        with torch.no_grad():
+            self.stem.bias[0] = 3000.0
+            self.inner.weight[:, 0] = 0.0
+            self.head.weight[:, 0] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head((x + self.inner(x)).mean((2, 3)))
+
+
+def test_an_activation_that_rounds_badly_stays_in_float_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(NETWORKS, "one large channel", (OneLargeChannel, (3, 6, 6)))
+    monkeypatch.setitem(globals(), "jitter", lambda model: model)  # noise on every weight would let it be looked at
+    with opened("one large channel", tmp_path) as bench:
+        whole = {group.name: group.total for group in bench.graph.groups}
+        int8, floats = (
+            completed(Policy(dict.fromkeys(bench.graph.layer, precision), whole), bench.graph, bench.target)
+            for precision in (INT8, FP32)
+        )
+        made = bench.compressed(int8)
+        written = bench.write(made.model, int8, made.grids)
+        assert bench.predicted_bytes(int8) == len(written.file.data)
+        operators = [node.op_type for node in onnx.load_from_string(written.file.data).graph.node]
+        notes = bench.notes_on_rounding(int8)
+        assert bench.notes_on_rounding(floats) == ()
+    assert "QuantizeLinear" not in operators[operators.index("Add") : operators.index("Flatten")]
+    assert any(note.startswith("Add of inner, stem stays in float: ") for note in notes)
+    assert any(note.startswith("what inner reads would be better off in float") for note in notes)
 
 
 def test_without_integer_layers_there_are_no_ranges_to_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
