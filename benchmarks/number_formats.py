@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import post_training
 from _bench import RESULTS, ROOT, save, workbench
 from _graphs import optimised, shape_of
 
@@ -164,6 +165,9 @@ def page() -> str:
         path = RESULTS / f"number_formats_{network}.json"
         if path.exists():
             parts.append(section(network, json.loads(path.read_text())))
+    if post_training.RESULT.exists():
+        found = json.loads(post_training.RESULT.read_text())["networks"]
+        parts.append(f"{POST_TRAINING}\n{post_training.table(found)}")
     return "\n".join(parts)
 
 
@@ -177,6 +181,13 @@ Every layer of a network is in one format, and no channel is removed.  *Smaller*
 (int8 weights, or fp32 ones): CPU time of one thread, batch 1, all files in turns in one process.  *Graph* says whether
 ONNX Runtime makes the very same graph of it as of the plain file.  *Drop* is in points of the 10,000 test images, with
 its paired 95 % interval, post-training and after fine-tuning.  `-` was not run.
+"""
+
+
+POST_TRAINING = """## What each correction gains
+
+Scores in percent of the 6,000 search images, under the formats and before any fine-tuning, by the steps of
+`--post-training` (`python benchmarks/post_training.py`).  Statistics are estimated again only where channels are gone.
 """
 
 

@@ -368,9 +368,10 @@ class _Writer:
         else:
             largest = largest_integer(precision.compute, self.largest)
             packed = numbers.pack(rows, grids[name], storage, largest=largest)
+        shape = array.shape
         if precision.compute is Compute.INT8_DYNAMIC and axis == 0:  # MatMulInteger has outputs last
-            return Weight(array.shape[::-1], 1, precision, packed)
-        return Weight(array.shape, axis, precision, packed)
+            shape, axis = shape[::-1], 1
+        return Weight(shape, axis, precision, packed, shares=(storage, precision.compute is Compute.FP32))
 
     def connect(self, value: ir.Value, weight: Weight, decoded: Decoded) -> list[ir.Node]:
         """The last step of decoding, integers to values, and what the readers need beside it."""

@@ -7,7 +7,7 @@ decoded values never depend on it.  Everything here is folded into constants by 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -17,7 +17,7 @@ import onnx_ir as ir
 from hirelc_deploy.kernels import load_format
 from hirelc_deploy.kernels._base import LARGE, Nodes, Packed
 from hirelc_deploy.kernels._planes import join, padded, plane_bytes, planes, split
-from hirelc_deploy.policy import Compute, Precision
+from hirelc_deploy.policy import Compute, PerGroup, Precision
 
 BANK_BYTES = 150
 """What the nodes of a bank cost, about, for each of its planes: they have to be saved first."""
@@ -25,8 +25,8 @@ BANK_BYTES = 150
 MEMBER_BYTES = 96
 """What each member costs beside its codes: a Reshape with its shape, a name and a size in the Split."""
 
-TABLE_BYTES = 40
-"""What the nodes that read a table cost each."""
+TABLE_BYTES, GROUPS_BYTES = 40, 200
+"""What the nodes cost that read a table, and those that multiply groups by their multipliers."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Weight:
     """Of its output channels."""
     precision: Precision
     packed: Packed
+    shares: Hashable = None
+    """Weights for which this is the same have the same shared tables; with None a weight has its own."""
 
     @property
     def is_integer(self) -> bool:
@@ -53,7 +55,7 @@ class Decoded:
     value: ir.Value
     encoding: str
     bytes: int
-    """Of codes, tables and scales."""
+    """Of codes, tables and scales; a table that layers share counts for the first of them."""
 
 
 Constant = Callable[[np.ndarray], ir.Value]
@@ -65,9 +67,10 @@ def decode(weights: Sequence[Weight], tensor: Constant, shared: Constant) -> tup
     `tensor` makes an initializer of its own, `shared` one for all equal arrays.
     """
     nodes = Nodes(shared)
+    tables = _Tables(tensor)
     found: dict[int, Decoded] = {}
     for members in _banks(weights):
-        found |= _bank([(i, weights[i]) for i in members], tensor, nodes)
+        found |= _bank([(i, weights[i]) for i in members], tensor, tables, nodes)
     for i, weight in enumerate(weights):
         if i not in found:
             found[i] = _plain(weight, tensor, nodes)
@@ -88,22 +91,66 @@ def _banks(weights: Sequence[Weight]) -> list[list[int]]:
     return [
         bank
         for (bits, *_), bank in alike.items()
-        if sum(_saved(weights[i]) for i in bank) > BANK_BYTES * (1 + len(planes(bits)))
+        if sum(_saved(weights[i]) for i in bank) > _overhead(bits, [weights[i] for i in bank])
     ]
+
+
+def _overhead(bits: int, bank: Sequence[Weight]) -> int:
+    """Bytes of a bank that are not its members' own."""
+    return BANK_BYTES * (1 + len(planes(bits))) + _shared(bank)
 
 
 def _saved(weight: Weight) -> int:
     """Bytes that codes and tables, and what reads them, need less than plain integers."""
-    return prod(weight.shape) - _stored(weight) - MEMBER_BYTES - TABLE_BYTES * len(weight.packed.tables)
+    in_groups = isinstance(weight.precision.storage.granularity, PerGroup)
+    of_nodes = GROUPS_BYTES if in_groups else TABLE_BYTES * len(weight.packed.tables)
+    return prod(weight.shape) - _stored(weight) - MEMBER_BYTES - of_nodes
 
 
 def _stored(weight: Weight) -> int:
-    """Bytes of codes and tables."""
+    """Bytes of codes and of those tables that are its own."""
     packed = weight.packed
-    return plane_bytes(len(packed.codes), packed.code_bits) + sum(table.nbytes for table in packed.tables.values())
+    own = (table for role, table in packed.tables.items() if role not in _roles_shared(weight))
+    return plane_bytes(len(packed.codes), packed.code_bits) + sum(table.nbytes for table in own)
 
 
-def _bank(members: Sequence[tuple[int, Weight]], tensor: Constant, nodes: Nodes) -> dict[int, Decoded]:
+def _shared(weights: Sequence[Weight]) -> int:
+    """Bytes of the tables that are not."""
+    tables = {
+        (weight.shares, role): weight.packed.tables[role].nbytes for weight in weights for role in _roles_shared(weight)
+    }
+    return sum(tables.values())
+
+
+def _roles_shared(weight: Weight) -> tuple[str, ...]:
+    return () if weight.shares is None else load_format(weight.precision.storage.format).shared
+
+
+class _Tables:
+    """Initializers of tables, those that are shared made once."""
+
+    def __init__(self, tensor: Constant) -> None:
+        self._tensor = tensor
+        self._made: dict[tuple[Hashable, str], tuple[ir.Value, np.ndarray]] = {}
+
+    def of(self, weight: Weight) -> tuple[dict[str, ir.Value], int]:
+        """By role, and the bytes of those that were not there before."""
+        found, added = {}, 0
+        for role, table in weight.packed.tables.items():
+            key = (weight.shares, role)
+            if role not in _roles_shared(weight):
+                found[role] = self._tensor(table)
+                added += table.nbytes
+                continue
+            if key not in self._made:
+                self._made[key] = (self._tensor(table), table)
+                added += table.nbytes
+            found[role], made = self._made[key]
+            assert np.array_equal(made, table), f"layers that share their {role} have different ones"
+        return found, added
+
+
+def _bank(members: Sequence[tuple[int, Weight]], tensor: Constant, tables: _Tables, nodes: Nodes) -> dict[int, Decoded]:
     first = members[0][1]
     bits = first.packed.code_bits
     codes = np.concatenate([weight.packed.codes for _, weight in members])
@@ -117,14 +164,14 @@ def _bank(members: Sequence[tuple[int, Weight]], tensor: Constant, nodes: Nodes)
     pieces = _split(value, [*sizes, filling] if filling else sizes, nodes)
     found = {}
     for (i, weight), piece in zip(members, pieces, strict=False):  # the filling is nobody's
-        integers = piece
+        integers, table_bytes = piece, 0
         if not early:
-            tables = {role: tensor(table) for role, table in weight.packed.tables.items()}
-            integers = _typed(_unpack(weight, piece, tables, nodes), weight, nodes)
+            own, table_bytes = tables.of(weight)
+            integers = _typed(_unpack(weight, piece, own, nodes), weight, nodes)
         found[i] = Decoded(
             _in_shape(integers, weight, nodes),
             f"{bits}-bit codes" + (f", {len(members)} layers together" if len(members) > 1 else ""),
-            _stored(weight) + weight.packed.scale.nbytes,
+            plane_bytes(len(weight.packed.codes), bits) + table_bytes + weight.packed.scale.nbytes,
         )
     return found
 

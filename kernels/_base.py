@@ -10,7 +10,7 @@ agree on is the `Grid`: what `fit` has found for one weight and fine-tuning may 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Literal
@@ -102,10 +102,21 @@ class Format(ABC):
     """What a runtime that cannot decode in the graph stores instead; None where it cannot hold the format."""
     trained: tuple[str, ...] = ("scale",)
     """Roles of the grid that fine-tuning moves."""
+    shared: tuple[str, ...] = ()
+    """Roles that all weights stored and computed alike have in common: tables that are stored once."""
 
     @abstractmethod
     def fit(self, rows: "Tensor", storage: Storage, *, largest: int, energy: "Tensor | None" = None) -> Grid:
         """The grid with the least squared error, each weight's counted by `energy` (broadcast to rows) if given."""
+
+    def fit_all(
+        self, weights: "Sequence[Tensor]", storage: Storage, *, largest: int, energies: "Sequence[Tensor | None]"
+    ) -> list[Grid]:
+        """The grids of weights that are stored alike, each as `rows`; what is `shared` is the same in all of them."""
+        return [
+            self.fit(rows, storage, largest=largest, energy=energy)
+            for rows, energy in zip(weights, energies, strict=True)
+        ]
 
     @abstractmethod
     def integers(self, rows: "Tensor", grid: Grid, storage: Storage, *, largest: int) -> "Tensor":

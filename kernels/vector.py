@@ -48,9 +48,9 @@ class Vector(Format):
         rows = rows.detach()
         unit = spread(rows, storage.granularity)
         cost = (rows.new_ones(()) if energy is None else energy) * unit.square()
-        words = 2 ** code_bits(rows.numel(), storage)
-        vectors, costs = (_vectors(x, word_length(storage)) for x in (rows / unit, cost.broadcast_to(rows.shape)))
-        book = (_k_means(vectors, costs, words) / MAX_WORD).clamp(-1, 1)
+        words = 2 ** self.code_bits(rows.numel(), storage)
+        vectors, costs = (as_vectors(x, word_length(storage)) for x in (rows / unit, cost.broadcast_to(rows.shape)))
+        book = (k_means(vectors, costs, words) / MAX_WORD).clamp(-1, 1)
         return {"scale": unit * (MAX_WORD / largest), "book": book}
 
     def integers(self, rows: "Tensor", grid: Grid, storage: Storage, *, largest: int) -> "Tensor":
@@ -64,7 +64,7 @@ class Vector(Format):
     def layout(self, channels: int, columns: int, storage: Storage) -> Layout:
         length = word_length(storage)
         weights = channels * columns
-        bits = code_bits(weights, storage)
+        bits = self.code_bits(weights, storage)
         return Layout(
             -(-weights // length), bits, scale_shape(channels, storage.granularity), {"book": (2**bits, length)}
         )
@@ -74,7 +74,7 @@ class Vector(Format):
         book = self._book(grid, largest).detach()
         return Packed(
             codes=self._nearest(rows / grid["scale"], book).numpy().astype(np.uint8),
-            code_bits=code_bits(rows.numel(), storage),
+            code_bits=self.code_bits(rows.numel(), storage),
             tables={"book": book.numpy().astype(np.int8)},
             scale=grid["scale"].detach().numpy().reshape(scale_shape(len(rows), storage.granularity)),
             integers=self.integers(rows, grid, storage, largest=largest).detach().numpy().astype(np.int8),
@@ -101,6 +101,13 @@ class Vector(Format):
         length = word_length(storage)
         return length if columns % length == 0 else columns
 
+    def code_bits(self, weights: int, storage: Storage) -> int:
+        """8 for large layers; fewer where the book would be larger than the codes."""
+        length = word_length(storage)
+        vectors = -(-weights // length)
+        fitting = (bits for bits in range(8, LEAST_CODE_BITS, -1) if 2**bits * length <= plane_bytes(vectors, bits))
+        return next(fitting, LEAST_CODE_BITS)
+
     def _book(self, grid: Grid, largest: int) -> "Tensor":
         book = (grid["book"] * largest).clamp(-largest, largest)
         return book + (book.round() - book).detach()
@@ -126,15 +133,7 @@ def word_length(storage: Storage) -> int:
     return 8 // storage.bits
 
 
-def code_bits(weights: int, storage: Storage) -> int:
-    """8 for large layers; fewer where the book would be larger than the codes."""
-    length = word_length(storage)
-    vectors = -(-weights // length)
-    fitting = (bits for bits in range(8, LEAST_CODE_BITS, -1) if 2**bits * length <= plane_bytes(vectors, bits))
-    return next(fitting, LEAST_CODE_BITS)
-
-
-def _vectors(rows: "Tensor", length: int) -> "Tensor":
+def as_vectors(rows: "Tensor", length: int) -> "Tensor":
     """(vectors, length): row behind row, the last one filled up with zeros."""
     import torch.nn.functional as F
 
@@ -142,7 +141,7 @@ def _vectors(rows: "Tensor", length: int) -> "Tensor":
     return F.pad(flat, (0, -len(flat) % length)).reshape(-1, length)
 
 
-def _k_means(vectors: "Tensor", cost: "Tensor", words: int) -> "Tensor":
+def k_means(vectors: "Tensor", cost: "Tensor", words: int) -> "Tensor":
     """Centres (words, length) by Lloyd's algorithm; a centre that nothing is near to takes the worst vector's place."""
     import torch
 

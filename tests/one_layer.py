@@ -163,14 +163,14 @@ def is_able(layer: nn.Module, compute: Compute) -> bool:
 
 
 @cache
-def grid_of(layer: str, storage: Storage) -> Grid:
-    """The same in every compute, as the largest integer is."""
-    return fitted(case().model, {layer: Precision(storage, Compute.FP32)}, {}, largest=INT8_MAX)[layer]
+def grids_of(storage: Storage) -> dict[str, Grid]:
+    """By layer; the same in every compute, as the largest integer is."""
+    return fitted(case().model, dict.fromkeys(SHAPES, Precision(storage, Compute.FP32)), {}, largest=INT8_MAX)
 
 
 def write(precisions: Mapping[str, Precision]) -> Written:
     """The file and its twin, as weights are now encoded."""
-    grids = {layer: grid_of(layer, precision.storage) for layer, precision in precisions.items()}
+    grids = {layer: grids_of(precision.storage)[layer] for layer, precision in precisions.items()}
     model = copy.deepcopy(case().model)
     put_on(model, precisions, grids, largest=INT8_MAX)
     graph = _with_weights(case().graph, model)

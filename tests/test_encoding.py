@@ -1,7 +1,7 @@
 """How weights are encoded in a file: whatever is chosen, the same values, no more bytes, and as many as were told."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
@@ -243,8 +243,10 @@ def mixed() -> Case:
 
 
 @cache
-def grid_of(layer: str, precision: Precision, largest: int) -> Grid:
-    return fitted(mixed().model, {layer: precision}, {}, largest=largest)[layer]
+def grids_of(precision: Precision, largest: int) -> dict[str, Grid]:
+    """By layer, whether it can have that precision or not."""
+    layers = [name for name, module in mixed().model.named_modules() if hasattr(module, "weight")]
+    return fitted(mixed().model, dict.fromkeys(layers, precision), {}, largest=largest)
 
 
 @st.composite
@@ -269,9 +271,22 @@ def test_the_size_of_a_file_is_known_before_it_is_written(
     policy: dict[str, Precision], largest: int, encoding: str
 ) -> None:
     network = mixed()
-    grids = {name: grid_of(name, each, largest) for name, each in policy.items() if not each.storage.is_float}
+    grids = {name: grids_of(each, largest)[name] for name, each in policy.items() if not each.storage.is_float}
     shapes = {name: tuple(tensor.shape) for name, tensor in network.model.state_dict().items()}
     with one_layer.encoded(ENCODINGS[encoding]):
         seen = one_layer.RUNTIME.observe(network.graph, policy, [network.inputs])
         written = one_layer.RUNTIME.write(network.graph, policy, grids, seen=seen, largest=largest)
         assert one_layer.RUNTIME.predicted_bytes(network.graph, shapes, policy) == len(written.data)
+
+
+def test_a_table_that_layers_share_is_in_the_file_once() -> None:
+    layers = 6
+    shared = Storage("shared_vector", 1, PerChannel())
+    one, all_of_them = (
+        [replace(blank((64, 128), 0, Precision(shared, Compute.FP32)), shares="all") for _ in range(count)]
+        for count in (1, layers)
+    )
+    codes_bytes = 64 * 128 // 8
+    with one_layer.encoded(one_layer.CODES):
+        grows = file_bytes(all_of_them) - file_bytes(one)
+    assert grows < (layers - 1) * (codes_bytes + 64 * 4 + 300)  # a book has 2,048

@@ -222,7 +222,7 @@ def test_a_code_word_that_is_cut_off_by_the_end_is_found_again(storage: Storage)
 
 @pytest.mark.parametrize("name", format_names())
 def test_more_bits_err_less(name: str) -> None:
-    rows = torch.randn(16, 72, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(32, 288, generator=torch.Generator().manual_seed(0))  # many times as many as a book has words
     errors: dict[str, list[float]] = {}
     for storage in one_layer.storages(name):  # from few bits to many
         grid = load_format(name).fit(rows, storage, largest=INT8_MAX)

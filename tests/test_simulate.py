@@ -27,7 +27,6 @@ from hirelc_deploy.compress.prune import prune
 from hirelc_deploy.compress.simulate import RANGE_MOMENTUM, Simulation, StoredWeight, simulated
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import Exported
-from hirelc_deploy.exporters._calibrate import Method
 from hirelc_deploy.exporters._float import FloatGraph
 from hirelc_deploy.exporters._qdq import plan
 from hirelc_deploy.graph import forward, trace
@@ -206,16 +205,17 @@ def test_ranges_are_those_that_the_exporter_calibrates(name: str) -> None:
     layout = plan(made.graph, made.precisions)
     halves = [{n: x[:20] for n, x in case.inputs.items()}, {n: x[20:] for n, x in case.inputs.items()}]
     arrays = [{n: x.numpy() for n, x in half.items()} for half in halves]
-    ranges = RUNTIME._ranges(made.graph, layout, arrays, Method.MIN_MAX)  # type: ignore[attr-defined]
+    seen = RUNTIME.observe(made.graph, made.precisions, arrays)
     model = copy.deepcopy(made.model)
     with simulated(model, made.precisions, {}, largest=LARGEST) as simulation:
         simulation.calibrate(halves)
     read = inputs_of_layers(made.graph)
     assert simulation.grids.keys() == read.keys()
     for grid, tensor in read.items():
-        seen = ranges[layout.tensors[tensor].same_grid_as or tensor]
+        histogram = seen[layout.tensors[tensor].same_grid_as or tensor]
+        low, high = min(histogram.low, 0), max(histogram.high, 0)
         found = (min(simulation.grids[grid].low.item(), 0), max(simulation.grids[grid].high.item(), 0))
-        assert found == pytest.approx((seen.low, seen.high), rel=FLOAT_TOLERANCE, abs=FLOAT_TOLERANCE), grid
+        assert found == pytest.approx((low, high), rel=FLOAT_TOLERANCE, abs=FLOAT_TOLERANCE), grid
 
 
 def test_ranges_in_training_begin_as_those_of_the_float_model() -> None:
@@ -529,3 +529,23 @@ def test_statistics_under_a_simulation_are_those_of_rounded_weights() -> None:
         assert relative_error({"weight": model[0].weight.numpy()}, {"weight": before.numpy()}) > 0.1
     simulation.remove()
     torch.testing.assert_close(model[1].running_mean, torch.stack(means).mean(0))
+
+
+def test_layers_that_share_a_book_train_it_together_and_store_it_once() -> None:
+    """Its bytes are in the file once, and after training all layers still decode from the same one."""
+    case = build("mlp")
+    storage = Storage("shared_vector", 1, PerChannel())
+    precisions = case.all(Precision(storage, Compute.FP32))
+    grids = fitted(case.model, precisions, {}, largest=LARGEST)
+    books = [grid["book"] for grid in grids.values()]
+    assert len(books) == 3
+    assert all(torch.equal(book, books[0]) for book in books)
+    model = copy.deepcopy(case.model)
+    with simulated(model, precisions, grids, largest=LARGEST) as simulation:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for output in forward(model, case.inputs).values():
+            output.square().sum().backward()
+        optimizer.step()
+        trained = [grid["book"] for grid in simulation.weight_grids().values()]
+    assert not torch.equal(trained[0], books[0])
+    assert all(torch.equal(book, trained[0]) for book in trained)

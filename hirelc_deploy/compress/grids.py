@@ -1,5 +1,6 @@
 """The grid of every layer's weight, fitted to the network as it stands, and weights put on it."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from hirelc_deploy.compress.fold import Pairs, along_channels, channel_factor
 from hirelc_deploy.kernels import load_format
 from hirelc_deploy.kernels._base import Grid, from_rows, largest_integer, rows_of
-from hirelc_deploy.policy import Precision
+from hirelc_deploy.policy import Precision, Storage
 
 
 def output_axis(layer: nn.Module) -> int:
@@ -31,26 +32,30 @@ def fitted(
     """
     norms = norms or {}
     modules = dict(model.named_modules())
-    grids: dict[str, Grid] = {}
-    of_weight: dict[int, Grid] = {}
+    rows: dict[str, Tensor] = {}
+    first_with: dict[int, str] = {}
+    twins: dict[str, str] = {}
+    alike: dict[tuple[Storage, int], list[str]] = defaultdict(list)
     for name, precision in precisions.items():
         layer = modules.get(name)
         weight = getattr(layer, "weight", None)
         if layer is None or not isinstance(weight, Tensor) or precision.storage.is_float:
             continue
-        if id(weight) in of_weight:  # layers that share a weight share its grid, fitted to what the first one reads
-            grids[name] = of_weight[id(weight)]
+        if id(weight) in first_with:  # layers that share a weight share its grid, fitted to what the first one reads
+            twins[name] = first_with[id(weight)]
             continue
-        key = id(weight)
+        first_with[id(weight)] = name
         if name in norms:
             weight = weight * along_channels(channel_factor(modules[norms[name]]), layer)
-        grids[name] = of_weight[key] = load_format(precision.storage.format).fit(
-            rows_of(weight.detach(), output_axis(layer)),
-            precision.storage,
-            largest=largest_integer(precision.compute, largest),
-            energy=energies.get(name),
+        rows[name] = rows_of(weight.detach(), output_axis(layer))
+        alike[precision.storage, largest_integer(precision.compute, largest)].append(name)
+    grids: dict[str, Grid] = {}
+    for (storage, most), names in alike.items():
+        found = load_format(storage.format).fit_all(
+            [rows[name] for name in names], storage, largest=most, energies=[energies.get(name) for name in names]
         )
-    return grids
+        grids |= dict(zip(names, found, strict=True))
+    return grids | {name: grids[twin] for name, twin in twins.items()}
 
 
 @torch.no_grad()

@@ -136,6 +136,7 @@ class Simulation:
         self._hooks: list[RemovableHandle] = [model.register_forward_pre_hook(lambda *_: self._calls.clear())]
         modules = dict(model.named_modules())
         stored: dict[int, StoredWeight] = {}
+        common: dict[tuple[Storage, int, str], nn.Parameter] = {}
         for name, precision in precisions.items():
             layer = modules.get(name)
             if layer is None or not isinstance(getattr(layer, "weight", None), Tensor):
@@ -152,6 +153,10 @@ class Simulation:
                         largest=largest_integer(precision.compute, largest),
                         factor=factor,
                     )
+                    for role in stored[key].format.shared:  # trained for all layers at once
+                        of_all = (precision.storage, stored[key].largest, f"trained_{role}")
+                        common.setdefault(of_all, stored[key].get_parameter(of_all[-1]))
+                        stored[key].register_parameter(of_all[-1], common[of_all])
                 self._weights[layer] = stored[key]
                 self._names[layer] = name
                 parametrize.register_parametrization(layer, "weight", stored[key], unsafe=True)
