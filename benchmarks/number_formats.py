@@ -35,12 +35,12 @@ PAGE = ROOT / "docs" / "number-formats.md"
 
 STORAGES = (
     *("int8", "int4", "int4/group32", "float4", "log4", "codebook4"),
-    *("int3", "log3", "codebook3", "int2", "codebook2", "vector2", "vector1"),
+    *("int3", "log3", "codebook3", "int2", "codebook2", "vector2", "vector1", "shared_vector1"),
 )
 COMPUTED_IN_INT8 = ("int8", "int4", "int3", "int2", "vector1")
 UNTUNED = (*(f"{storage}/fp32" for storage in STORAGES), *(f"{storage}/int8" for storage in COMPUTED_IN_INT8))
 """What is only corrected, by storage and compute."""
-TUNED = ("vector1/fp32", "int3/fp32", "int2/fp32", "int4/int8", "vector2/fp32", "codebook3/fp32")
+TUNED = ("vector1/fp32", "int3/fp32", "int2/fp32", "int4/int8", "shared_vector1/fp32", "vector2/fp32")
 """What is fine-tuned, by storage and compute: where post-training leaves most to gain, first."""
 
 SECONDS = 90.0
