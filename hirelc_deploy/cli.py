@@ -139,7 +139,8 @@ def export(
         typer.Option(
             metavar="RECIPE",
             help="Build one uniform recipe, without a search: keep=50%,storage=int4,compute=int8. Storage is int2 to "
-            "int8, log3, float4, codebook3, vector1 and so on, with /tensor, /channel or /group32.",
+            "int8, log3, float4, codebook3, vector1 and so on, with /tensor, /channel or /group32; compute is int8, "
+            "int8_dynamic, fp32 or fastest, which is measured layer by layer.",
             rich_help_panel=CHOICE,
         ),
     ] = None,

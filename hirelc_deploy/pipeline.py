@@ -88,7 +88,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
     ) as run:
         began = time.monotonic()
         bench = _workbench(settings, target, task, trained, network, run)
-        choice = _choose(settings, budget, bench, given)
+        choice = _choose(settings, budget, bench, asked_for, given)
         seconds = run.step("seconds of search", lambda: time.monotonic() - began)
         policy = choice.best.policy
 
@@ -251,16 +251,25 @@ def _asked_for(settings: ExportSettings) -> Policy | recipes.Recipe | None:
 
 
 def _given(asked_for: Policy | recipes.Recipe | None, network: "ModelGraph", target: Target) -> Policy | None:
-    """The policy that it comes to on this network and target; None if one is to be searched for."""
+    """The policy that it comes to on this network and target; None if it has to be searched or measured for."""
     if isinstance(asked_for, recipes.Recipe):
-        return asked_for.policy(search_space(network, target))
+        policy = asked_for.policy(search_space(network, target), {})
+        return None if asked_for.compute is None else policy
     return None if asked_for is None else completed(asked_for, network, target)
 
 
-def _choose(settings: ExportSettings, budget: Budget, bench: Workbench, given: Policy | None) -> Choice:
-    """The policy: a given one, or what a search finds."""
+def _choose(
+    settings: ExportSettings,
+    budget: Budget,
+    bench: Workbench,
+    asked_for: Policy | recipes.Recipe | None,
+    given: Policy | None,
+) -> Choice:
+    """The policy: a given one, what a recipe comes to where speed is measured, or what a search finds."""
     for left in bench.graph.left_out:
         console.note(f"left as it is: {left.name}: {left.reason}")
+    if given is None and isinstance(asked_for, recipes.Recipe):
+        given = asked_for.policy(bench.space, bench.fastest_computes(asked_for.counts(bench.space)))
     if given is not None:
         evaluation = bench.evaluate(given)
         return Choice(evaluation, (evaluation,))

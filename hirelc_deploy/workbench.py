@@ -6,7 +6,8 @@ run folder before it is used, so that a run that was killed goes on with the sam
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
@@ -38,13 +39,14 @@ from hirelc_deploy.graph.shapes import check_keep
 from hirelc_deploy.kernels import every_storage, load_format
 from hirelc_deploy.kernels._base import Grid
 from hirelc_deploy.policy import FP32, INT8, PRUNE_FIRST, Compute, Policy, Precision
+from hirelc_deploy.search.computes import Kind, Times, fastest
 from hirelc_deploy.search.space import Evaluation, SearchSpace
 from hirelc_deploy.verify import accuracy, timing
 from hirelc_deploy.verify.measure import example
 
 if TYPE_CHECKING:
     from hirelc_deploy.exporters._base import Arrays, Exported, Session
-    from hirelc_deploy.graph.model_graph import Group, ModelGraph
+    from hirelc_deploy.graph.model_graph import Group, Layer, ModelGraph
     from hirelc_deploy.profiles import Target
     from hirelc_deploy.rundir import RunFolder
     from hirelc_deploy.task import Inputs, Task
@@ -85,8 +87,8 @@ def search_space(graph: "ModelGraph", target: "Target") -> SearchSpace:
 
 
 def _precisions(computes: tuple[Compute, ...]) -> tuple[Precision, ...]:
-    """As trained first, then INT8, then every format in every compute."""
-    first = (FP32, INT8) if Compute.INT8 in computes else (FP32,)
+    """As trained first, then 8 bits in each compute of integers, then every format in every compute."""
+    first = [FP32, *(Precision(INT8.storage, compute) for compute in computes if compute is not Compute.FP32)]
     every = [
         Precision(storage, compute)
         for compute in computes
@@ -356,7 +358,7 @@ class Workbench:
         methods = self.runtime.range_methods if Compute.INT8 in computes else ()
         if not methods:
             return Written(self._file(graph, policy, grids), {})
-        seen = self._observed(graph, policy)
+        seen = self._observed(graph, policy, self._calibration_arrays())
         # a resumed run writes the best alone
         file = cache(lambda method: self._file(graph, policy, grids, seen, method))
         found: dict[str, float] = self.run.step(
@@ -366,8 +368,9 @@ class Workbench:
         best = min(found, key=lambda method: self.task.drop(self.original_score, found[method]))
         return Written(file(best), found)
 
-    def _observed(self, graph: Any, policy: Policy) -> Any:
-        return self.runtime.observe(graph, policy.precisions, self._calibration_arrays(), floats=self._in_float(policy))
+    def _observed(self, graph: Any, policy: Policy, inputs: "Iterable[Arrays]") -> Any:
+        """What activations span on these inputs; for a file that is only timed or weighed a few do."""
+        return self.runtime.observe(graph, policy.precisions, inputs, floats=self._in_float(policy))
 
     def _file(
         self, graph: Any, policy: Policy, grids: Mapping[str, Grid], seen: Any = None, ranges: str = "min-max"
@@ -476,7 +479,59 @@ class Workbench:
         grids = fitted(model, policy.precisions, {}, largest=self.largest)
         put_on(model, policy.precisions, grids, largest=self.largest)
         graph = self._float_graph(model)
-        return self._file(graph, policy, grids, self._observed(graph, policy))
+        return self._file(graph, policy, grids, self._observed(graph, policy, [self.task.example]))
+
+    def fastest_computes(self, keep: Mapping[str, int]) -> dict[str, Compute]:
+        """What each layer computes in so that the network is fastest with these counts of units.
+
+        Integers are left out for a layer whose input 8 bits do not hold.
+        """
+        found = self.run.step(
+            f"fastest/{Policy({}, keep).digest()}", lambda: fastest(self._kinds(keep), self._times(keep))
+        )
+        return {layer: Compute(compute) for layer, compute in found.items()}
+
+    def _kinds(self, keep: Mapping[str, int]) -> list[Kind]:
+        """Layers that are alike in all that their time depends on, those with most arithmetic first."""
+        shapes = shapes_after(self.graph, keep)
+        alike: dict[Hashable, list[Layer]] = defaultdict(list)
+        for layer in self.graph.layers:
+            if layer.weight in shapes:
+                places = (layer.op, shapes[layer.weight], layer.stride, layer.input_shape)
+                twins = tuple(sorted((layer.name, *layer.shares_weight_with)))
+                alike[twins if len(twins) > 1 else places].append(layer)
+        kinds = sorted(alike.values(), key=lambda layers: -sum(layer.macs for layer in layers))
+        return [Kind(tuple(layer.name for layer in layers), self._computes_for(layers)) for layers in kinds]
+
+    def _computes_for(self, layers: "Sequence[Layer]") -> tuple[Compute, ...]:
+        """What all of these layers can compute in, fp32 first."""
+        each = [{precision.compute for precision in self.space.layers[layer.name]} for layer in layers]
+        rounds_well = all(self.rounding_errors.inputs.get(layer.name, 0.0) <= ROUNDS_BADLY for layer in layers)
+        offered = dict.fromkeys(precision.compute for precision in self.space.layers[layers[0].name])
+        return tuple(
+            compute
+            for compute in offered
+            if compute is Compute.FP32 or (rounds_well and all(compute in computes for computes in each))
+        )
+
+    def _times(self, keep: Mapping[str, int]) -> Times:
+        """Times files of the network with these counts, its weights in 8 bits where they are not floats."""
+        model = self._folded(self._pruned(Policy({}, keep)).model)
+        graph = self._float_graph(model)
+        grids = fitted(model, dict.fromkeys(self.space.layers, INT8), {}, largest=self.largest)
+
+        def file(computes: Mapping[str, Compute]) -> "Exported":
+            in_integers = {name: c for name, c in computes.items() if c is not Compute.FP32}
+            policy = Policy({name: Precision(INT8.storage, c) for name, c in in_integers.items()}, keep)
+            return self._file(graph, policy, grids, self._observed(graph, policy, [example(self.task, 1)]))
+
+        def times(candidates: Sequence[Mapping[str, Compute]]) -> list[float]:
+            with self._loaded({str(i): file(computes) for i, computes in enumerate(candidates)}) as sessions:
+                seen = timing.interleave(sessions, example(self.task, self._batch), seconds=PREDICTION_SECONDS)
+            by_cpu = timing.clock_for(self._threads) == "cpu"
+            return [each.cpu_p50_ms if by_cpu else each.latency_ms()["p50"] for each in seen.values()]
+
+        return times
 
     def _price(self, policy: Policy) -> dict[str, Any]:
         with self._loaded({"baseline": self.write_baseline(), "policy": self.draft(policy)}) as sessions:

@@ -45,6 +45,7 @@ def space(*, total: int = 16, able: bool = True) -> SearchSpace:
         ("keep=75%,storage=codebook3,compute=fp32", Recipe(75, Compute.FP32, "codebook3")),
         ("storage=vector1/channel", Recipe(100, Compute.INT8, "vector1/channel")),
         ("storage=fp32,compute=fp32", Recipe(100, Compute.FP32, "fp32")),
+        ("storage=int4,compute=fastest", Recipe(100, None, "int4")),
     ],
 )
 def test_a_recipe_is_read_in_any_order(text: str, recipe: Recipe) -> None:
@@ -122,13 +123,22 @@ def test_a_storage_is_named_with_or_without_its_granularity(storage: str | None,
     assert Recipe(100, Compute.INT8, storage).policy(some).precisions == {"conv": chosen}
 
 
+def test_what_is_fastest_is_measured_before_it_is_a_policy() -> None:
+    recipe = Recipe.parse("keep=50%,compute=fastest")
+    with pytest.raises(ValueError, match="measured"):
+        recipe.policy(space())
+    floats, integers = (recipe.policy(space(), {"conv": compute}) for compute in (Compute.FP32, Compute.INT8))
+    assert floats == Recipe(50, Compute.FP32).policy(space())
+    assert integers == Recipe(50, Compute.INT8).policy(space())
+
+
 @pytest.mark.parametrize(
     ("recipe", "network", "fix"),
     [
         (Recipe(50, Compute.INT8), space(able=False), "compute=fp32 with storage=fp32"),
-        (Recipe(50, Compute.INT8, "int4"), space(), "compute=fp32 or int8 with storage=fp32, int8"),
-        (Recipe(50, Compute.INT8, "int8/group32"), space(), "compute=fp32 or int8 with storage=fp32, int8"),
-        (Recipe(50, Compute.FP16), space(), "compute=fp32 or int8 with storage=fp32, int8"),
+        (Recipe(50, Compute.INT8, "int4"), space(), "compute=fp32 or int8 with storage=fp32, int8/channel"),
+        (Recipe(50, Compute.INT8, "int8/group32"), space(), "compute=fp32 or int8 with storage=fp32, int8/channel"),
+        (Recipe(50, Compute.FP16), space(), "compute=fp32 or int8 with storage=fp32, int8/channel"),
     ],
 )
 def test_a_recipe_that_fits_no_layer_is_refused_with_what_there_is(

@@ -22,7 +22,7 @@ from hirelc_deploy.compress.grids import put_on
 from hirelc_deploy.config import POST_TRAINING_STEPS
 from hirelc_deploy.console import Advance
 from hirelc_deploy.errors import UserError
-from hirelc_deploy.exporters._base import Exported
+from hirelc_deploy.exporters._base import Exported, RoundingErrors
 from hirelc_deploy.graph import ModelGraph, trace
 from hirelc_deploy.graph.model_graph import Group
 from hirelc_deploy.graph.trial import jitter
@@ -30,6 +30,7 @@ from hirelc_deploy.kernels import every_storage, load_format
 from hirelc_deploy.policy import FP32, INT8, Compute, PerChannel, PerGroup, PerTensor, Policy, Precision, Storage
 from hirelc_deploy.profiles import Target, load_target
 from hirelc_deploy.rundir import RunFolder
+from hirelc_deploy.search.recipe import Recipe
 from hirelc_deploy.task import ArraySource, Classification, Task
 from hirelc_deploy.workbench import Workbench, completed, search_space
 
@@ -418,6 +419,33 @@ def test_ranges_of_activations_are_those_that_score_best_on_the_search_split(
         assert f"{best} 80.00" in str(written.note)
         monkeypatch.setattr(bench, "_file_score", None)  # journalled: a resumed run scores nothing again
         assert bench.write(made.model, policy, made.grids) == written
+
+
+def test_what_is_fastest_is_measured_once_and_can_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened("tokens", tmp_path) as bench:
+        keep = {group.name: group.total for group in bench.graph.groups}
+        found = bench.fastest_computes(keep)
+        assert found.keys() == bench.graph.layer.keys()
+        monkeypatch.setattr(bench, "_times", None)
+        assert bench.fastest_computes(keep) == found
+        policy = Recipe(100, None).policy(bench.space, found)
+        assert {name: precision.compute for name, precision in policy.precisions.items()} == found
+        made = bench.compressed(policy)
+        file = tmp_path / "model.onnx"
+        file.write_bytes(bench.write(made.model, policy, made.grids).file.data)
+        tensors = bench.write(made.model, policy, made.grids).file.tensors
+        assert bench.runtime.runs_as(file, tensors, threads=1) == {name: str(each) for name, each in found.items()}
+
+
+def test_integers_are_no_choice_for_a_layer_whose_input_rounds_badly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened("tokens", tmp_path) as bench:
+        monkeypatch.setattr(bench, "rounding_errors", RoundingErrors({}, {"inner": 0.5, "outer": 1e-6}))
+        keep = {group.name: group.total for group in bench.graph.groups}
+        offered = {layer: kind.offered for kind in bench._kinds(keep) for layer in kind.layers}
+    assert offered["inner"] == (Compute.FP32,)
+    assert set(offered["outer"]) == {Compute.FP32, Compute.INT8, Compute.INT8_DYNAMIC}
 
 
 class OneLargeChannel(nn.Module):

@@ -4,7 +4,7 @@ The search has to beat it, so it gets every advantage: sizes are known exactly, 
 it proposes is fine-tuned before it is judged.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from hirelc_deploy.budget import Budget, Check, Figures, judge
@@ -13,6 +13,8 @@ from hirelc_deploy.errors import UserError
 from hirelc_deploy.kernels import every_storage
 from hirelc_deploy.policy import FP32, Compute, Policy, Precision, Storage
 from hirelc_deploy.search.space import Choice, Evaluation, SearchSpace
+
+FASTEST = "fastest"
 
 LADDER_KEEP_PERCENT = (100.0, 75.0, 50.0, 37.5, 25.0, 12.5)
 LADDER_COMPUTE = (Compute.INT8, Compute.FP32)
@@ -29,13 +31,14 @@ class Recipe:
     """A uniform choice.  What a layer or the target cannot do stays as it was trained."""
 
     keep_percent: float
-    compute: Compute
+    compute: Compute | None
+    """None for whatever is fastest on the target, layer by layer (`search.computes`)."""
     storage: str | None = None
     """int4, int4/tensor, codebook3, vector1 …; None is the first that the compute allows."""
 
     def __str__(self) -> str:
         stored = "" if self.storage is None else f"storage={self.storage},"
-        return f"keep={self.keep_percent:g}%,{stored}compute={self.compute}"
+        return f"keep={self.keep_percent:g}%,{stored}compute={self.compute or FASTEST}"
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
@@ -45,31 +48,43 @@ class Recipe:
         """
         parts = _parts(text)
         compute = parts.get("compute", Compute.FP32 if "storage" not in parts else Compute.INT8)
-        if compute not in list(Compute):
-            known = [str(each) for each in Compute]
+        known = [*map(str, Compute), FASTEST]
+        if compute not in known:
             raise UserError(
                 f"the recipe's compute is {compute!r}", fix=f"did you mean {nearest(compute, known)}? one of {known}"
             )
-        return cls(_percent(parts.get("keep", "100%")), Compute(compute), _storage(parts.get("storage")))
+        chosen = None if compute == FASTEST else Compute(compute)
+        return cls(_percent(parts.get("keep", "100%")), chosen, _storage(parts.get("storage")))
 
-    def policy(self, space: SearchSpace) -> Policy:
-        """The recipe on every layer and group of a space.  Raises UserError if it fits no layer at all."""
-        precisions = {layer: self._precision(choices) for layer, choices in space.layers.items()}
-        if not any(self._fits(precision) for precision in precisions.values()):
-            computes = sorted({str(precision.compute) for c in space.layers.values() for precision in c})
-            stored = sorted({_bare(precision.storage) for c in space.layers.values() for precision in c})
+    def policy(self, space: SearchSpace, computes: Mapping[str, Compute] | None = None) -> Policy:
+        """The recipe on every layer and group of a space.  Raises UserError if it fits no layer at all.
+
+        `computes` gives what each layer computes in where the recipe leaves that open.
+        """
+        if self.compute is None and computes is None:
+            raise ValueError("what is fastest has to be measured first")
+        precisions, fits = {}, False
+        for layer, choices in space.layers.items():
+            compute = self.compute or (computes or {}).get(layer, Compute.FP32)
+            precisions[layer] = next((choice for choice in choices if self._fits(choice, compute)), choices[0])
+            fits |= self._fits(precisions[layer], compute)
+        if not fits:
+            offered = sorted({str(precision.compute) for c in space.layers.values() for precision in c})
+            each = {precision.storage for choices in space.layers.values() for precision in choices}
+            stored = sorted(_bare(storage) if storage.is_float else str(storage) for storage in each)
             raise UserError(
                 f"no layer of this network can be {self} on this target",
-                fix=f"there is compute={' or '.join(computes)} with storage={', '.join(stored)}",
+                fix=f"there is compute={' or '.join(offered)} with storage={', '.join(stored)}",
             )
-        return Policy(precisions, {group: self._count(space, group) for group in space.groups})
+        return Policy(precisions, self.counts(space))
 
-    def _precision(self, choices: tuple[Precision, ...]) -> Precision:
-        return next((choice for choice in choices if self._fits(choice)), choices[0])
+    def counts(self, space: SearchSpace) -> dict[str, int]:
+        """The units that stay, by group."""
+        return {group: self._count(space, group) for group in space.groups}
 
-    def _fits(self, precision: Precision) -> bool:
+    def _fits(self, precision: Precision, compute: Compute) -> bool:
         stored = precision.storage
-        return precision.compute is self.compute and self.storage in (None, str(stored), _bare(stored))
+        return precision.compute is compute and self.storage in (None, str(stored), _bare(stored))
 
     def _count(self, space: SearchSpace, group: str) -> int:
         """The nearest count on offer, the larger of two, but never none: whole branches are not a uniform matter."""
