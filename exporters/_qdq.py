@@ -164,7 +164,9 @@ class _Planner:
                 producer = None if x is None else x.producer()
                 if x is None or producer is None:
                     continue
-                layers = {self.layer_of[y.name] for y in producer.inputs if y is not None and y.name in self.layer_of}
+                layers = {
+                    self.layer_of[_name(y)] for y in producer.inputs if y is not None and _name(y) in self.layer_of
+                }
                 found |= layers
                 if not layers and producer not in done:
                     done.add(producer)

@@ -102,6 +102,16 @@ def test_a_recipe_is_made_real(artifact: pipeline.Outcome, tmp_path: Path) -> No
     assert in_floats.manifest.search.method == "recipe keep=25%,compute=fp32"
 
 
+def test_what_is_fastest_here_is_resolved_before_it_is_a_policy(tmp_path: Path) -> None:
+    """And the post-training steps are taken on the way, as nothing is fine-tuned."""
+    outcome = export(tmp_path / "out", DigitNet(8), digits(), recipe="keep=50%,compute=fastest", epochs=0)
+    assert (outcome.status, outcome.manifest.verdict) == (ExitStatus.OK, "pass")
+    computes = {name: str(each.compute) for name, each in policy_of(outcome).precisions.items()}
+    assert set(computes.values()) <= {"fp32", "int8", "int8_dynamic"}
+    assert {record.name: record.runs_as for record in outcome.manifest.layers} == computes
+    assert {record.name: record.compute for record in outcome.manifest.layers} == computes
+
+
 def test_without_limits_integrity_is_judged_and_nothing_is_traded(tmp_path: Path) -> None:
     outcome = export(tmp_path / "out", DigitNet(8), digits())
     assert (outcome.status, outcome.manifest.verdict) == (ExitStatus.OK, "pass")
