@@ -55,8 +55,8 @@ RECIPES = {
     "int8, computed in int8": "compute=int8",
     "int4, computed in int8": "storage=int4,compute=int8",
     "int4, computed in fp32": "storage=int4,compute=fp32",
-    "int4 in groups of 32, computed in fp32": "storage=int4/group32,compute=fp32",
-    "codebook3, computed in fp32": "storage=codebook3,compute=fp32",
+    "int4, computed in what is fastest": "storage=int4,compute=fastest",
+    "int3, computed in fp32": "storage=int3,compute=fp32",
 }
 
 CALIBRATION_EXAMPLES, CALIBRATION_BATCH = 512, 64
@@ -241,7 +241,9 @@ def candidates(network: str, bench: Workbench, folder: Path) -> dict[str, Candid
         model = make(named(baseline))
         add("onnxruntime", what, stripped(model), model.ByteSize())
     for what, text in RECIPES.items():
-        policy = Recipe.parse(text).policy(bench.space)
+        recipe = Recipe.parse(text)
+        computes = None if recipe.compute else bench.fastest_computes(recipe.counts(bench.space))
+        policy = recipe.policy(bench.space, computes)
         compressed = bench.compressed(policy)
         add("hirelc-deploy", what, bench.write(compressed.model, policy, compressed.grids).file.data)
     return found
