@@ -24,6 +24,9 @@ def module_names(path: Iterable[str]) -> tuple[str, ...]:
 
 def load_module(package: str, name: str, *, kind: str) -> ModuleType:
     """The module `name` of a package that is one file a `kind`.  Raises UserError, with the nearest name."""
+    loaded = sys.modules.get(f"{package}.{name}")
+    if loaded is not None and not name.startswith("_"):  # formats are asked for all the time: the folder is not listed
+        return loaded
     names = module_names(sys.modules[package].__path__)
     if name not in names:
         raise UserError(

@@ -23,6 +23,7 @@ from hirelc_deploy import (
     report as reports,
 )
 from hirelc_deploy.budget import Budget
+from hirelc_deploy.choices import completed, search_space
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.config import POST_TRAINING_STEPS, ExportSettings
 from hirelc_deploy.cpu import cpu_flags
@@ -39,7 +40,7 @@ from hirelc_deploy.verify.accuracy import Outputs
 from hirelc_deploy.verify.environment import environment
 from hirelc_deploy.verify.manifest import Artifact, LayerRecord, Manifest, Predicted, PredictionError
 from hirelc_deploy.verify.measure import BASELINE_FILE, Measurement, measure
-from hirelc_deploy.workbench import Workbench, completed, search_space
+from hirelc_deploy.workbench import Workbench
 
 if TYPE_CHECKING:
     from torch import nn

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from hirelc_deploy import __version__
 from hirelc_deploy.budget import Figures
+from hirelc_deploy.calibration import Calibration
+from hirelc_deploy.choices import search_space
 from hirelc_deploy.compress.batchnorm import reestimate
 from hirelc_deploy.compress.distil import FineTuning, Teacher, as_tensors, distil
 from hirelc_deploy.compress.fold import Pairs, fold, foldable, present
@@ -29,39 +31,24 @@ from hirelc_deploy.compress.inputs import energies
 from hirelc_deploy.compress.posttraining import PostTraining, post_train
 from hirelc_deploy.compress.prune import Pruned, prune
 from hirelc_deploy.compress.simulate import simulated
-from hirelc_deploy.config import nearest
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import RoundingErrors
 from hirelc_deploy.graph import forward, shapes_after
-from hirelc_deploy.graph.shapes import check_keep
-from hirelc_deploy.kernels import every_storage, load_format
 from hirelc_deploy.kernels._base import Grid
-from hirelc_deploy.policy import FP32, INT8, PRUNE_FIRST, Compute, Policy, Precision
+from hirelc_deploy.policy import INT8, Compute, Policy, Precision
 from hirelc_deploy.search.computes import Kind, Times, fastest
-from hirelc_deploy.search.space import Evaluation, SearchSpace
+from hirelc_deploy.search.space import Evaluation
 from hirelc_deploy.verify import accuracy, timing
 from hirelc_deploy.verify.measure import example
 
 if TYPE_CHECKING:
     from hirelc_deploy.exporters._base import Arrays, Exported, Session
-    from hirelc_deploy.graph.model_graph import Group, Layer, ModelGraph
+    from hirelc_deploy.graph.model_graph import Layer, ModelGraph
     from hirelc_deploy.profiles import Target
     from hirelc_deploy.rundir import RunFolder
-    from hirelc_deploy.task import Inputs, Task
-
-CALIBRATION_EXAMPLES = 1024
-"""Train examples that ranges and BatchNorm statistics are taken from."""
-
-CALIBRATION_EPOCH = 1_000_000
-"""Their order is drawn like an epoch's, of a number that no fine-tuning reaches."""
-
-FEW_EXAMPLES, FEW_BATCH = 256, 32
-"""Of them, those that what layers read is looked at on, in order to choose weights."""
-
-FEW_ENTRIES = 1 << 25
-"""What their inputs may have together, 128 MB: large images are fewer."""
+    from hirelc_deploy.task import Task
 
 ROUNDS_BADLY = 1e-3
 """Of the outputs' variance: what rounding one activation to 8 bits may change.  On the example networks the worst
@@ -73,75 +60,6 @@ GRID = "grid/"
 TAYLOR_BATCHES = 8
 PREDICTION_SECONDS = 1.0
 """Spent on timing one policy's file beside the baseline."""
-
-
-def search_space(graph: "ModelGraph", target: "Target") -> SearchSpace:
-    """The choices for a network that this target can run."""
-    by_op = {op: _precisions(target.computes_for(op)) for op in {layer.op for layer in graph.layers}}
-    return SearchSpace(
-        layers={layer.name: by_op[layer.op] for layer in graph.layers},
-        groups={group.name: _counts(group, target.channel_multiple) for group in graph.groups},
-        totals={group.name: group.total for group in graph.groups},
-        blocks={block.name: block.layers for block in graph.blocks},
-    )
-
-
-def _precisions(computes: tuple[Compute, ...]) -> tuple[Precision, ...]:
-    """As trained first, then 8 bits in each compute of integers, then every format in every compute."""
-    first = [FP32, *(Precision(INT8.storage, compute) for compute in computes if compute is not Compute.FP32)]
-    every = [
-        Precision(storage, compute)
-        for compute in computes
-        for storage in every_storage()
-        if compute in load_format(storage.format).computes
-    ]
-    return (*first, *(precision for precision in every if precision not in first))
-
-
-def _counts(group: "Group", multiple: int) -> tuple[int, ...]:
-    """The legal counts on the target's multiples, and none and all of them; where no count is, all legal ones."""
-    on_grid = {n for n in group.legal if n > 0 and n * group.unit % multiple == 0}
-    if not on_grid:
-        return group.legal
-    return tuple(n for n in group.legal if n in on_grid or n in (0, group.total))
-
-
-def completed(policy: Policy, graph: "ModelGraph", target: "Target") -> Policy:
-    """The policy with what it leaves out: layers as they were trained, groups whole.
-
-    Raises UserError, naming the first entry, if this network on this target cannot have it.
-    """
-    check_keep(graph, policy.keep)
-    offered = search_space(graph, target).layers
-    for name, precision in policy.precisions.items():
-        if name not in offered:
-            raise UserError(
-                f"the policy gives a precision to {name!r}, which is no layer of this network",
-                fix=f"did you mean {nearest(name, offered)}?",
-            )
-        if precision not in offered[name]:
-            raise UserError(
-                f"the policy stores and computes {name} as {precision}, which {target.name} cannot",
-                fix=f"there is {', '.join(map(str, offered[name]))}",
-            )
-    for layer in graph.layers:
-        for twin in layer.shares_weight_with:
-            asked = [policy.precisions.get(name, FP32) for name in (layer.name, twin)]
-            in_one_format = layer.op == graph.layer[twin].op or not any(each.storage.is_float for each in asked)
-            if asked[0] != asked[1] and in_one_format:
-                raise UserError(
-                    f"the policy stores {layer.name} as {asked[0]} and {twin} as {asked[1]}, and they share one weight",
-                    fix="give both the same precision",
-                )
-    if policy.order != PRUNE_FIRST:
-        raise UserError(
-            f"the policy's order is {' then '.join(policy.order)}", fix=f"there is {' then '.join(PRUNE_FIRST)}"
-        )
-    return replace(
-        policy,
-        precisions=dict.fromkeys(offered, FP32) | dict(policy.precisions),
-        keep={group.name: group.total for group in graph.groups} | dict(policy.keep),
-    )
 
 
 @dataclass(frozen=True)
@@ -205,6 +123,7 @@ class Workbench:
         self._importance = importance
         self._fine_tuning = fine_tuning
         self._post_training = post_training
+        self._calibration = Calibration(task, fine_tuning.seed)
         self._threads = threads
         self._batch = batch
         self._progress = progress
@@ -262,11 +181,11 @@ class Workbench:
 
     def _fine_tuned(self, pruned: Pruned, policy: Policy, name: str) -> tuple[nn.Module, dict[str, Grid]]:
         model = pruned.model
-        reestimate(model, self._calibration())
+        reestimate(model, self._calibration.tensors())
         norms = present(self._norms, model)
         grids = self._fitted(model, policy, norms)
         with simulated(model, policy.precisions, grids, largest=self.largest, norms=norms) as simulation:
-            simulation.calibrate(self._calibration())
+            simulation.calibrate(self._calibration.tensors())
             with self._progress("fine-tuning", self._fine_tuning.epochs) as advance:
                 distil(
                     model,
@@ -274,7 +193,7 @@ class Workbench:
                     self.task,
                     simulation,
                     self._fine_tuning,
-                    settle=lambda: reestimate(model, self._calibration()),
+                    settle=lambda: reestimate(model, self._calibration.tensors()),
                     checkpoints=self.run,
                     name=name,
                     advance=advance,
@@ -288,13 +207,13 @@ class Workbench:
         """What can be done without training."""
         gone = any(len(pruned.kept[group.name]) < group.total for group in self.graph.groups)
         if gone and "statistics" in self._post_training:  # with all channels there, they are what training has left
-            reestimate(pruned.model, self._calibration())
+            reestimate(pruned.model, self._calibration.tensors())
         model = self._folded(pruned.model)
         grids = post_train(
             model,
             policy.precisions,
             PostTraining.of(self._post_training),
-            self._few,
+            self._calibration.few,
             largest=self.largest,
             graph=self.graph,
             kept=pruned.kept,
@@ -305,7 +224,7 @@ class Workbench:
         layers = [name for name, precision in policy.precisions.items() if not precision.storage.is_float]
         if not layers:
             return {}
-        met = energies(model, layers, self._few())
+        met = energies(model, layers, self._calibration.few())
         return fitted(model, policy.precisions, met, largest=self.largest, norms=norms)
 
     @cached_property
@@ -319,7 +238,7 @@ class Workbench:
     def simulated_outputs(self, model: nn.Module, policy: Policy) -> accuracy.Outputs:
         """What a compressed model says of the search split under its number formats: the file, foreseen."""
         with simulated(model, policy.precisions, {}, largest=self.largest) as simulation:
-            simulation.calibrate(self._calibration())
+            simulation.calibrate(self._calibration.tensors())
             return self._search_outputs(model)
 
     def _pruned(self, policy: Policy) -> Pruned:
@@ -358,7 +277,7 @@ class Workbench:
         methods = self.runtime.range_methods if Compute.INT8 in computes else ()
         if not methods:
             return Written(self._file(graph, policy, grids), {})
-        seen = self._observed(graph, policy, self._calibration_arrays())
+        seen = self._observed(graph, policy, self._calibration.arrays())
         # a resumed run writes the best alone
         file = cache(lambda method: self._file(graph, policy, grids, seen, method))
         found: dict[str, float] = self.run.step(
@@ -455,7 +374,7 @@ class Workbench:
     def rounding_errors(self) -> RoundingErrors:
         """Of the original's activations, each alone, on a few train examples."""
         in_integers = {name: INT8 for name, offered in self.space.layers.items() if INT8 in offered}
-        examples = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in self._few()]
+        examples = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in self._calibration.few()]
         found = self.run.step(
             "rounding errors",
             lambda: asdict(self.runtime.rounding_errors(self._original_graph, in_integers, examples)),
@@ -544,33 +463,6 @@ class Workbench:
             "latency_ms": times["policy"].cpu_p50_ms if clock == "cpu" else times["policy"].latency_ms()["p50"],
             "speedup": speedup.value,
         }
-
-    # -- data ------------------------------------------------------------------------------------------------
-
-    def _calibration(
-        self, examples: int = CALIBRATION_EXAMPLES, batch: int | None = None
-    ) -> Iterator[dict[str, Tensor]]:
-        """The same examples each time; in batches of the task's, or of at most `batch`."""
-        for inputs in self._calibration_arrays(examples):
-            whole = as_tensors(inputs)
-            size = len(next(iter(whole.values())))
-            for start in range(0, size, batch or size):
-                yield {name: tensor[start : start + (batch or size)] for name, tensor in whole.items()}
-
-    def _few(self) -> Iterator[dict[str, Tensor]]:
-        """The first of them, in small batches."""
-        entries = sum(math.prod(array.shape[1:]) for array in self.task.example.values())
-        examples = max(FEW_BATCH, min(FEW_EXAMPLES, FEW_ENTRIES // entries))
-        return self._calibration(examples, batch=FEW_BATCH)
-
-    def _calibration_arrays(self, examples: int = CALIBRATION_EXAMPLES) -> Iterator["Inputs"]:
-        """A batch in memory at a time."""
-        seen = 0
-        for positions, inputs, _ in self.task.train.shuffled(self._fine_tuning.seed, CALIBRATION_EPOCH):
-            yield inputs
-            seen += len(positions)
-            if seen >= examples:
-                return
 
 
 def torch_session(model: nn.Module) -> Callable[["Arrays"], dict[str, Any]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.onnx._internal.exporter import _registration
 
 from hirelc_deploy import datasets, pipeline, workbench
+from hirelc_deploy.compress.batchnorm import reestimate
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.task import ArraySource, Classification
@@ -69,7 +70,7 @@ def digits() -> Classification:
 
 @functools.cache
 def trained_digit_net() -> nn.Module:
-    """Some 95 % of the digits right after a few seconds; no test may change it."""
+    """Some 90 % of the digits right after a few seconds; no test may change it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = DigitNet(12).train()
@@ -81,6 +82,8 @@ def trained_digit_net() -> nn.Module:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+    # the running averages of so few steps lag behind: with them the network gets 59 % right
+    reestimate(model, ({"input": torch.from_numpy(inputs["input"])} for inputs, _ in task.train))
     return model.eval()
 
 

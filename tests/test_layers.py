@@ -26,6 +26,7 @@ LAYERS = (
     ("cost", "compress"),
     ("exporters",),
     ("verify", "search"),
+    ("calibration", "choices"),
     ("report", "workbench", "demo"),
     ("console",),
     ("pipeline", "compare"),

@@ -86,3 +86,10 @@ def test_the_figures_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPat
     import figures
 
     assert figures.with_table(README) == README
+
+
+def test_the_page_of_number_formats_is_that_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import number_formats
+
+    assert (ROOT / "docs" / "number-formats.md").read_text(encoding="utf-8") == number_formats.page()

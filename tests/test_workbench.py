@@ -17,6 +17,7 @@ from exporting import hasten
 from torch import Tensor, nn
 
 from hirelc_deploy import workbench
+from hirelc_deploy.choices import completed, search_space
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.compress.grids import put_on
 from hirelc_deploy.config import POST_TRAINING_STEPS
@@ -32,7 +33,7 @@ from hirelc_deploy.profiles import Target, load_target
 from hirelc_deploy.rundir import RunFolder
 from hirelc_deploy.search.recipe import Recipe
 from hirelc_deploy.task import ArraySource, Classification, Task
-from hirelc_deploy.workbench import Workbench, completed, search_space
+from hirelc_deploy.workbench import Workbench
 
 hasten()
 

@@ -1,0 +1,84 @@
+"""What may be decided for a network on a target, and policies held against it."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hirelc_deploy.config import nearest
+from hirelc_deploy.errors import UserError
+from hirelc_deploy.graph.shapes import check_keep
+from hirelc_deploy.kernels import every_storage, load_format
+from hirelc_deploy.policy import FP32, INT8, PRUNE_FIRST, Compute, Policy, Precision
+from hirelc_deploy.search.space import SearchSpace
+
+if TYPE_CHECKING:
+    from hirelc_deploy.graph.model_graph import Group, ModelGraph
+    from hirelc_deploy.profiles import Target
+
+
+def search_space(graph: "ModelGraph", target: "Target") -> SearchSpace:
+    """The choices for a network that this target can run."""
+    by_op = {op: _precisions(target.computes_for(op)) for op in {layer.op for layer in graph.layers}}
+    return SearchSpace(
+        layers={layer.name: by_op[layer.op] for layer in graph.layers},
+        groups={group.name: _counts(group, target.channel_multiple) for group in graph.groups},
+        totals={group.name: group.total for group in graph.groups},
+        blocks={block.name: block.layers for block in graph.blocks},
+    )
+
+
+def _precisions(computes: tuple[Compute, ...]) -> tuple[Precision, ...]:
+    """As trained first, then 8 bits in each compute of integers, then every format in every compute."""
+    first = [FP32, *(Precision(INT8.storage, compute) for compute in computes if compute is not Compute.FP32)]
+    every = [
+        Precision(storage, compute)
+        for compute in computes
+        for storage in every_storage()
+        if compute in load_format(storage.format).computes
+    ]
+    return (*first, *(precision for precision in every if precision not in first))
+
+
+def _counts(group: "Group", multiple: int) -> tuple[int, ...]:
+    """The legal counts on the target's multiples, and none and all of them; where no count is, all legal ones."""
+    on_grid = {n for n in group.legal if n > 0 and n * group.unit % multiple == 0}
+    if not on_grid:
+        return group.legal
+    return tuple(n for n in group.legal if n in on_grid or n in (0, group.total))
+
+
+def completed(policy: Policy, graph: "ModelGraph", target: "Target") -> Policy:
+    """The policy with what it leaves out: layers as they were trained, groups whole.
+
+    Raises UserError, naming the first entry, if this network on this target cannot have it.
+    """
+    check_keep(graph, policy.keep)
+    offered = search_space(graph, target).layers
+    for name, precision in policy.precisions.items():
+        if name not in offered:
+            raise UserError(
+                f"the policy gives a precision to {name!r}, which is no layer of this network",
+                fix=f"did you mean {nearest(name, offered)}?",
+            )
+        if precision not in offered[name]:
+            raise UserError(
+                f"the policy stores and computes {name} as {precision}, which {target.name} cannot",
+                fix=f"there is {', '.join(map(str, offered[name]))}",
+            )
+    for layer in graph.layers:
+        for twin in layer.shares_weight_with:
+            asked = [policy.precisions.get(name, FP32) for name in (layer.name, twin)]
+            in_one_format = layer.op == graph.layer[twin].op or not any(each.storage.is_float for each in asked)
+            if asked[0] != asked[1] and in_one_format:
+                raise UserError(
+                    f"the policy stores {layer.name} as {asked[0]} and {twin} as {asked[1]}, and they share one weight",
+                    fix="give both the same precision",
+                )
+    if policy.order != PRUNE_FIRST:
+        raise UserError(
+            f"the policy's order is {' then '.join(policy.order)}", fix=f"there is {' then '.join(PRUNE_FIRST)}"
+        )
+    return replace(
+        policy,
+        precisions=dict.fromkeys(offered, FP32) | dict(policy.precisions),
+        keep={group.name: group.total for group in graph.groups} | dict(policy.keep),
+    )
