@@ -29,7 +29,7 @@ from hirelc_deploy.config import POST_TRAINING_STEPS, ExportSettings
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.exporters import load_runtime
-from hirelc_deploy.policy import FP32, Policy
+from hirelc_deploy.policy import Policy
 from hirelc_deploy.profiles import Target, load_target
 from hirelc_deploy.rundir import RunFolder, write_atomic
 from hirelc_deploy.search import recipe as recipes
@@ -38,7 +38,8 @@ from hirelc_deploy.task import check_labels
 from hirelc_deploy.verify import judge, manifest as manifests
 from hirelc_deploy.verify.accuracy import Outputs
 from hirelc_deploy.verify.environment import environment
-from hirelc_deploy.verify.manifest import Artifact, LayerRecord, Manifest, Predicted, PredictionError
+from hirelc_deploy.verify.layers import layer_records
+from hirelc_deploy.verify.manifest import Artifact, Manifest, Predicted, PredictionError
 from hirelc_deploy.verify.measure import BASELINE_FILE, Measurement, measure
 from hirelc_deploy.workbench import Workbench
 
@@ -46,8 +47,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hirelc_deploy.checkpoint import Checkpoint
-    from hirelc_deploy.exporters._base import Exported, Stored
-    from hirelc_deploy.graph.model_graph import Layer, ModelGraph
+    from hirelc_deploy.graph.model_graph import ModelGraph
     from hirelc_deploy.task import Task
 
 POLICY_FILE = "policy.json"
@@ -116,7 +116,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             predicted=_predicted(choice),
             measured=seen.measured,
             error=PredictionError.between(_predicted(choice), seen.measured, agreement=seen.simulated_agreement),
-            layers=_layer_records(network, policy, exported, seen.runs_as),
+            layers=layer_records(network, policy, exported, seen.runs_as),
             search=manifests.SearchRecord(
                 method=_method(settings),
                 evaluations=len(choice.evaluations),
@@ -179,27 +179,6 @@ def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" =
         }
     )
     return _judged(folder, again, allow_estimates=allow_estimates)
-
-
-def gate(folder: Path, budget: Budget, *, allow_estimates: bool = False) -> Outcome:
-    """Judge an artifact folder as it lies there, by `budget` or, if that is empty, by the limits of its manifest."""
-    verdict = judge.gate(folder, budget, allow_estimates)
-    manifest = manifests.read(folder)
-    judged = manifest.model_copy(
-        update={
-            "checks": verdict.checks,
-            "verdict": verdict.word,
-            "budget": budget if budget.given else manifest.budget,
-        }
-    )
-    return Outcome(folder, judged, verdict.status)
-
-
-def report(folder: Path) -> Outcome:
-    """Write report.html again from the manifest, which is not judged anew."""
-    manifest = manifests.read(folder)
-    reports.write(manifest, folder)
-    return Outcome(folder, manifest, ExitStatus.OK)
 
 
 def demo(out: Path, *, resume: bool = False) -> Outcome:
@@ -332,40 +311,6 @@ def _judged(folder: Path, manifest: Manifest, *, allow_estimates: bool) -> Outco
     manifests.write(judged, folder)
     reports.write(judged, folder)
     return Outcome(folder, judged, verdict.status)
-
-
-def _layer_records(
-    network: "ModelGraph", policy: Policy, exported: "Exported", runs_as: Mapping[str, str | None]
-) -> tuple[LayerRecord, ...]:
-    shapes = graph.shapes_after(network, policy.keep)
-    return tuple(
-        _layer_record(layer, shapes.get(layer.weight), policy, exported.layers.get(layer.name), runs_as)
-        for layer in network.layers
-    )
-
-
-def _layer_record(
-    layer: "Layer",
-    shape: tuple[int, ...] | None,
-    policy: Policy,
-    stored: "Stored | None",
-    runs_as: Mapping[str, str | None],
-) -> LayerRecord:
-    precision = policy.precisions.get(layer.name, FP32)
-    transposed = layer.op.startswith("ConvTranspose")
-    kept = 0 if shape is None else shape[1] * layer.conv_groups if transposed else shape[0]
-    return LayerRecord(
-        name=layer.name,
-        op=layer.op,
-        kept=kept,
-        of=layer.out_channels,
-        storage=str(precision.storage),
-        encoding=None if stored is None else stored.encoding,
-        compute=str(precision.compute),
-        weight_bytes=0 if stored is None else stored.bytes,
-        runs_as=runs_as.get(layer.name),
-        tensor=None if stored is None else stored.tensor,
-    )
 
 
 def _predicted(choice: Choice) -> Predicted:

@@ -17,7 +17,6 @@ from exporting import DigitNet, digits, export, policy_of, quick_target, random_
 from torch import Tensor, nn
 
 from hirelc_deploy import graph, pipeline
-from hirelc_deploy.budget import Budget
 from hirelc_deploy.cli import main
 from hirelc_deploy.compress.batchnorm import reestimate
 from hirelc_deploy.compress.importance import scores
@@ -25,7 +24,7 @@ from hirelc_deploy.compress.prune import prune
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.policy import FP32, INT8, Policy
 from hirelc_deploy.task import ArraySource, Batch
-from hirelc_deploy.verify import accuracy, manifest as manifests
+from hirelc_deploy.verify import accuracy, judge, manifest as manifests
 from hirelc_deploy.verify.measure import Measurement
 
 # Points between the score that the search believed and the file's, both on the search split.
@@ -407,7 +406,7 @@ def test_gate_passes_as_exported_and_fails_when_one_byte_is_another(
     copied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["gate", str(copied)]) == ExitStatus.OK
-    assert pipeline.gate(copied, Budget()).manifest.verdict == "pass"
+    assert judge.gate(copied, None, False).word == "pass"
     file = copied / "model.onnx"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -415,8 +414,8 @@ def test_gate_passes_as_exported_and_fails_when_one_byte_is_another(
     capsys.readouterr()
     assert main(["gate", str(copied)]) == ExitStatus.BUDGET_MISSED
     assert "sha256" in capsys.readouterr().out
-    outcome = pipeline.gate(copied, Budget())
-    assert (outcome.status, outcome.manifest.verdict) == (ExitStatus.BUDGET_MISSED, "fail")
+    verdict = judge.gate(copied, None, False)
+    assert (verdict.status, verdict.word) == (ExitStatus.BUDGET_MISSED, "fail")
 
 
 @pytest.mark.parametrize(
