@@ -217,6 +217,7 @@ class Workbench:
             largest=self.largest,
             graph=self.graph,
             kept=pruned.kept,
+            progress=self._progress,
         )
         return model, grids
 

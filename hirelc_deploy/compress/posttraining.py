@@ -38,6 +38,15 @@ BLOCK_COLUMNS = 64
 """Columns whose errors reach the rest in one product."""
 
 
+Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[], Any]]]
+"""`progress(what, steps)` gives a context manager that yields what is called after each step."""
+
+
+@contextlib.contextmanager
+def _unseen(what: str, steps: int) -> Iterator[Callable[[], None]]:
+    yield lambda: None
+
+
 @dataclass(frozen=True)
 class PostTraining:
     """The steps that are taken; without any, weights are rounded to nearest."""
@@ -62,10 +71,12 @@ def post_train(
     largest: int,
     graph: ModelGraph,
     kept: Kept | None = None,
+    progress: Progress = _unseen,
 ) -> dict[str, Grid]:
     """Put the weights of a model that has its norms folded on grids that are fitted to it, in place; gives the grids.
 
-    `graph` and `kept` say which channels belong together, as `equalise` takes them.
+    `graph` and `kept` say which channels belong together, as `equalise` takes them; feeding back errors is what takes
+    long, and so what `progress` is told of.
     """
     if all(precision.storage.is_float for precision in precisions.values()):
         return {}
@@ -75,7 +86,7 @@ def post_train(
     original = copy.deepcopy(model)
     grids = fitted(model, precisions, energies(model, precisions, batches()), largest=largest)
     if steps.feed_back:
-        feed_back_errors(model, precisions, grids, batches, largest=largest)
+        feed_back_errors(model, precisions, grids, batches, largest=largest, progress=progress)
     else:
         put_on(model, precisions, grids, largest=largest)
     if steps.correct_biases:
@@ -85,7 +96,13 @@ def post_train(
 
 @torch.no_grad()
 def feed_back_errors(
-    model: nn.Module, precisions: Mapping[str, Precision], grids: Mapping[str, Grid], batches: Batches, *, largest: int
+    model: nn.Module,
+    precisions: Mapping[str, Precision],
+    grids: Mapping[str, Grid],
+    batches: Batches,
+    *,
+    largest: int,
+    progress: Progress = _unseen,
 ) -> None:
     """Put the weights of a model that has its norms folded on these grids, layer by layer in the order of calls.
 
@@ -96,16 +113,18 @@ def feed_back_errors(
     original = copy.deepcopy(model)
     calls = _calls(model, grids, batches)
     put_on(model, precisions, {name: grid for name, grid in grids.items() if name not in calls}, largest=largest)
-    for name, times in calls.items():
-        precision = precisions[name]
-        own, cross = _moments(model, original, name, times, batches)
-        put = _OnGrid(
-            load_format(precision.storage.format),
-            precision.storage,
-            grids[name],
-            largest_integer(precision.compute, largest),
-        )
-        _feed_back(model.get_submodule(name), own, cross, put)
+    with progress("correcting weights", len(calls)) as advance:
+        for name, times in calls.items():
+            precision = precisions[name]
+            own, cross = _moments(model, original, name, times, batches)
+            put = _OnGrid(
+                load_format(precision.storage.format),
+                precision.storage,
+                grids[name],
+                largest_integer(precision.compute, largest),
+            )
+            _feed_back(model.get_submodule(name), own, cross, put)
+            advance()
 
 
 @torch.no_grad()
