@@ -30,7 +30,7 @@ LEVELS = 255
 MOVES = {"MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
 """Operators whose outputs are some of their inputs: the grid stays the same."""
 
-INTEGER = {"Add", "GlobalAveragePool", "AveragePool", "Concat"}
+INTEGER = {"Add", "Mul", "Sigmoid", "LeakyRelu", "GlobalAveragePool", "AveragePool", "Concat"}
 """Operators with an integer kernel of their own, used where all that they read comes from integers."""
 
 ACTIVATIONS = {"Relu", "Clip"}

@@ -99,6 +99,22 @@ class NormAndActivation(nn.BatchNorm2d):
         return F.relu(super().forward(x))
 
 
+class Gated(nn.Module):
+    """SiLU and squeeze-and-excitation, as EfficientNet has them, and a leaky ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.squeeze = nn.Conv2d(8, 4, 1)
+        self.excite = nn.Conv2d(4, 8, 1)
+        self.last = nn.Conv2d(8, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.stem(x))
+        gate = torch.sigmoid(self.excite(F.silu(self.squeeze(x.mean((2, 3), keepdim=True)))))
+        return F.leaky_relu(self.last(x * gate), 0.1)
+
+
 class NormsThatStay(nn.Module):
     """One whose input is read elsewhere, one that is called as a function, and beside them one that is folded."""
 
@@ -189,6 +205,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, np.ndarray]]] = {
     ),
     "3-D conv": (lambda: nn.Sequential(nn.Conv3d(3, 8, 2), nn.BatchNorm3d(8), nn.ReLU()), {"x": floats(3, 4, 4, 4)}),
     "norms that stay": (NormsThatStay, {"x": floats(3, 8, 8)}),
+    "gated": (Gated, {"x": floats(3, 8, 8)}),
     "attention": (lambda: networks.build("attention").model, {"x": floats(6, 8)}),
 }
 
@@ -453,6 +470,18 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     residual = case_of("residual")
     again = Case.of(residual.model, residual.inputs)
     assert write(residual, INT8, tmp_path)[0].data == write(again, INT8, tmp_path)[0].data
+
+
+def test_gates_between_integer_layers_have_integer_kernels(tmp_path: Path) -> None:
+    network = case_of("gated")
+    _, path = write(network, INT8, tmp_path)
+    operators = optimised_operators(path, tmp_path)
+    assert operators.count("QLinearSigmoid") == 3
+    assert operators.count("QLinearMul") == 3
+    assert operators.count("QLinearLeakyRelu") == 1
+    assert "DequantizeLinear" not in operators[:-1]
+    found = RUNTIME.load(path, threads=1).run(network.inputs)
+    assert relative_error(found, reference(network.model, network.inputs)) < INT8_TOLERANCE
 
 
 ADD_OF_RESIDUAL = "Add of conv2.0, stem.0"
