@@ -170,10 +170,16 @@ def _bank(members: Sequence[tuple[int, Weight]], tensor: Constant, tables: _Tabl
             integers = _typed(_unpack(weight, piece, own, nodes), weight, nodes)
         found[i] = Decoded(
             _in_shape(integers, weight, nodes),
-            f"{bits}-bit codes" + (f", {len(members)} layers together" if len(members) > 1 else ""),
+            _in_words(weight) + (f", {len(members)} layers together" if len(members) > 1 else ""),
             plane_bytes(len(weight.packed.codes), bits) + table_bytes + weight.packed.scale.nbytes,
         )
     return found
+
+
+def _in_words(weight: Weight) -> str:
+    """4-bit codes, or 16-bit codes of 4 weights."""
+    together = prod(weight.shape) // len(weight.packed.codes)
+    return f"{weight.packed.code_bits}-bit codes" + (f" of {together} weights" if together > 1 else "")
 
 
 def _plain(weight: Weight, tensor: Constant, nodes: Nodes) -> Decoded:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class Layout:
 
     codes: int
     code_bits: int
-    """1 to 8."""
+    """1 to 16."""
     scale: tuple[int, ...]
     """() or (channels,)."""
     tables: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Packed:
     """A weight as it is stored."""
 
     codes: np.ndarray
-    """uint8, (codes,), each below 2 ** code_bits."""
+    """(codes,), each below 2 ** code_bits; uint8, or uint16 where they have more than 8 bits."""
     code_bits: int
     tables: Mapping[str, np.ndarray]
     """int8 or uint8, by role."""
@@ -164,12 +164,17 @@ class Format(ABC):
         """Zeros of the shapes that `pack` gives: the size of a file is told with them."""
         layout = self.layout(channels, columns, storage)
         return Packed(
-            codes=np.zeros(layout.codes, np.uint8),
+            codes=np.zeros(layout.codes, code_type(layout.code_bits)),
             code_bits=layout.code_bits,
             tables={role: np.zeros(shape, np.int8) for role, shape in layout.tables.items()},
             scale=np.zeros(layout.scale, np.float32),
             integers=np.zeros((channels, columns), np.int8),
         )
+
+
+def code_type(bits: int) -> type[np.unsignedinteger[Any]]:
+    """Of an array of codes with so many bits."""
+    return np.uint8 if bits <= 8 else np.uint16
 
 
 def largest_integer(compute: Compute, largest: int) -> int:

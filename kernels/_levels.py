@@ -14,6 +14,7 @@ from hirelc_deploy.kernels._base import (
     Layout,
     Nodes,
     Packed,
+    code_type,
     floored,
     scale_shape,
     scaled_alike,
@@ -93,7 +94,7 @@ class Levels(Format):
         together = codes_in_one(rows.numel(), storage.bits)
         codes = self.nearest(_in_steps(rows, grid), levels).reshape(-1, together).numpy()
         return Packed(
-            codes=(codes << _places(storage.bits, together)).sum(1).astype(np.uint8),
+            codes=(codes << _places(storage.bits, together)).sum(1).astype(code_type(together * storage.bits)),
             code_bits=together * storage.bits,
             tables=tables,
             scale=grid["scale"].detach().numpy().reshape(scale_shape(len(rows), storage.granularity)),
@@ -126,14 +127,17 @@ class Levels(Format):
         """What a code stands for: one level, or as many as it holds codes, (codes, together)."""
         import onnx_ir as ir
 
-        digits = _digits(storage.bits, together)
+        in_byte = min(together, max(1, 8 // storage.bits))
+        digits = _digits(storage.bits, in_byte)
         if levels is None:
             known = self.levels(storage, {}, largest=INT8_MAX).numpy().astype(np.int8)
             known = np.pad(known, (0, 2**storage.bits - len(known)))  # a code that is never used stands for 0
-            return nodes.constant(known[digits] if together > 1 else known)
-        if together == 1:
+            table = nodes.constant(known[digits] if together > 1 else known)
+        elif together == 1:
             return levels
-        return nodes.op("Gather", levels, nodes.op("Cast", nodes.constant(digits), to=int(ir.DataType.INT32)))
+        else:
+            table = nodes.op("Gather", levels, nodes.op("Cast", nodes.constant(digits), to=int(ir.DataType.INT32)))
+        return table if together == in_byte else _twice(table, len(digits), in_byte, nodes)
 
     def part(self, grid: Grid, columns: slice) -> Grid:
         if "multiplier" not in grid:
@@ -210,14 +214,31 @@ def _in_steps(rows: "Tensor", grid: Grid) -> "Tensor":
     return rows / (grid["scale"] if multiplier is None else grid["scale"] * multiplier)
 
 
+def _twice(table: "ir.Value", codes: int, levels: int, nodes: Nodes) -> "ir.Value":
+    """From what a code stands for to what two of them do that make one, the first in its lower bits.
+
+    Made when a session loads, since it is as large as the file of a small network: (codes, levels) to
+    (codes * codes, 2 * levels).
+    """
+    whole = nodes.constant(np.array([codes, codes, levels], np.int64))
+    first, second = (
+        nodes.op("Expand", nodes.op("Reshape", table, nodes.constant(np.array(shape, np.int64))), whole)
+        for shape in ([1, codes, levels], [codes, 1, levels])
+    )
+    together = nodes.op("Concat", first, second, axis=2)
+    return nodes.op("Reshape", together, nodes.constant(np.array([codes * codes, 2 * levels], np.int64)))
+
+
 def codes_in_one(weights: int, bits: int) -> int:
-    """How many neighbouring codes of a large weight are stored as one of up to 8 bits.
+    """How many neighbouring codes of a large weight are stored as one of up to 16 bits.
 
     A look-up takes as long for several levels as for one: 10 ns on an AMD EPYC, so that a file with 25 million 4-bit
     weights would load a quarter of a second later.
     """
-    together = 8 // bits
-    return together if weights >= LARGE and weights % together == 0 else 1
+    in_byte = max(1, 8 // bits)
+    if weights < LARGE or bits == 8:
+        return 1
+    return next((together for together in (2 * in_byte, in_byte) if weights % together == 0), 1)
 
 
 def _places(bits: int, together: int) -> np.ndarray:

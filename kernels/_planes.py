@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits as bytes: planes of 4, 2 and 1 bits, each of which fills its bytes.
+"""Codes of 1 to 16 bits as bytes: planes of 8, 4, 2 and 1 bits, each of which fills its bytes.
 
 A 3-bit code has its upper two bits in one plane and the lowest in another.  A byte holds the bits of codes that lie a
 fixed distance apart, so that one shift of all bytes by several amounts gives all codes in order.
@@ -18,8 +18,8 @@ WIDTHS = (4, 2, 1)
 
 
 def planes(bits: int) -> tuple[int, ...]:
-    """The widths that make up a code, highest bits first: 3 = 2 + 1; a code of 8 bits is a byte."""
-    return (8,) if bits == 8 else tuple(width for width in WIDTHS if bits & width)
+    """The widths that make up a code, highest bits first: 3 = 2 + 1, 12 = 8 + 4."""
+    return (8, *planes(bits - 8)) if bits >= 8 else tuple(width for width in WIDTHS if bits & width)
 
 
 def padded(codes: int, bits: int) -> int:
@@ -34,21 +34,22 @@ def plane_bytes(codes: int, bits: int) -> int:
 
 
 def split(codes: np.ndarray, bits: int) -> list[np.ndarray]:
-    """The planes of uint8 codes (n,), each (bytes,)."""
-    filled = np.zeros(padded(len(codes), bits), np.uint8)
+    """The planes of codes (n,), which are uint8, or uint16 above 8 bits; each is uint8 (bytes,)."""
+    filled = np.zeros(padded(len(codes), bits), codes.dtype)
     filled[: len(codes)] = codes
     below = bits
     stored = []
     for width in planes(bits):
         below -= width
         part = (filled >> below) & (2**width - 1)
-        by_shift = part.reshape(8 // width, -1) << _shifts(width)
+        by_shift = part.astype(np.uint8).reshape(8 // width, -1) << _shifts(width)
         stored.append(np.bitwise_or.reduce(by_shift, axis=0).astype(np.uint8))
     return stored
 
 
 def join(stored: Sequence["ir.Value"], bits: int, nodes: "Nodes") -> "ir.Value":
     """Nodes from planes to codes: int32, (padded,)."""
+    wide = bits > 8  # in bytes as long as they hold a code: whatever is cast to int32 takes four times the memory
     code: ir.Value | None = None
     for plane, width in zip(stored, planes(bits), strict=True):
         part = plane
@@ -56,12 +57,17 @@ def join(stored: Sequence["ir.Value"], bits: int, nodes: "Nodes") -> "ir.Value":
             shifted = nodes.op("BitShift", plane, nodes.constant(_shifts(width)), direction="RIGHT")
             masked = nodes.op("BitwiseAnd", shifted, nodes.constant(np.array(2**width - 1, np.uint8)))
             part = nodes.op("Reshape", masked, nodes.constant(np.array([-1], np.int64)))
-        if code is not None:
+        if wide:
+            part = nodes.op("Cast", part, to=_INT32)
+        if code is not None and wide:
+            above = nodes.op("Mul", code, nodes.constant(np.array(2**width, np.int32)))
+            part = nodes.op("Add", above, part)
+        elif code is not None:
             above = nodes.op("BitShift", code, nodes.constant(np.array(width, np.uint8)), direction="LEFT")
             part = nodes.op("BitwiseOr", above, part)
         code = part
     assert code is not None
-    return nodes.op("Cast", code, to=_INT32)
+    return code if wide else nodes.op("Cast", code, to=_INT32)
 
 
 def _shifts(width: int) -> np.ndarray:

@@ -117,9 +117,13 @@ def test_the_encodings_that_are_compared_are_different_ones() -> None:
     weights = [Noise(*shape, Precision(Storage("int", 4, PerChannel()), Compute.FP32)) for shape in SHAPES]
     found = {name: decoded(weights, limits)[1] for name, limits in ENCODINGS.items()}
     assert found["together"] == ["4-bit codes, 8 layers together"] * len(weights)
-    assert set(found["each alone"]) == {"4-bit codes", "8-bit codes"}
+    assert set(found["each alone"]) == {"8-bit codes of 2 weights", "16-bit codes of 4 weights", "4-bit codes"}
     assert found["plain"] == ["int8"] * len(weights)
-    assert set(found["codes"]) == {"4-bit codes, 3 layers together", "8-bit codes"}
+    assert set(found["codes"]) == {
+        "4-bit codes, 3 layers together",
+        "8-bit codes of 2 weights",
+        "16-bit codes of 4 weights",
+    }
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------

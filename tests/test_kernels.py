@@ -16,7 +16,7 @@ from torch import Tensor
 from hirelc_deploy import graph, kernels
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.kernels import format_names, load_format
-from hirelc_deploy.kernels._base import INT8_MAX, LARGE, SCALE_FLOOR, Nodes, Packed, from_rows, rows_of
+from hirelc_deploy.kernels._base import INT8_MAX, LARGE, SCALE_FLOOR, Nodes, Packed, code_type, from_rows, rows_of
 from hirelc_deploy.kernels._planes import join, padded, plane_bytes, split
 from hirelc_deploy.policy import Compute, PerChannel, PerTensor, Precision, Storage
 
@@ -259,12 +259,12 @@ def test_a_weight_is_made_of_its_rows_again(shape: list[int], axis: int) -> None
 # -- planes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", range(1, 17))
 @settings(max_examples=50)
 @given(data=st.data())
 def test_planes_are_joined_to_the_codes_that_were_split(bits: int, data: st.DataObject) -> None:
     codes = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=1, max_size=70))
-    stored = split(np.array(codes, np.uint8), bits)
+    stored = split(np.array(codes, code_type(bits)), bits)
     assert sum(plane.nbytes for plane in stored) == plane_bytes(len(codes), bits)
     (joined,) = one_layer.evaluate(lambda nodes: [join([nodes.constant(plane) for plane in stored], bits, nodes)])
     assert joined.tolist() == codes + [0] * (padded(len(codes), bits) - len(codes))
