@@ -171,7 +171,11 @@ class Workbench:
     def _made(self, policy: Policy, name: str) -> bytes:
         """Weights and grids to be saved."""
         pruned = self._pruned(policy)
-        model, grids = self._fine_tuned(pruned, policy, name) if self._fine_tuning.epochs else self._fit(pruned, policy)
+        if self._fine_tuning.epochs:
+            model, grids = self._fine_tuned(pruned, policy, name)
+            put_on(model, policy.precisions, grids, largest=self.largest)
+        else:
+            model, grids = self._corrected(pruned, policy)
         tensors = dict(model.state_dict())
         for layer, grid in grids.items():
             tensors |= {f"{GRID}{layer}/{role}": values for role, values in grid.items()}
@@ -180,33 +184,51 @@ class Workbench:
         )
 
     def _fine_tuned(self, pruned: Pruned, policy: Policy, name: str) -> tuple[nn.Module, dict[str, Grid]]:
+        """Trained under the formats.
+
+        With all channels there, a network that was corrected is near where it should be: it is trained gently from
+        there, as it will be stored.  Once channels are gone there is much to learn, and BatchNorm helps with it.
+        """
+        if not self._is_smaller(pruned):
+            model, grids = self._corrected(pruned, policy)
+            settings = replace(self._fine_tuning, rate=self._fine_tuning.gentle_rate)
+            return (model, self._distilled(model, policy, grids, {}, settings, name)) if grids else (model, grids)
         model = pruned.model
         reestimate(model, self._calibration.tensors())
         norms = present(self._norms, model)
-        grids = self._fitted(model, policy, norms)
+        grids = self._distilled(model, policy, self._fitted(model, policy, norms), norms, self._fine_tuning, name)
+        return self._folded(model), grids
+
+    def _distilled(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        grids: dict[str, Grid],
+        norms: Pairs,
+        settings: FineTuning,
+        name: str,
+    ) -> dict[str, Grid]:
+        """Train a model in place, and what of its grids can be trained; the grids."""
         with simulated(model, policy.precisions, grids, largest=self.largest, norms=norms) as simulation:
             simulation.calibrate(self._calibration.tensors())
-            with self._progress("fine-tuning", self._fine_tuning.epochs) as advance:
+            with self._progress("fine-tuning", settings.epochs) as advance:
                 distil(
                     model,
                     self._teacher,
                     self.task,
                     simulation,
-                    self._fine_tuning,
+                    settings,
                     settle=lambda: reestimate(model, self._calibration.tensors()),
                     checkpoints=self.run,
                     name=name,
                     advance=advance,
                 )
-            grids = simulation.weight_grids()
-        model = self._folded(model)
-        put_on(model, policy.precisions, grids, largest=self.largest)
-        return model, grids
+            return simulation.weight_grids()
 
-    def _fit(self, pruned: Pruned, policy: Policy) -> tuple[nn.Module, dict[str, Grid]]:
+    def _corrected(self, pruned: Pruned, policy: Policy) -> tuple[nn.Module, dict[str, Grid]]:
         """What can be done without training."""
-        gone = any(len(pruned.kept[group.name]) < group.total for group in self.graph.groups)
-        if gone and "statistics" in self._post_training:  # with all channels there, they are what training has left
+        # with all channels there, statistics are what training has left
+        if self._is_smaller(pruned) and "statistics" in self._post_training:
             reestimate(pruned.model, self._calibration.tensors())
         model = self._folded(pruned.model)
         grids = post_train(
@@ -220,6 +242,9 @@ class Workbench:
             progress=self._progress,
         )
         return model, grids
+
+    def _is_smaller(self, pruned: Pruned) -> bool:
+        return any(len(pruned.kept[group.name]) < group.total for group in self.graph.groups)
 
     def _fitted(self, model: nn.Module, policy: Policy, norms: Pairs) -> dict[str, Grid]:
         layers = [name for name, precision in policy.precisions.items() if not precision.storage.is_float]

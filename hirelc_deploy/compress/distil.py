@@ -43,6 +43,8 @@ class FineTuning:
     seed: int = 0
     rate: float = 2e-3
     """Peak of Adam's rate; it rises linearly, then falls along a cosine to zero."""
+    gentle_rate: float = 5e-4
+    """The same for a network that lacks no channel, and has only to get used to its formats."""
     weight_decay: float = 1e-4
     task_weight: float = 0.5
     """Weight of the task's own loss beside the distance to the original's outputs."""
