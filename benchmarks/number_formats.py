@@ -3,7 +3,7 @@
     python benchmarks/number_formats.py build wide            files, post-training only
     python benchmarks/number_formats.py build wide --epochs 1 files, fine-tuned for so long
     python benchmarks/number_formats.py measure wide          what there is, in one run
-    python benchmarks/number_formats.py write                 docs/number-formats.md from the result files
+    python benchmarks/number_formats.py write                 docs/number-formats.md and the README's table of them
 
 Nothing is pruned: the gain is that of the formats alone.  Building may share the machine and goes on where it was
 killed; for measuring it should be quiet.  Files go to out/benchmarks/number_formats, the figures of a network to
@@ -217,10 +217,45 @@ def section(network: str, record: Mapping[str, Any]) -> str:
             plain,
             "same" if row["same_graph_as_plain"] else "**other**",
             _drop(row),
-            "-" if after is None else f"{_drop(after)}, {after['epochs']} epoch{'s' * (after['epochs'] > 1)}",
+            "-" if after is None else f"{_drop(after)}, {_epochs(after['epochs'])}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- formats -->\n", "<!-- end of formats -->\n"
+HIGHLIGHTS = ("int8/int8", "int4/int8", "int4/fp32", "int3/fp32", "int2/fp32", "vector1/fp32")
+
+
+def with_highlights(readme: str) -> str:
+    """The README with some rows of `wide` between its marks: fine-tuned where that was run."""
+    record = json.loads((RESULTS / "number_formats_wide.json").read_text())
+    lines = [
+        "| every layer of `wide` | file | smaller | faster | drop, points [95 %] | trained |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in HIGHLIGHTS:
+        storage, _, compute = name.rpartition("/")
+        rows = [row for row in record["rows"] if (row["storage"], row["compute"]) == (storage, compute)]
+        # not the better one: that would be chosen on the test images
+        last, timed = max(rows, key=lambda row: row["epochs"]), next(row for row in rows if row["speedup"])
+        cells = (
+            f"{storage}, computed in {compute}",
+            f"{last['size_bytes'] / 1000:.1f} KB",
+            f"{last['compression']:.1f} ×",
+            f"{timed['speedup']:.2f} ×",
+            _drop(last),
+            _epochs(last["epochs"]) if last["epochs"] else "no",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    head, _, rest = readme.partition(BEGIN)
+    table = "\n".join([*lines, ""])
+    return f"{head}{BEGIN}{table}{END}{rest.partition(END)[2]}"
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'s' * (count > 1)}"
 
 
 def _drop(row: Mapping[str, Any]) -> str:
@@ -240,6 +275,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.step == "write":
         PAGE.write_text(page(), encoding="utf-8")
+        README.write_text(with_highlights(README.read_text(encoding="utf-8")), encoding="utf-8")
         return
     for network in options.networks:
         if options.step == "build":

@@ -93,3 +93,4 @@ def test_the_page_of_number_formats_is_that_of_the_result_files(monkeypatch: pyt
     import number_formats
 
     assert (ROOT / "docs" / "number-formats.md").read_text(encoding="utf-8") == number_formats.page()
+    assert number_formats.with_highlights(README) == README
