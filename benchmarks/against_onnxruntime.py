@@ -11,7 +11,6 @@ benchmarks/results/against_onnxruntime.json.
 
 import argparse
 import logging
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -282,8 +281,8 @@ def measure(bench: Workbench, files: Mapping[str, Candidate], seconds: float) ->
     runtime = load_runtime("onnxruntime")
     sessions = {name: runtime.load(file.path, threads=1) for name, file in files.items()}
     times = timing.interleave(sessions, example(bench.task, 1), seconds=seconds)
-    # scores take all cores: a product is cut by rows, and so no sum has another order
-    scored = {name: runtime.load(file.path, threads=os.cpu_count() or 1) for name, file in files.items()}
+    # threads of one's own wait for each other by spinning: on a busy machine more of them take longer
+    scored = {name: runtime.load(file.path, threads=1) for name, file in files.items()}
     outputs, targets = accuracy.side_by_side(scored, bench.task.test)
     first = next(iter(files))
     rows = []

@@ -12,7 +12,6 @@ benchmarks/results/number_formats_NETWORK.json.
 
 import argparse
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,8 +113,8 @@ def measure(network: str, out: Path, seconds: float) -> dict[str, Any]:
     times = timing.interleave(
         {name: runtime.load(files[name], threads=1) for name in timed}, example(task, 1), seconds=seconds
     )
-    # scores take all cores: a product is cut by rows, and so no sum has another order
-    sessions = {name: runtime.load(path, threads=os.cpu_count() or 1) for name, path in files.items()}
+    # threads of one's own wait for each other by spinning: on a busy machine more of them take longer
+    sessions = {name: runtime.load(path, threads=1) for name, path in files.items()}
     outputs, targets = accuracy.side_by_side(sessions, task.test)
     rows = []
     for name, (storage, compute, epochs) in known.items():
