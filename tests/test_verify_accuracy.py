@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.task import ArraySource, Classification, Task
-from hirelc_deploy.verify.accuracy import compare, outputs, paired_interval
+from hirelc_deploy.verify.accuracy import compare, outputs, paired_interval, side_by_side
 
 EXAMPLES, CLASSES = 2000, 4
 
@@ -121,3 +121,19 @@ def test_scoring_needs_no_torch_of_its_own() -> None:
     """`verify` runs on devices; what it imports is what has to be installed there."""
     code = "import sys, hirelc_deploy.verify.accuracy, hirelc_deploy.verify.timing; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_sessions_and_outputs_may_have_any_name() -> None:
+    class Session:
+        def __init__(self, factor: float) -> None:
+            self.factor = factor
+
+        def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {"head/0": self.factor * inputs["x"], "1": inputs["x"]}
+
+    x, y = np.arange(6.0).reshape(3, 2), np.arange(3)
+    apart, targets = side_by_side({"int4/fp32": Session(2.0), "int4": Session(3.0)}, [({"x": x}, y)])
+    assert targets.tolist() == y.tolist()
+    for name, factor in (("int4/fp32", 2.0), ("int4", 3.0)):
+        assert apart[name].keys() == {"head/0", "1"}
+        assert np.array_equal(apart[name]["head/0"], factor * x)

@@ -60,16 +60,17 @@ def side_by_side(
 
     def run_all(inputs: "Arrays") -> dict[str, np.ndarray]:
         return {
-            f"{which}/{name}": array
-            for which, session in sessions.items()
+            f"{number}/{name}": array
+            for number, session in enumerate(sessions.values())
             for name, array in session.run(inputs).items()
         }
 
+    names = list(sessions)
     together, targets = outputs(run_all, batches)
     apart: dict[str, dict[str, np.ndarray]] = {which: {} for which in sessions}
     for key, array in together.items():
-        which, _, name = key.partition("/")
-        apart[which][name] = array
+        number, _, name = key.partition("/")
+        apart[names[int(number)]][name] = array
     return apart, targets
 
 
