@@ -229,7 +229,10 @@ HIGHLIGHTS = ("int8/int8", "int4/int8", "int4/fp32", "int3/fp32", "int2/fp32", "
 
 def with_highlights(readme: str) -> str:
     """The README with some rows of `wide` between its marks: fine-tuned where that was run."""
-    record = json.loads((RESULTS / "number_formats_wide.json").read_text())
+    path = RESULTS / "number_formats_wide.json"
+    if not path.exists():
+        return readme
+    record = json.loads(path.read_text())
     lines = [
         "| every layer of `wide` | file | smaller | faster | drop, points [95 %] | trained |",
         "| --- | --- | --- | --- | --- | --- |",
