@@ -1,21 +1,8 @@
-"""What a session makes of a file before it runs."""
+"""What a session has made of a file, compared."""
 
-import tempfile
 from hashlib import sha256
-from pathlib import Path
 
 import onnx
-import onnxruntime as ort
-
-
-def optimised(path: Path) -> onnx.GraphProto:
-    """The graph that is run."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = ort.SessionOptions()
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        options.log_severity_level = 3
-        ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
-        return onnx.load(options.optimized_model_filepath).graph
 
 
 def shape_of(graph: onnx.GraphProto) -> list[str]:

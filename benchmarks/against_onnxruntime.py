@@ -22,7 +22,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from _bench import RESULTS, save, workbench
-from _graphs import optimised
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
@@ -37,6 +36,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from hirelc_deploy.cpu import cpu_flags, has_dot_product
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._compact import shorten, to_bytes
+from hirelc_deploy.exporters.onnxruntime import optimised
 from hirelc_deploy.search.recipe import Recipe
 from hirelc_deploy.task import Task
 from hirelc_deploy.verify import accuracy, timing
@@ -302,7 +302,7 @@ def measure(bench: Workbench, files: Mapping[str, Candidate], seconds: float) ->
                 accuracy=compared.after,
                 drop_points=compared.drop,
                 drop_ci95=compared.drop_ci95,
-                runs_as=kernels(optimised(file.path)),
+                runs_as=kernels(optimised(file.path, threads=1)),
             )
         )
     return rows

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from _bench import RESULTS, save
-from _graphs import optimised, shape_of
+from _graphs import shape_of
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
@@ -28,6 +28,7 @@ from hirelc_deploy.compress.fold import fold, foldable
 from hirelc_deploy.compress.grids import fitted
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.exporters import load_runtime
+from hirelc_deploy.exporters.onnxruntime import optimised
 from hirelc_deploy.kernels import vector
 from hirelc_deploy.policy import FP32, INT8, Compute, PerChannel, Precision, Storage
 from hirelc_deploy.profiles import load_target
@@ -176,7 +177,7 @@ def measure(name: str, paths: Mapping[str, Path], *, loads: int, seconds: float)
     loaded, empty_mib = load_in_turns(paths, loads)
     sessions = {what: runtime.load(path, threads=1) for what, path in paths.items()}
     times = timing.interleave(sessions, next(images(1, 1)), seconds=seconds)
-    graphs = {what: optimised(path) for what, path in paths.items()}
+    graphs = {what: optimised(path, threads=1) for what, path in paths.items()}
     shapes = {what: shape_of(graph) for what, graph in graphs.items()}
     cpu_s = {what: statistics.median(load.cpu_s for load in each) for what, each in loaded.items()}
     rows = []

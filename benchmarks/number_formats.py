@@ -19,9 +19,10 @@ from typing import Any
 
 import post_training
 from _bench import RESULTS, ROOT, save, workbench
-from _graphs import optimised, shape_of
+from _graphs import shape_of
 
 from hirelc_deploy.exporters import load_runtime
+from hirelc_deploy.exporters.onnxruntime import optimised
 from hirelc_deploy.rundir import write_atomic
 from hirelc_deploy.search.recipe import Recipe
 from hirelc_deploy.verify import accuracy, timing
@@ -106,7 +107,7 @@ def measure(network: str, out: Path, seconds: float) -> dict[str, Any]:
         name = f"{storage}/{compute}" + (f" after {epochs} epochs" if epochs else "")
         files[name], known[name] = path, (storage, compute, epochs)
     runtime = load_runtime("onnxruntime")
-    shapes = {name: shape_of(optimised(path)) for name, path in files.items()}
+    shapes = {name: shape_of(optimised(path, threads=1)) for name, path in files.items()}
     with workbench(network, folder / "measuring") as bench:
         task = bench.task
     timed = [name for name in files if name == BASELINE or known[name][2] == 0]

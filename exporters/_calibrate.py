@@ -1,12 +1,14 @@
 """The range of an activation, from one pass over the calibration data and in memory that does not grow with it."""
 
 import math
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
 import numpy as np
 
-from hirelc_deploy.exporters._qdq import Range
+LEVELS = 255
+"""Steps of an activation's uint8 grid."""
 
 BINS = 2048
 """At least half are in use, zero always inside: four or more to a step of the grid that spans them."""
@@ -25,6 +27,23 @@ SHRUNK = tuple(np.geomspace(1.0, 1 / 256, num=128).tolist())
 
 NOTHING = 1e-32
 """A span so narrow is taken for zero: the step of a range that MSE tries would be subnormal, or zero, in float32."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """What the values of a tensor span."""
+
+    low: float
+    high: float
+
+    def grid(self, *, nonnegative: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Scale and zero point, float32 and uint8 scalars, of a grid that spans the range and holds zero."""
+        low = 0.0 if nonnegative else min(self.low, 0.0)
+        span = max(self.high, 0.0) - low
+        scale = np.array(span / LEVELS if span > 0 else 1 / LEVELS, np.float32)
+        if span > 0 and float(scale) * LEVELS > span:  # rounded up: the grid must not end beyond the range
+            scale = np.nextafter(scale, np.float32(0))
+        return scale, np.array(np.clip(round(-low / float(scale)), 0, LEVELS), np.uint8)
 
 
 class Method(StrEnum):

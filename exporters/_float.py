@@ -206,6 +206,12 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     return value.const_value.numpy()
 
 
+def name_of(value: ir.Value) -> str:
+    """Every value of a float graph has a name."""
+    assert value.name is not None
+    return value.name
+
+
 def _drop_added_zeros(graph: ir.Graph) -> None:
     """x + 0 is x: what is left of a residual branch that is gone."""
     for node in list(graph):

@@ -4,13 +4,10 @@ A layer that computes in int8 reads a quantised input and has an int8 weight and
 also writes a quantised output, without which ONNX Runtime keeps it in float.  A tensor has one Q and one DQ,
 however many read it.  Activations are uint8 with a zero point, weights int8 and symmetric.
 
-`plan` decides which tensors those are from the graph alone, so that the size of a file can be told before
-anything is calibrated; `place` writes the nodes once the ranges are known.
+Which tensors those are is decided in `_plan`; `place` writes the nodes once the ranges are known.
 """
 
-import dataclasses
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,196 +15,16 @@ import onnx_ir as ir
 import torch
 
 from hirelc_deploy.exporters._base import Stored
-from hirelc_deploy.exporters._float import FloatGraph, constant, replace
+from hirelc_deploy.exporters._calibrate import Range
+from hirelc_deploy.exporters._float import FloatGraph, constant, name_of, replace
+from hirelc_deploy.exporters._plan import ACTIVATIONS, Held, Plan
 from hirelc_deploy.exporters._weights import Decoded, Weight, decode
 from hirelc_deploy.kernels import load_format
 from hirelc_deploy.kernels._base import Grid, largest_integer, rows_of
 from hirelc_deploy.policy import Compute, Precision
 
-LEVELS = 255
-"""Steps of an activation's uint8 grid."""
-
-MOVES = {"MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
-"""Operators whose outputs are some of their inputs: the grid stays the same."""
-
-INTEGER = {"Add", "Mul", "Sigmoid", "LeakyRelu", "GlobalAveragePool", "AveragePool", "Concat"}
-"""Operators with an integer kernel of their own, used where all that they read comes from integers."""
-
-ACTIVATIONS = {"Relu", "Clip"}
-"""What a kernel does on the way out: the tensor behind it is the one to quantise."""
-
-
 REQUANTISED = {"Conv", "ConvTranspose", "Gemm"}
 """Float layers whose weights ONNX Runtime rounds to int8 by itself if their input comes from DequantizeLinear."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """One tensor that is held in uint8."""
-
-    name: str
-    nonnegative: bool
-    """Its zero point is then 0, whatever the calibration saw."""
-    from_integers: bool
-    """An integer kernel writes it: there is no float original that a float reader could use instead."""
-    same_grid_as: str | None = None
-    """The tensor whose scale and zero point it shares."""
-    computed_by: str | None = None
-    """Where no layer writes it: what does, in words that hold for a pruned network as well."""
-    read_by: tuple[str, ...] = ()
-    """The int8 layers that read it."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The tensors to hold in uint8, in the order of the graph, and the nodes that read them as integers."""
-
-    tensors: Mapping[str, Held]
-    integer_nodes: frozenset[str]
-    """By the name of their first output."""
-
-    @property
-    def calibrated(self) -> list[str]:
-        """The tensors whose ranges have to be seen."""
-        return [name for name, tensor in self.tensors.items() if tensor.same_grid_as is None]
-
-    def readers(self, name: str) -> list[str]:
-        """The int8 layers that read a tensor, or one that shares its grid."""
-        alike = (tensor for tensor in self.tensors.values() if name in (tensor.name, tensor.same_grid_as))
-        return [layer for tensor in alike for layer in tensor.read_by]
-
-
-@dataclass(frozen=True)
-class Range:
-    """What the values of a tensor span."""
-
-    low: float
-    high: float
-
-    def grid(self, *, nonnegative: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Scale and zero point, float32 and uint8 scalars, of a grid that spans the range and holds zero."""
-        low = 0.0 if nonnegative else min(self.low, 0.0)
-        span = max(self.high, 0.0) - low
-        scale = np.array(span / LEVELS if span > 0 else 1 / LEVELS, np.float32)
-        if span > 0 and float(scale) * LEVELS > span:  # rounded up: the grid must not end beyond the range
-            scale = np.nextafter(scale, np.float32(0))
-        return scale, np.array(np.clip(round(-low / float(scale)), 0, LEVELS), np.uint8)
-
-
-def plan(graph: FloatGraph, precisions: Mapping[str, Precision], *, floats: Collection[str] = ()) -> Plan:
-    """Which tensors become uint8 so that every int8 layer of `precisions` has an integer kernel.
-
-    What is named in `floats` is computed in float, though it could be in integers (`Held.computed_by`).
-    """
-    integer_weights = {
-        weight: layer
-        for layer, weight in graph.weights.items()
-        if layer in precisions and precisions[layer].compute is Compute.INT8
-    }
-    planner = _Planner({weight: layer for layer, weight in graph.weights.items()}, frozenset(floats))
-    for node in graph.model.graph:
-        layer = next(
-            (integer_weights[x.name] for x in node.inputs if x is not None and x.name in integer_weights), None
-        )
-        if layer is not None:
-            planner.layer(node, layer)
-        elif node.op_type in INTEGER | MOVES:
-            planner.between(node)
-    return Plan(planner.tensors, frozenset(planner.integer_nodes))
-
-
-class _Planner:
-    def __init__(self, layer_of: Mapping[str, str], floats: frozenset[str]) -> None:
-        """`layer_of` gives the layer of each weight."""
-        self.tensors: dict[str, Held] = {}
-        self.integer_nodes: set[str] = set()
-        self.layer_of = layer_of
-        self.floats = floats
-
-    def layer(self, node: ir.Node, name: str) -> None:
-        """A layer that was decided to compute in int8."""
-        x = node.inputs[0]
-        assert x is not None
-        self.hold(x, from_integers=False)
-        held = self.tensors[_name(x)]
-        self.tensors[_name(x)] = dataclasses.replace(held, read_by=(*held.read_by, name))
-        self.integer_nodes.add(_name(node.outputs[0]))
-        if node.op_type == "Conv":
-            self.hold_output(node)
-
-    def between(self, node: ir.Node) -> None:
-        """An operator without weights: it stays in integers if all that it reads comes from integers."""
-        read = [x for x in node.inputs if x is not None]
-        if node.op_type in MOVES:
-            read = read[:1]  # the others are shapes
-        held = [self.tensors.get(_name(x)) for x in read]
-        first = held[0]
-        if first is None or not all(tensor is not None and tensor.from_integers for tensor in held):
-            return
-        computed_by = None
-        if node.op_type not in MOVES:
-            computed_by = f"{node.op_type} of {', '.join(sorted(self.sources(node)))}"
-        if computed_by in self.floats:
-            return
-        self.integer_nodes.add(_name(node.outputs[0]))
-        if node.op_type in MOVES:
-            self.hold(node.outputs[0], from_integers=True, same_grid_as=first.same_grid_as or first.name)
-        else:
-            self.hold_output(node, computed_by)
-
-    def sources(self, node: ir.Node) -> set[str]:
-        """The layers that an operator gets its values from, by way of operators without weights alone."""
-        found: set[str] = set()
-        pending, done = [node], {node}
-        while pending:
-            for x in pending.pop().inputs:
-                producer = None if x is None else x.producer()
-                if x is None or producer is None:
-                    continue
-                layers = {
-                    self.layer_of[_name(y)] for y in producer.inputs if y is not None and _name(y) in self.layer_of
-                }
-                found |= layers
-                if not layers and producer not in done:
-                    done.add(producer)
-                    pending.append(producer)
-        return found
-
-    def hold_output(self, node: ir.Node, computed_by: str | None = None) -> None:
-        """Hold what the node writes, behind the activation that its kernel takes along."""
-        output = node.outputs[0]
-        uses = list(output.uses())
-        if len(uses) == 1 and uses[0].node.op_type in ACTIVATIONS and not output.is_graph_output():
-            self.integer_nodes.add(_name(uses[0].node.outputs[0]))
-            output = uses[0].node.outputs[0]
-        self.hold(output, from_integers=True, computed_by=computed_by)
-
-    def hold(
-        self,
-        value: ir.Value,
-        *,
-        from_integers: bool,
-        same_grid_as: str | None = None,
-        computed_by: str | None = None,
-    ) -> None:
-        held = Held(_name(value), _nonnegative(value), from_integers, same_grid_as, computed_by)
-        self.tensors.setdefault(_name(value), held)
-
-
-def _nonnegative(value: ir.Value) -> bool:
-    """Whether the operators before it say that no value can be below zero."""
-    node = value.producer()
-    if node is None:
-        return False
-    if node.op_type in ("Relu", "Sigmoid", "Softmax"):
-        return True
-    if node.op_type == "Clip":
-        low = constant(node.inputs[1]) if len(node.inputs) > 1 else None
-        return low is not None and float(low) >= 0
-    if node.op_type in (MOVES | INTEGER) - {"Add"}:
-        read = node.inputs[:1] if node.op_type in MOVES else node.inputs
-        return all(x is not None and _nonnegative(x) for x in read)
-    return False
 
 
 def rounded(graph: FloatGraph, name: str, scale: np.ndarray, zero: np.ndarray) -> FloatGraph:
@@ -220,13 +37,7 @@ def rounded(graph: FloatGraph, name: str, scale: np.ndarray, zero: np.ndarray) -
         grid.append(ir.Value(name=f"{name}#{role}", const_value=ir.Tensor(array, name=f"{name}#{role}")))
         body.register_initializer(grid[-1])
     uses = list(value.uses())
-    quantise = ir.node("QuantizeLinear", [value, *grid])
-    dequantise = ir.node("DequantizeLinear", [quantise.outputs[0], *grid])
-    producer = value.producer()
-    if producer is None:
-        body.insert_before(body[0], [quantise, dequantise])
-    else:
-        body.insert_after(producer, [quantise, dequantise])
+    _, dequantise = _through_integers(body, value, grid)
     for use in uses:
         use.node.replace_input_with(use.idx, dequantise.outputs[0])
     return copied
@@ -254,7 +65,7 @@ def place(
     by_weight = None if grids is None else {weight: grids[layer_of[weight]] for weight in chosen}
     decoded = writer.weights(chosen, by_weight)
     return {
-        layer: Stored(_name(decoded[weight].value), decoded[weight].encoding, decoded[weight].bytes)
+        layer: Stored(name_of(decoded[weight].value), decoded[weight].encoding, decoded[weight].bytes)
         if weight in decoded
         else Stored(weight, "fp32 values", _bytes(writer.graph.initializers[weight]))
         for layer, weight in graph.weights.items()
@@ -267,7 +78,7 @@ class _Writer:
     def __init__(self, graph: FloatGraph, plan: Plan, ranges: Mapping[str, Range], largest: int) -> None:
         self.graph = graph.model.graph
         self.plan = plan
-        self.integer_nodes = {node for node in self.graph if _name(node.outputs[0]) in plan.integer_nodes}
+        self.integer_nodes = {node for node in self.graph if name_of(node.outputs[0]) in plan.integer_nodes}
         self.ranges = ranges
         self.largest = largest
         self.known: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
@@ -278,8 +89,8 @@ class _Writer:
         """By tensor the node that quantises it anew at every run."""
 
     def activations(self) -> None:
-        values = {_name(value): value for value in self.graph.inputs}
-        values |= {_name(value): value for node in self.graph for value in node.outputs}
+        values = {name_of(value): value for value in self.graph.inputs}
+        values |= {name_of(value): value for node in self.graph for value in node.outputs}
         for tensor in self.plan.tensors.values():
             self.activation(values[tensor.name], tensor)
 
@@ -293,13 +104,7 @@ class _Writer:
         grid = self.grids[source.name]
         uses = [use for use in value.uses() if tensor.from_integers or use.node in self.integer_nodes]
         source_value = self.before_activation(value, tensor)
-        quantise = ir.node("QuantizeLinear", [source_value, *grid])
-        dequantise = ir.node("DequantizeLinear", [quantise.outputs[0], *grid])
-        producer = source_value.producer()
-        if producer is None:
-            self.graph.insert_before(self.graph[0], [quantise, dequantise])
-        else:
-            self.graph.insert_after(producer, [quantise, dequantise])
+        quantise, dequantise = _through_integers(self.graph, source_value, grid)
         left_float = [use for use in uses if use.idx == 0 and self.must_stay_float(use.node)]
         for use in uses:
             use.node.replace_input_with(use.idx, dequantise.outputs[0])
@@ -361,8 +166,7 @@ class _Writer:
         value = self.graph.initializers[name]
         array = constant(value)
         assert array is not None
-        reader = next(iter(value.uses())).node
-        axis = output_axis(reader)
+        axis = output_axis(next(iter(value.uses())).node)
         numbers, storage = load_format(precision.storage.format), precision.storage
         rows = rows_of(torch.from_numpy(array.copy()), axis)
         if grids is None:
@@ -404,11 +208,7 @@ class _Writer:
         assert x is not None
         if x not in self.dynamic:
             self.dynamic[x] = ir.node("DynamicQuantizeLinear", [x], num_outputs=3)
-            producer = x.producer()
-            if producer is None:
-                self.graph.insert_before(self.graph[0], [self.dynamic[x]])
-            else:
-                self.graph.insert_after(producer, [self.dynamic[x]])
+            _insert_behind(self.graph, x, [self.dynamic[x]])
         codes, input_scale, zero = self.dynamic[x].outputs
         product = ir.node("MatMulInteger", [codes, integers, zero])
         as_float = ir.node("Cast", [product.outputs[0]], {"to": int(ir.DataType.FLOAT)})
@@ -473,6 +273,23 @@ class _Writer:
         return value
 
 
+def _through_integers(graph: ir.Graph, value: ir.Value, grid: Sequence[ir.Value]) -> tuple[ir.Node, ir.Node]:
+    """Q and DQ behind a value, on a grid of scale and zero point; nothing reads them yet."""
+    quantise = ir.node("QuantizeLinear", [value, *grid])
+    dequantise = ir.node("DequantizeLinear", [quantise.outputs[0], *grid])
+    _insert_behind(graph, value, [quantise, dequantise])
+    return quantise, dequantise
+
+
+def _insert_behind(graph: ir.Graph, value: ir.Value, nodes: Sequence[ir.Node]) -> None:
+    """As early as the value is there."""
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], nodes)
+    else:
+        graph.insert_after(producer, nodes)
+
+
 def output_axis(reader: ir.Node) -> int:
     """The axis of output channels of a weight, by the operator that reads it."""
     if reader.op_type == "Gemm":
@@ -483,8 +300,3 @@ def output_axis(reader: ir.Node) -> int:
 def _bytes(value: ir.Value) -> int:
     assert value.const_value is not None
     return value.const_value.nbytes
-
-
-def _name(value: ir.Value) -> str:
-    assert value.name is not None
-    return value.name

@@ -16,17 +16,17 @@ from torch import nn
 
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters._base import Arrays, Exported, RoundingErrors
-from hirelc_deploy.exporters._calibrate import Histogram, Method, range_of
+from hirelc_deploy.exporters._calibrate import Histogram, Method, Range, range_of
 from hirelc_deploy.exporters._compact import drop_unused, share, shorten, to_bytes
 from hirelc_deploy.exporters._float import FloatGraph, float_graph, weight_of
-from hirelc_deploy.exporters._qdq import Plan, Range, output_axis, place, plan, rounded
+from hirelc_deploy.exporters._plan import Plan, plan
+from hirelc_deploy.exporters._qdq import output_axis, place, rounded
 from hirelc_deploy.kernels._base import INT8_MAX, Grid
 from hirelc_deploy.policy import Precision
 
 COMPUTE_OF = {
-    **dict.fromkeys(["QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat"], "int8"),
+    **dict.fromkeys(["QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"], "int8"),
     **dict.fromkeys(["DynamicQuantizeMatMul", "ConvInteger"], "int8_dynamic"),
-    **dict.fromkeys(["MatMulInteger"], "int8"),
     **dict.fromkeys(["Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"], "fp32"),
     **dict.fromkeys(["Gather"], "fp32"),
 }
@@ -75,8 +75,7 @@ class OnnxRuntime:
 
         `seen` is what `observe` gave for the same layers and `floats`, for the ranges of int8 activations.
         """
-        chosen = {layer: precisions[layer] for layer in graph.weights if layer in precisions}
-        layout = plan(graph, chosen, floats=floats)
+        layout = plan(graph, precisions, floats=floats)
         if layout.calibrated and seen is None:
             raise ValueError(f"{len(layout.calibrated)} tensors have no range: observe first")
         found = {
@@ -84,7 +83,14 @@ class OnnxRuntime:
             for name in layout.calibrated
         }
         return _finish(
-            graph, chosen, layout, found, grids or {}, largest=largest, ir_version=ir_version, metadata=metadata or {}
+            graph,
+            precisions,
+            layout,
+            found,
+            grids or {},
+            largest=largest,
+            ir_version=ir_version,
+            metadata=metadata or {},
         )
 
     def observe(
@@ -96,16 +102,13 @@ class OnnxRuntime:
         floats: Collection[str] = (),
     ) -> dict[str, Histogram]:
         """The values of every tensor that int8 layers have in integers, from one pass with one batch in memory."""
-        layout = plan(
-            graph, {layer: precisions[layer] for layer in graph.weights if layer in precisions}, floats=floats
-        )
-        return _histograms(graph, layout.calibrated, calibration)
+        return _histograms(graph, plan(graph, precisions, floats=floats).calibrated, calibration)
 
     def rounding_errors(
         self, graph: FloatGraph, precisions: Mapping[str, Precision], examples: Sequence[Arrays]
     ) -> RoundingErrors:
         """What it would cost to round the int8 activations of a float graph, each alone."""
-        layout = plan(graph, {layer: precisions[layer] for layer in graph.weights if layer in precisions})
+        layout = plan(graph, precisions)
         seen = _histograms(graph, layout.calibrated, examples)
         original = _outputs(graph, examples)
         outputs = {value.name for value in graph.model.graph.outputs}
@@ -140,12 +143,11 @@ class OnnxRuntime:
         tensor on its shape alone.
         """
         small = _with_shapes(graph, shapes)
-        chosen = {layer: precisions[layer] for layer in small.weights if layer in precisions}
-        layout = plan(small, chosen, floats=floats)
+        layout = plan(small, precisions, floats=floats)
         # Any range will do, but a zero point is one byte whatever it is.
         ranges = dict.fromkeys(layout.calibrated, Range(-1.0, 1.0))
         exported = _finish(
-            small, chosen, layout, ranges, None, largest=INT8_MAX, ir_version=ir_version, metadata=metadata or {}
+            small, precisions, layout, ranges, None, largest=INT8_MAX, ir_version=ir_version, metadata=metadata or {}
         )
         return len(exported.data)
 
@@ -154,12 +156,7 @@ class OnnxRuntime:
 
     def runs_as(self, path: Path, tensors: Mapping[str, str], *, threads: int) -> dict[str, str | None]:
         """Layer -> `int8`, `int8_dynamic`, `fp32` or None, read from the graph that the session has optimised."""
-        with tempfile.TemporaryDirectory() as folder:
-            written = Path(folder) / "optimised.onnx"
-            options = _options(threads)
-            options.optimized_model_filepath = str(written)
-            _session(path, options)
-            return computes(onnx.load(path).graph, onnx.load(written).graph, tensors)
+        return computes(onnx.load(path).graph, optimised(path, threads=threads), tensors)
 
 
 class OnnxSession:
@@ -175,7 +172,9 @@ class OnnxSession:
 
 
 def _histograms(graph: FloatGraph, names: Sequence[str], calibration: Iterable[Arrays]) -> dict[str, Histogram]:
-    """The values of these tensors.  Raises ValueError without data."""
+    """The values of these tensors, where there are any.  Raises ValueError without data."""
+    if not names:
+        return {}
     probe = graph.copy()
     outputs = probe.model.graph.outputs
     inputs = {value.name for value in probe.model.graph.inputs}
@@ -194,7 +193,7 @@ def _histograms(graph: FloatGraph, names: Sequence[str], calibration: Iterable[A
         read = dict(zip(watched, session.run(watched, dict(batch)), strict=True)) if watched else {}
         for name, histogram in seen.items():
             histogram.add(np.asarray(batch[name] if name in inputs else read[name]))
-    if empty and names:
+    if empty:
         raise ValueError(f"no calibration data for {len(names)} tensors, {names[0]} among them")
     return seen
 
@@ -298,16 +297,25 @@ def _session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
         ) from error
 
 
-def computes(file: onnx.GraphProto, optimised: onnx.GraphProto, tensors: Mapping[str, str]) -> dict[str, str | None]:
-    """Layer -> what it computes in after optimisation; None where its node is not found again.
+def optimised(path: Path, *, threads: int) -> onnx.GraphProto:
+    """What a session makes of a file before it runs.  Raises UserError if it cannot be loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = _options(threads)
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        _session(path, options)
+        return onnx.load(options.optimized_model_filepath).graph
+
+
+def computes(file: onnx.GraphProto, session: onnx.GraphProto, tensors: Mapping[str, str]) -> dict[str, str | None]:
+    """Layer -> what it computes in after optimisation (`session`); None where its node is not found again.
 
     A node is found by the name of its weight, which optimising keeps, or of what the weight is decoded into,
     and otherwise by its output.
     """
     by_input: dict[str, str] = {}
     by_name: dict[str, str] = {}
-    quantised_at_run = {name for node in optimised.node if node.op_type == DYNAMIC for name in node.output}
-    for node in optimised.node:
+    quantised_at_run = {name for node in session.node if node.op_type == DYNAMIC for name in node.output}
+    for node in session.node:
         if node.op_type in COMPUTE_OF:
             compute = COMPUTE_OF[node.op_type]
             if compute == "int8" and node.input[0] in quantised_at_run:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from hirelc_deploy.exporters._calibrate import BINS, ONE_OUTSIDE_IN, Histogram, Method, range_of, squared_error
-from hirelc_deploy.exporters._qdq import Range
+from hirelc_deploy.exporters._calibrate import BINS, ONE_OUTSIDE_IN, Histogram, Method, Range, range_of, squared_error
 
 MANY = 50_000
 

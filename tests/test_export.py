@@ -20,8 +20,10 @@ from hirelc_deploy.compress.fold import fold, foldable
 from hirelc_deploy.compress.grids import fitted, put_on
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import Exported
+from hirelc_deploy.exporters._calibrate import Range
 from hirelc_deploy.exporters._float import FloatGraph
-from hirelc_deploy.exporters._qdq import Range, plan
+from hirelc_deploy.exporters._plan import plan
+from hirelc_deploy.exporters.onnxruntime import optimised
 from hirelc_deploy.kernels._base import Grid
 from hirelc_deploy.policy import INT8, Compute, PerChannel, PerGroup, PerTensor, Precision, Storage
 
@@ -376,7 +378,7 @@ def test_an_int8_network_runs_in_integers_wherever_it_can(case: str, tmp_path: P
 def test_between_integer_layers_nothing_goes_back_to_float(tmp_path: Path) -> None:
     """The residual sum and the pooling have integer kernels: one quantisation at the entry, none behind it."""
     _, path = write(case_of("residual"), INT8, tmp_path)
-    operators = optimised_operators(path, tmp_path)
+    operators = optimised_operators(path)
     assert operators.count("QuantizeLinear") == 1
     assert "QLinearAdd" in operators
     assert "QLinearGlobalAveragePool" in operators
@@ -475,7 +477,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_gates_between_integer_layers_have_integer_kernels(tmp_path: Path) -> None:
     network = case_of("gated")
     _, path = write(network, INT8, tmp_path)
-    operators = optimised_operators(path, tmp_path)
+    operators = optimised_operators(path)
     assert operators.count("QLinearSigmoid") == 3
     assert operators.count("QLinearMul") == 3
     assert operators.count("QLinearLeakyRelu") == 1
@@ -505,7 +507,7 @@ def test_what_is_computed_between_integer_layers_can_stay_in_float(tmp_path: Pat
         assert set(RUNTIME.runs_as(path, exported.tensors, threads=1).values()) == {"int8"}
         found = RUNTIME.load(path, threads=1).run(residual.inputs)
         assert relative_error(found, reference(residual.model, residual.inputs)) < INT8_TOLERANCE
-        operators[floats] = optimised_operators(path, tmp_path)
+        operators[floats] = optimised_operators(path)
     assert "QLinearAdd" in operators[()]
     assert "QLinearAdd" not in operators[ADD_OF_RESIDUAL,]
     assert "Add" in operators[ADD_OF_RESIDUAL,]
@@ -550,13 +552,6 @@ def test_a_range_holds_zero_and_its_grid_spans_it() -> None:
     assert zero == 0
 
 
-def optimised_operators(path: Path, folder: Path) -> list[str]:
-    """The operators that a session runs, by asking it for its graph."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
-    onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
-    return [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+def optimised_operators(path: Path) -> list[str]:
+    """The operators that a session runs."""
+    return [node.op_type for node in optimised(path, threads=1).node]

@@ -28,7 +28,7 @@ from hirelc_deploy.compress.simulate import RANGE_MOMENTUM, Simulation, StoredWe
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import Exported
 from hirelc_deploy.exporters._float import FloatGraph
-from hirelc_deploy.exporters._qdq import plan
+from hirelc_deploy.exporters._plan import plan
 from hirelc_deploy.graph import forward, trace
 from hirelc_deploy.graph.trial import jitter
 from hirelc_deploy.graph.vanish import Bypass, Gone
