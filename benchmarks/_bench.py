@@ -1,23 +1,31 @@
 """What the benchmarks on Fashion-MNIST have in common: a workbench for one of the example networks."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hirelc_deploy import checkpoint, console, datasets, graph
 from hirelc_deploy.compress.distil import FineTuning
+from hirelc_deploy.compress.posttraining import PostTraining
 from hirelc_deploy.config import POST_TRAINING_STEPS
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.profiles import load_target
 from hirelc_deploy.rundir import RunFolder
+from hirelc_deploy.task import Task
+from hirelc_deploy.verify.environment import environment
 from hirelc_deploy.workbench import Workbench
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "fashion_mnist"
 RESULTS = ROOT / "benchmarks" / "results"
 NETWORKS = ("wide", "small", "depthwise", "vit")
+
+
+def load_task(seed: int = 0) -> Task:
+    """Fashion-MNIST, as the example networks were trained on it."""
+    return datasets.load_task(f"{EXAMPLE}/task.py:task", seed=seed)
 
 
 @contextmanager
@@ -30,7 +38,7 @@ def workbench(
     post_training: tuple[str, ...] = POST_TRAINING_STEPS,
 ) -> Iterator[Workbench]:
     """A network as it was trained, on this machine; what was computed in the folder `run` before is not done again."""
-    task = datasets.load_task(f"{EXAMPLE}/task.py:task", seed=seed)
+    task = load_task(seed)
     file = EXAMPLE / "checkpoints" / f"{network}.safetensors"
     trained = checkpoint.load(f"{EXAMPLE}/networks.py:{network}", file)
     fingerprint = {"model": trained.sha256, "epochs": str(epochs), "cpu": " ".join(sorted(cpu_flags()))}
@@ -45,11 +53,22 @@ def workbench(
             folder,
             importance="l2",
             fine_tuning=FineTuning(epochs=epochs, seed=seed),
-            post_training=post_training,
+            post_training=PostTraining.of(post_training),
             threads=1,
             batch=1,
             progress=console.progress,
         )
+
+
+def machine() -> dict[str, Any]:
+    """Where figures are taken, one thread on the CPU clock, for a result file."""
+    return environment(threads=1, batch=1, clock="cpu").model_dump(mode="json")
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), ""])
 
 
 def save(record: Any, path: Path) -> None:

@@ -322,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return ExitStatus.USER_ERROR
         command = getattr(getattr(error, "ctx", None), "command_path", NAME)
         return _complain(UserError(error.format_message(), fix=f"{command} --help lists what can be given"))
-    except Exception:
+    except Exception:  # ours, whatever it is: shown whole, with a status that no other outcome has
         traceback.print_exc()
         print(f"{NAME} {__version__}: this is an error of the program, not yours; please report it.", file=sys.stderr)
         return ExitStatus.INTERNAL

@@ -25,7 +25,8 @@ from hirelc_deploy import (
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.choices import completed, search_space
 from hirelc_deploy.compress.distil import FineTuning
-from hirelc_deploy.config import POST_TRAINING_STEPS, ExportSettings
+from hirelc_deploy.compress.posttraining import PostTraining
+from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.exporters import load_runtime
@@ -216,7 +217,7 @@ def _workbench(
         run,
         importance="taylor" if settings.importance == "taylor" else "l2",
         fine_tuning=FineTuning(epochs=settings.epochs, seed=settings.seed),
-        post_training=POST_TRAINING_STEPS if settings.post_training is None else settings.post_training,
+        post_training=PostTraining() if settings.post_training is None else PostTraining.of(settings.post_training),
         threads=settings.threads,
         batch=settings.batch,
         progress=console.progress,

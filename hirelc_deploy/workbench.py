@@ -6,8 +6,7 @@ run folder before it is used, so that a run that was killed goes on with the sam
 
 import math
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from hirelc_deploy import __version__
 from hirelc_deploy.budget import Figures
 from hirelc_deploy.calibration import Calibration
-from hirelc_deploy.choices import search_space
+from hirelc_deploy.choices import kinds, search_space
 from hirelc_deploy.compress.batchnorm import reestimate
 from hirelc_deploy.compress.distil import FineTuning, Teacher, as_tensors, distil
 from hirelc_deploy.compress.fold import Pairs, fold, foldable, present
@@ -38,14 +37,14 @@ from hirelc_deploy.exporters._base import RoundingErrors
 from hirelc_deploy.graph import forward, shapes_after
 from hirelc_deploy.kernels._base import Grid
 from hirelc_deploy.policy import INT8, Compute, Policy, Precision
-from hirelc_deploy.search.computes import Kind, Times, fastest
+from hirelc_deploy.search.computes import Times, fastest
 from hirelc_deploy.search.space import Evaluation
 from hirelc_deploy.verify import accuracy, timing
 from hirelc_deploy.verify.measure import example
 
 if TYPE_CHECKING:
     from hirelc_deploy.exporters._base import Arrays, Exported, Session
-    from hirelc_deploy.graph.model_graph import Layer, ModelGraph
+    from hirelc_deploy.graph.model_graph import ModelGraph
     from hirelc_deploy.profiles import Target
     from hirelc_deploy.rundir import RunFolder
     from hirelc_deploy.task import Task
@@ -103,15 +102,12 @@ class Workbench:
         *,
         importance: Method,
         fine_tuning: FineTuning,
-        post_training: Sequence[str],
+        post_training: PostTraining,
         threads: int,
         batch: int,
         progress: Callable[[str, int], Any],
     ) -> None:
-        """`post_training` are the steps that are taken without fine-tuning, of POST_TRAINING_STEPS.
-
-        `progress(what, steps)` gives a context manager that yields what is called after each step.
-        """
+        """`progress(what, steps)` gives a context manager that yields what is called after each step."""
         self.model = model.eval()
         self.task = task
         self.graph = graph
@@ -228,13 +224,13 @@ class Workbench:
     def _corrected(self, pruned: Pruned, policy: Policy) -> tuple[nn.Module, dict[str, Grid]]:
         """What can be done without training."""
         # with all channels there, statistics are what training has left
-        if self._is_smaller(pruned) and "statistics" in self._post_training:
+        if self._is_smaller(pruned) and self._post_training.statistics:
             reestimate(pruned.model, self._calibration.tensors())
         model = self._folded(pruned.model)
         grids = post_train(
             model,
             policy.precisions,
-            PostTraining.of(self._post_training),
+            self._post_training,
             self._calibration.few,
             largest=self.largest,
             graph=self.graph,
@@ -299,8 +295,7 @@ class Workbench:
         How ranges of activations are chosen is decided by the score of the file on the search split.
         """
         graph = self._float_graph(model)
-        computes = {precision.compute for precision in policy.precisions.values()}
-        methods = self.runtime.range_methods if Compute.INT8 in computes else ()
+        methods = self.runtime.range_methods if _has_integers(policy) else ()
         if not methods:
             return Written(self._file(graph, policy, grids), {})
         seen = self._observed(graph, policy, self._calibration.arrays())
@@ -314,7 +309,7 @@ class Workbench:
         return Written(file(best), found)
 
     def _observed(self, graph: Any, policy: Policy, inputs: "Iterable[Arrays]") -> Any:
-        """What activations span on these inputs; for a file that is only timed or weighed a few do."""
+        """What activations span on these inputs."""
         return self.runtime.observe(graph, policy.precisions, inputs, floats=self._in_float(policy))
 
     def _file(
@@ -377,35 +372,41 @@ class Workbench:
 
     def _in_float(self, policy: Policy) -> frozenset[str]:
         """What stays in float between the policy's int8 layers: rounded to 8 bits it would change the outputs."""
-        if Compute.INT8 not in {precision.compute for precision in policy.precisions.values()}:
+        if not _has_integers(policy):
             return frozenset()
         return frozenset(name for name, error in self.rounding_errors.between.items() if error > ROUNDS_BADLY)
 
+    @property
+    def _rounding_badly(self) -> frozenset[str]:
+        """The layers whose inputs 8 bits do not hold."""
+        return frozenset(layer for layer, error in self.rounding_errors.inputs.items() if error > ROUNDS_BADLY)
+
     def notes_on_rounding(self, policy: Policy) -> tuple[str, ...]:
         """For people: the activations of int8 layers that 8 bits do not hold, and what became of them."""
-        left = self._in_float(policy)
-        named = {name: f"{name} stays in float" for name in sorted(left)}
-        named |= {
-            layer: f"what {layer} reads would be better off in float (compute=fp32 for that layer)"
+        if not _has_integers(policy):
+            return ()
+        errors = self.rounding_errors
+        left = [(errors.between[name], f"{name} stays in float") for name in sorted(self._in_float(policy))]
+        better_off = [
+            (errors.inputs[layer], f"what {layer} reads would be better off in float (compute=fp32 for that layer)")
             for layer, precision in policy.precisions.items()
-            if precision.compute is Compute.INT8 and self.rounding_errors.inputs.get(layer, 0.0) > ROUNDS_BADLY
-        }
-        errors = {**self.rounding_errors.inputs, **self.rounding_errors.between} if named else {}
+            if precision.compute is Compute.INT8 and layer in self._rounding_badly
+        ]
         return tuple(
-            f"{what}: rounding it to 8 bits changes the outputs by {100 * errors[name]:.2g} % of their variance"
-            for name, what in named.items()
+            f"{what}: rounding it to 8 bits changes the outputs by {100 * error:.2g} % of their variance"
+            for error, what in (*left, *better_off)
         )
 
     @cached_property
     def rounding_errors(self) -> RoundingErrors:
         """Of the original's activations, each alone, on a few train examples."""
+        found = self.run.step("rounding errors", lambda: asdict(self._rounding_errors()))
+        return RoundingErrors(**found)
+
+    def _rounding_errors(self) -> RoundingErrors:
         in_integers = {name: INT8 for name, offered in self.space.layers.items() if INT8 in offered}
         examples = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in self._calibration.few()]
-        found = self.run.step(
-            "rounding errors",
-            lambda: asdict(self.runtime.rounding_errors(self._original_graph, in_integers, examples)),
-        )
-        return RoundingErrors(**found)
+        return self.runtime.rounding_errors(self._original_graph, in_integers, examples)
 
     def _skeleton(self, gone: frozenset[str]) -> Any:
         """The float graph without these branches, everything else at full width."""
@@ -423,8 +424,11 @@ class Workbench:
         model = self._folded(self._pruned(policy).model)
         grids = fitted(model, policy.precisions, {}, largest=self.largest)
         put_on(model, policy.precisions, grids, largest=self.largest)
-        graph = self._float_graph(model)
-        return self._file(graph, policy, grids, self._observed(graph, policy, [self.task.example]))
+        return self._drafted(self._float_graph(model), policy, grids)
+
+    def _drafted(self, graph: Any, policy: Policy, grids: Mapping[str, Grid]) -> "Exported":
+        """A file whose ranges are those of one example: neither bytes nor speed depend on them."""
+        return self._file(graph, policy, grids, self._observed(graph, policy, [example(self.task, 1)]))
 
     def fastest_computes(self, keep: Mapping[str, int]) -> dict[str, Compute]:
         """What each layer computes in so that the network is fastest with these counts of units.
@@ -432,32 +436,10 @@ class Workbench:
         Integers are left out for a layer whose input 8 bits do not hold.
         """
         found = self.run.step(
-            f"fastest/{Policy({}, keep).digest()}", lambda: fastest(self._kinds(keep), self._times(keep))
+            f"fastest/{Policy({}, keep).digest()}",
+            lambda: fastest(kinds(self.graph, self.space, keep, self._rounding_badly), self._times(keep)),
         )
         return {layer: Compute(compute) for layer, compute in found.items()}
-
-    def _kinds(self, keep: Mapping[str, int]) -> list[Kind]:
-        """Layers that are alike in all that their time depends on, those with most arithmetic first."""
-        shapes = shapes_after(self.graph, keep)
-        alike: dict[Hashable, list[Layer]] = defaultdict(list)
-        for layer in self.graph.layers:
-            if layer.weight in shapes:
-                places = (layer.op, shapes[layer.weight], layer.stride, layer.input_shape)
-                twins = tuple(sorted((layer.name, *layer.shares_weight_with)))
-                alike[twins if len(twins) > 1 else places].append(layer)
-        kinds = sorted(alike.values(), key=lambda layers: -sum(layer.macs for layer in layers))
-        return [Kind(tuple(layer.name for layer in layers), self._computes_for(layers)) for layers in kinds]
-
-    def _computes_for(self, layers: "Sequence[Layer]") -> tuple[Compute, ...]:
-        """What all of these layers can compute in, fp32 first."""
-        each = [{precision.compute for precision in self.space.layers[layer.name]} for layer in layers]
-        rounds_well = all(self.rounding_errors.inputs.get(layer.name, 0.0) <= ROUNDS_BADLY for layer in layers)
-        offered = dict.fromkeys(precision.compute for precision in self.space.layers[layers[0].name])
-        return tuple(
-            compute
-            for compute in offered
-            if compute is Compute.FP32 or (rounds_well and all(compute in computes for computes in each))
-        )
 
     def _times(self, keep: Mapping[str, int]) -> Times:
         """Times files of the network with these counts, its weights in 8 bits where they are not floats."""
@@ -468,13 +450,12 @@ class Workbench:
         def file(computes: Mapping[str, Compute]) -> "Exported":
             in_integers = {name: c for name, c in computes.items() if c is not Compute.FP32}
             policy = Policy({name: Precision(INT8.storage, c) for name, c in in_integers.items()}, keep)
-            return self._file(graph, policy, grids, self._observed(graph, policy, [example(self.task, 1)]))
+            return self._drafted(graph, policy, grids)
 
         def times(candidates: Sequence[Mapping[str, Compute]]) -> list[float]:
             with self._loaded({str(i): file(computes) for i, computes in enumerate(candidates)}) as sessions:
                 seen = timing.interleave(sessions, example(self.task, self._batch), seconds=PREDICTION_SECONDS)
-            by_cpu = timing.clock_for(self._threads) == "cpu"
-            return [each.cpu_p50_ms if by_cpu else each.latency_ms()["p50"] for each in seen.values()]
+            return [each.p50_ms(timing.clock_for(self._threads)) for each in seen.values()]
 
         return times
 
@@ -486,9 +467,14 @@ class Workbench:
         return {
             "size_bytes": self.predicted_bytes(policy),
             # one thread's CPU time is its wall clock on an idle machine, and close to that on a busy one
-            "latency_ms": times["policy"].cpu_p50_ms if clock == "cpu" else times["policy"].latency_ms()["p50"],
+            "latency_ms": times["policy"].p50_ms(clock),
             "speedup": speedup.value,
         }
+
+
+def _has_integers(policy: Policy) -> bool:
+    """Whether activations are on grids that calibration chooses."""
+    return any(precision.compute is Compute.INT8 for precision in policy.precisions.values())
 
 
 def torch_session(model: nn.Module) -> Callable[["Arrays"], dict[str, Any]]:

@@ -127,7 +127,7 @@ class Levels(Format):
         """What a code stands for: one level, or as many as it holds codes, (codes, together)."""
         import onnx_ir as ir
 
-        in_byte = min(together, max(1, 8 // storage.bits))
+        in_byte = min(together, _in_byte(storage.bits))
         digits = _digits(storage.bits, in_byte)
         if levels is None:
             known = self.levels(storage, {}, largest=INT8_MAX).numpy().astype(np.int8)
@@ -235,10 +235,14 @@ def codes_in_one(weights: int, bits: int) -> int:
     A look-up takes as long for several levels as for one: 10 ns on an AMD EPYC, so that a file with 25 million 4-bit
     weights would load a quarter of a second later.
     """
-    in_byte = max(1, 8 // bits)
     if weights < LARGE or bits == 8:
         return 1
-    return next((together for together in (2 * in_byte, in_byte) if weights % together == 0), 1)
+    return next((together for together in (2 * _in_byte(bits), _in_byte(bits)) if weights % together == 0), 1)
+
+
+def _in_byte(bits: int) -> int:
+    """How many codes a byte holds whole."""
+    return 8 // bits or 1
 
 
 def _places(bits: int, together: int) -> np.ndarray:

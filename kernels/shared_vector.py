@@ -6,8 +6,8 @@ Weights are in units of each channel's own spread before they are compared, so t
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hirelc_deploy.kernels._base import Grid, spread
-from hirelc_deploy.kernels.vector import MAX_WORD, Vector, as_vectors, k_means, word_length
+from hirelc_deploy.kernels._base import Grid
+from hirelc_deploy.kernels.vector import Vector, as_vectors, book_for, scale_for, unit_and_cost, word_length
 from hirelc_deploy.policy import Storage
 
 if TYPE_CHECKING:
@@ -30,16 +30,16 @@ class SharedVector(Vector):
     ) -> list[Grid]:
         import torch
 
-        units = [spread(rows.detach(), storage.granularity) for rows in weights]
-        vectors, costs = [], []
-        for rows, unit, energy in zip(weights, units, energies, strict=True):
-            cost = ((rows.new_ones(()) if energy is None else energy) * unit.square()).broadcast_to(rows.shape)
+        units, vectors, costs = [], [], []
+        for rows, energy in zip(weights, energies, strict=True):
+            unit, cost = unit_and_cost(rows.detach(), storage, energy)
             # what an error costs in one layer says nothing of what it costs in another: each counts by its size alone
             mean = cost.mean()
+            units.append(unit)
             vectors.append(as_vectors(rows.detach() / unit, word_length(storage)))
             costs.append(as_vectors(cost / mean if mean > 0 else torch.ones_like(cost), word_length(storage)))
-        book = (k_means(torch.cat(vectors), torch.cat(costs), 2**CODE_BITS) / MAX_WORD).clamp(-1, 1)
-        return [{"scale": unit * (MAX_WORD / largest), "book": book} for unit in units]
+        book = book_for(torch.cat(vectors), torch.cat(costs), 2**CODE_BITS)
+        return [{"scale": scale_for(unit, largest), "book": book} for unit in units]
 
     def code_bits(self, weights: int, storage: Storage) -> int:
         return CODE_BITS

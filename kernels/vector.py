@@ -46,12 +46,10 @@ class Vector(Format):
 
     def fit(self, rows: "Tensor", storage: Storage, *, largest: int, energy: "Tensor | None" = None) -> Grid:
         rows = rows.detach()
-        unit = spread(rows, storage.granularity)
-        cost = (rows.new_ones(()) if energy is None else energy) * unit.square()
-        words = 2 ** self.code_bits(rows.numel(), storage)
-        vectors, costs = (as_vectors(x, word_length(storage)) for x in (rows / unit, cost.broadcast_to(rows.shape)))
-        book = (k_means(vectors, costs, words) / MAX_WORD).clamp(-1, 1)
-        return {"scale": unit * (MAX_WORD / largest), "book": book}
+        unit, cost = unit_and_cost(rows, storage, energy)
+        vectors, costs = (as_vectors(x, word_length(storage)) for x in (rows / unit, cost))
+        book = book_for(vectors, costs, 2 ** self.code_bits(rows.numel(), storage))
+        return {"scale": scale_for(unit, largest), "book": book}
 
     def integers(self, rows: "Tensor", grid: Grid, storage: Storage, *, largest: int) -> "Tensor":
         book = self._book(grid, largest)
@@ -141,7 +139,23 @@ def as_vectors(rows: "Tensor", length: int) -> "Tensor":
     return F.pad(flat, (0, -len(flat) % length)).reshape(-1, length)
 
 
-def k_means(vectors: "Tensor", cost: "Tensor", words: int) -> "Tensor":
+def unit_and_cost(rows: "Tensor", storage: Storage, energy: "Tensor | None") -> tuple["Tensor", "Tensor"]:
+    """What weights are measured in, and what a squared error in those units costs, as `rows`."""
+    unit = spread(rows, storage.granularity)
+    return unit, ((rows.new_ones(()) if energy is None else energy) * unit.square()).broadcast_to(rows.shape)
+
+
+def scale_for(unit: "Tensor", largest: int) -> "Tensor":
+    """What an integer of the book is worth."""
+    return unit * (MAX_WORD / largest)
+
+
+def book_for(vectors: "Tensor", cost: "Tensor", words: int) -> "Tensor":
+    """(words, length), in units of the largest integer."""
+    return (_k_means(vectors, cost, words) / MAX_WORD).clamp(-1, 1)
+
+
+def _k_means(vectors: "Tensor", cost: "Tensor", words: int) -> "Tensor":
     """Centres (words, length) by Lloyd's algorithm; a centre that nothing is near to takes the worst vector's place."""
     import torch
 

@@ -17,9 +17,10 @@ from exporting import hasten
 from torch import Tensor, nn
 
 from hirelc_deploy import workbench
-from hirelc_deploy.choices import completed, search_space
+from hirelc_deploy.choices import completed, kinds, search_space
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.compress.grids import put_on
+from hirelc_deploy.compress.posttraining import PostTraining
 from hirelc_deploy.config import POST_TRAINING_STEPS
 from hirelc_deploy.console import Advance
 from hirelc_deploy.errors import UserError
@@ -128,7 +129,7 @@ def opened(
             run,
             importance="l2",
             fine_tuning=FineTuning(epochs=epochs),
-            post_training=post_training,
+            post_training=PostTraining.of(post_training),
             threads=1,
             batch=1,
             progress=silent,
@@ -444,7 +445,8 @@ def test_integers_are_no_choice_for_a_layer_whose_input_rounds_badly(
     with opened("tokens", tmp_path) as bench:
         monkeypatch.setattr(bench, "rounding_errors", RoundingErrors({}, {"inner": 0.5, "outer": 1e-6}))
         keep = {group.name: group.total for group in bench.graph.groups}
-        offered = {layer: kind.offered for kind in bench._kinds(keep) for layer in kind.layers}
+        found = kinds(bench.graph, bench.space, keep, bench._rounding_badly)
+        offered = {layer: kind.offered for kind in found for layer in kind.layers}
     assert offered["inner"] == (Compute.FP32,)
     assert set(offered["outer"]) == {Compute.FP32, Compute.INT8, Compute.INT8_DYNAMIC}
 

@@ -51,6 +51,8 @@ def _unseen(what: str, steps: int) -> Iterator[Callable[[], None]]:
 class PostTraining:
     """The steps that are taken; without any, weights are rounded to nearest."""
 
+    statistics: bool = True
+    """BatchNorm's, estimated again where channels are gone: before norms are folded, and so not in `post_train`."""
     equalise: bool = True
     feed_back: bool = True
     correct_biases: bool = True
@@ -59,7 +61,12 @@ class PostTraining:
     def of(cls, names: Iterable[str]) -> "PostTraining":
         """The steps with these names, as POST_TRAINING_STEPS of the settings has them."""
         chosen = set(names)
-        return cls(equalise="equalise" in chosen, feed_back="feed-back" in chosen, correct_biases="biases" in chosen)
+        return cls(
+            statistics="statistics" in chosen,
+            equalise="equalise" in chosen,
+            feed_back="feed-back" in chosen,
+            correct_biases="biases" in chosen,
+        )
 
 
 def post_train(

@@ -72,6 +72,10 @@ class Timing:
             return np.array([visit.cpu_ms for visit in self.visits])
         return np.array([np.median(visit.wall_ms) for visit in self.visits])
 
+    def p50_ms(self, clock: Clock) -> float:
+        """The median on one clock: of the rounds by CPU time, of single runs by the wall."""
+        return self.cpu_p50_ms if clock == "cpu" else self.latency_ms()["p50"]
+
     def latency_ms(self) -> dict[str, float]:
         """Wall clock at p50, p90 and p99, as a manifest holds it."""
         p50, p90, p99 = np.percentile(self.wall_ms, (50, 90, 99)).tolist()
