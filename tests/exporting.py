@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def hasten() -> None:
     workbench.PREDICTION_SECONDS = 0.05
     read = getattr(getattr(_registration, "ONNXRegistry", None), "from_torchlib", None)
     if read is not None and not hasattr(read, "cache_info"):
-        _registration.ONNXRegistry.from_torchlib = staticmethod(functools.cache(read))  # type: ignore
+        _registration.ONNXRegistry.from_torchlib = staticmethod(functools.cache(read))
 
 
 class DigitNet(nn.Module):
@@ -85,6 +86,13 @@ def trained_digit_net() -> nn.Module:
     # the running averages of so few steps lag behind: with them the network gets 59 % right
     reestimate(model, ({"input": torch.from_numpy(inputs["input"])} for inputs, _ in task.train))
     return model.eval()
+
+
+def relative_error(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
+    """The largest over all outputs of |found - wanted| / |wanted| (Frobenius norms)."""
+    assert found.keys() == wanted.keys()
+    # behind a ReLU one example may be all zeros, in both or not at all
+    return max(float(np.linalg.norm(found[n] - wanted[n]) / (np.linalg.norm(wanted[n]) or 1.0)) for n in wanted)
 
 
 def random_task(*, source: type[ArraySource] = ArraySource, batch: int = 32, **shapes: tuple[int, ...]) -> Any:

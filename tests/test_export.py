@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from exporting import hasten
+from exporting import hasten, relative_error
 from torch import Tensor, nn
 
 from hirelc_deploy import graph
@@ -284,13 +284,6 @@ def write(
 
 def is_layer(module: nn.Module) -> bool:
     return isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1
-
-
-def relative_error(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
-    assert found.keys() == wanted.keys()
-    # behind a ReLU one example may be all zeros, in both or not at all
-    errors = [np.linalg.norm(found[n] - wanted[n]) / (np.linalg.norm(wanted[n]) or 1.0) for n in wanted]
-    return float(max(errors))
 
 
 @pytest.mark.parametrize("case", [*LAYERS, *NETWORKS])

@@ -13,7 +13,17 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from exporting import DigitNet, digits, export, policy_of, quick_target, random_task, trained_digit_net, write_policy
+from exporting import (
+    DigitNet,
+    digits,
+    export,
+    policy_of,
+    quick_target,
+    random_task,
+    relative_error,
+    trained_digit_net,
+    write_policy,
+)
 from torch import Tensor, nn
 
 from hirelc_deploy import graph, pipeline
@@ -71,11 +81,6 @@ class Recorded:
         simulated = next(outputs for in_torch, batches, outputs in self.passes if in_torch and batches is task.search)
         files = [outputs for in_torch, batches, outputs in self.passes if not in_torch and batches is task.search]
         return simulated, files[-1]
-
-
-def relative_error(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
-    assert found.keys() == wanted.keys()
-    return max(float(np.linalg.norm(found[name] - wanted[name]) / np.linalg.norm(wanted[name])) for name in wanted)
 
 
 def run_file(folder: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from exporting import hasten
+from exporting import hasten, relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -145,11 +145,6 @@ def run_simulated(
     with torch.no_grad(), simulated(model, precisions, grids, largest=LARGEST, norms=pairs) as simulation:
         simulation.calibrate([case.inputs])
         return {name: output.numpy() for name, output in forward(model, case.inputs).items()}
-
-
-def relative_error(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> float:
-    assert found.keys() == wanted.keys()
-    return max(float(np.linalg.norm(found[n] - wanted[n]) / np.linalg.norm(wanted[n])) for n in wanted)
 
 
 @pytest.mark.parametrize(
