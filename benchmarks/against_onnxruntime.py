@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from _bench import RESULTS, save, workbench
+from _bench import RESULTS, machine, markdown, save, workbench
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
@@ -40,7 +40,6 @@ from hirelc_deploy.exporters.onnxruntime import optimised
 from hirelc_deploy.search.recipe import Recipe
 from hirelc_deploy.task import Task
 from hirelc_deploy.verify import accuracy, timing
-from hirelc_deploy.verify.environment import environment
 from hirelc_deploy.verify.measure import example
 from hirelc_deploy.workbench import Workbench
 
@@ -325,12 +324,9 @@ def kernels(graph: onnx.GraphProto) -> dict[str, int]:
 
 def table(network: str, rows: Sequence[Row]) -> str:
     """In Markdown."""
-    lines = [
-        f"| {network} | file | smaller | faster [95 %] | accuracy | drop, points [95 %] | layers run as |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        cells = (
+    head = (network, "file", "smaller", "faster [95 %]", "accuracy", "drop, points [95 %]", "layers run as")
+    cells = (
+        (
             row.what if row.tool == "none" else f"{row.tool}: {row.what}",
             f"{row.size_bytes / 1000:.1f} KB",
             f"{row.compression:.1f} ×",
@@ -339,8 +335,9 @@ def table(network: str, rows: Sequence[Row]) -> str:
             f"{row.drop_points:.2f} [{row.drop_ci95[0]:.2f}, {row.drop_ci95[1]:.2f}]",
             "; ".join(f"{count} {kernel}" for kernel, count in row.runs_as.items()),
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+        for row in rows
+    )
+    return markdown(head, cells)
 
 
 def main() -> None:
@@ -352,7 +349,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable(logging.WARNING)  # the tools' hints, which `quant_pre_process` has answered
     record: dict[str, Any] = {
-        "machine": environment(threads=1, batch=1, clock="cpu").model_dump(mode="json"),
+        "machine": machine(),
         "test_images": None,
         "calibration_images_of_other_tools": CALIBRATION_EXAMPLES,
         "stripping": "every file has short names and no metadata, value_info or docs; size_bytes_as_written is before",

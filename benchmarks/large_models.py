@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _bench import RESULTS, save
+from _bench import RESULTS, machine, markdown, save
 from _graphs import shape_of
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
@@ -33,7 +33,6 @@ from hirelc_deploy.kernels import vector
 from hirelc_deploy.policy import FP32, INT8, Compute, PerChannel, Precision, Storage
 from hirelc_deploy.profiles import load_target
 from hirelc_deploy.verify import timing
-from hirelc_deploy.verify.environment import environment
 
 RESULT = RESULTS / "large_models.json"
 PIXELS = 224
@@ -210,13 +209,12 @@ def measure(name: str, paths: Mapping[str, Path], *, loads: int, seconds: float)
 
 def table(name: str, rows: Sequence[Row]) -> str:
     """In Markdown."""
-    lines = [
-        f"| {name} | file | smaller | load, CPU | over plain | peak memory | latency | faster [95 %] "
-        "| against plain [95 %] | same graph |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        cells = (
+    head = (
+        *(name, "file", "smaller", "load, CPU", "over plain", "peak memory", "latency"),
+        *("faster [95 %]", "against plain [95 %]", "same graph"),
+    )
+    cells = (
+        (
             row.what,
             f"{row.size_bytes / 1e6:.1f} MB",
             f"{row.compression:.1f} ×",
@@ -228,8 +226,9 @@ def table(name: str, rows: Sequence[Row]) -> str:
             f"{row.speed_of_plain:.2f} × [{row.speed_of_plain_ci95[0]:.2f}, {row.speed_of_plain_ci95[1]:.2f}]",
             "yes" if row.same_graph_as_plain else "**no**",
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+        for row in rows
+    )
+    return markdown(head, cells)
 
 
 def main() -> None:
@@ -244,7 +243,7 @@ def main() -> None:
     torch.set_num_threads(1)
     vector.ROUNDS = 1  # of k-means: random weights have no clusters to find, and minutes would go by
     record: dict[str, Any] = {
-        "machine": environment(threads=1, batch=1, clock="cpu").model_dump(mode="json"),
+        "machine": machine(),
         "pixels": PIXELS,
         "networks": {},
     }

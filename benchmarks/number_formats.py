@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import post_training
-from _bench import RESULTS, ROOT, save, workbench
+from _bench import RESULTS, ROOT, load_task, machine, markdown, save, workbench
 from _graphs import shape_of
 
 from hirelc_deploy.exporters import load_runtime
@@ -26,7 +26,6 @@ from hirelc_deploy.exporters.onnxruntime import optimised
 from hirelc_deploy.rundir import write_atomic
 from hirelc_deploy.search.recipe import Recipe
 from hirelc_deploy.verify import accuracy, timing
-from hirelc_deploy.verify.environment import environment
 from hirelc_deploy.verify.measure import example
 
 NETWORKS = ("wide", "depthwise", "vit")
@@ -108,8 +107,7 @@ def measure(network: str, out: Path, seconds: float) -> dict[str, Any]:
         files[name], known[name] = path, (storage, compute, epochs)
     runtime = load_runtime("onnxruntime")
     shapes = {name: shape_of(optimised(path, threads=1)) for name, path in files.items()}
-    with workbench(network, folder / "measuring") as bench:
-        task = bench.task
+    task = load_task()
     timed = [name for name in files if name == BASELINE or known[name][2] == 0]
     times = timing.interleave(
         {name: runtime.load(files[name], threads=1) for name in timed}, example(task, 1), seconds=seconds
@@ -144,7 +142,7 @@ def measure(network: str, out: Path, seconds: float) -> dict[str, Any]:
             )
         )
     return {
-        "machine": environment(threads=1, batch=1, clock="cpu").model_dump(mode="json"),
+        "machine": machine(),
         "test_images": task.test.examples,
         "baseline": {
             "size_bytes": files[BASELINE].stat().st_size,
@@ -192,35 +190,34 @@ Scores in percent of the 6,000 search images, under the formats and before any f
 
 
 def section(network: str, record: Mapping[str, Any]) -> str:
-    baseline, machine = record["baseline"], record["machine"]
+    baseline, taken_on = record["baseline"], record["machine"]
     rows = [row for row in record["rows"] if row["epochs"] == 0]
     tuned = {(row["storage"], row["compute"]): row for row in record["rows"] if row["epochs"]}
     rows.sort(key=lambda row: UNTUNED.index(f"{row['storage']}/{row['compute']}"))
-    lines = [
-        f"## `{network}`",
-        "",
-        f"fp32: {baseline['size_bytes'] / 1000:.1f} KB, {baseline['accuracy']:.2f} %, "
-        f"{baseline['latency_cpu_ms']:.2f} ms. CPU: {machine['cpu']} ({', '.join(machine['flags'])}).",
-        "",
-        "| storage | compute | KB | smaller | faster | plain [95 %] | graph | drop, post-training | drop, fine-tuned |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        after = tuned.get((row["storage"], row["compute"]))
-        plain = f"{row['of_plain']:.3f} [{row['of_plain_ci95'][0]:.3f}, {row['of_plain_ci95'][1]:.3f}]"
-        cells = (
+    head = ("storage", "compute", "KB", "smaller", "faster", "plain [95 %]", "graph")
+    cells = (
+        (
             row["storage"],
             row["compute"],
             f"{row['size_bytes'] / 1000:.1f}",
             f"{row['compression']:.1f} ×",
             f"{row['speedup']:.2f} ×",
-            plain,
+            f"{row['of_plain']:.3f} [{row['of_plain_ci95'][0]:.3f}, {row['of_plain_ci95'][1]:.3f}]",
             "same" if row["same_graph_as_plain"] else "**other**",
             _drop(row),
-            "-" if after is None else f"{_drop(after)}, {_epochs(after['epochs'])}",
+            _tuned(tuned.get((row["storage"], row["compute"]))),
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+        for row in rows
+    )
+    return (
+        f"## `{network}`\n\nfp32: {baseline['size_bytes'] / 1000:.1f} KB, {baseline['accuracy']:.2f} %, "
+        f"{baseline['latency_cpu_ms']:.2f} ms. CPU: {taken_on['cpu']} ({', '.join(taken_on['flags'])}).\n\n"
+        f"{markdown((*head, 'drop, post-training', 'drop, fine-tuned'), cells)}"
+    )
+
+
+def _tuned(row: Mapping[str, Any] | None) -> str:
+    return "-" if row is None else f"{_drop(row)}, {_epochs(row['epochs'])}"
 
 
 README = ROOT / "README.md"
@@ -234,27 +231,25 @@ def with_highlights(readme: str) -> str:
     if not path.exists():
         return readme
     record = json.loads(path.read_text())
-    lines = [
-        "| every layer of `wide` | file | smaller | faster | drop, points [95 %] | trained |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for name in HIGHLIGHTS:
-        storage, _, compute = name.rpartition("/")
-        rows = [row for row in record["rows"] if (row["storage"], row["compute"]) == (storage, compute)]
-        # not the better one: that would be chosen on the test images
-        last, timed = max(rows, key=lambda row: row["epochs"]), next(row for row in rows if row["speedup"])
-        cells = (
-            f"{storage}, computed in {compute}",
-            f"{last['size_bytes'] / 1000:.1f} KB",
-            f"{last['compression']:.1f} ×",
-            f"{timed['speedup']:.2f} ×",
-            _drop(last),
-            _epochs(last["epochs"]) if last["epochs"] else "no",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
+    rows = [_highlight(name, record["rows"]) for name in HIGHLIGHTS]
+    table = markdown(("every layer of `wide`", "file", "smaller", "faster", "drop, points [95 %]", "trained"), rows)
     head, _, rest = readme.partition(BEGIN)
-    table = "\n".join([*lines, ""])
     return f"{head}{BEGIN}{table}{END}{rest.partition(END)[2]}"
+
+
+def _highlight(name: str, every: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    storage, _, compute = name.rpartition("/")
+    rows = [row for row in every if (row["storage"], row["compute"]) == (storage, compute)]
+    # not the better one: that would be chosen on the test images
+    last, timed = max(rows, key=lambda row: row["epochs"]), next(row for row in rows if row["speedup"])
+    return (
+        f"{storage}, computed in {compute}",
+        f"{last['size_bytes'] / 1000:.1f} KB",
+        f"{last['compression']:.1f} ×",
+        f"{timed['speedup']:.2f} ×",
+        _drop(last),
+        _epochs(last["epochs"]) if last["epochs"] else "no",
+    )
 
 
 def _epochs(count: int) -> str:

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from _bench import RESULTS, save, workbench
+from _bench import RESULTS, machine, markdown, save, workbench
 
 from hirelc_deploy.config import POST_TRAINING_STEPS
 from hirelc_deploy.search.recipe import Recipe
-from hirelc_deploy.verify.environment import environment
 
 RESULT = RESULTS / "post_training.json"
 OUT = Path("out/benchmarks/post_training")
@@ -39,20 +38,14 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def variants(recipe: str) -> dict[str, tuple[str, ...]]:
-    """Those that differ: statistics are estimated again only where channels are gone."""
-    pruned = "keep" in recipe
-    return {name: steps for name, steps in VARIANTS.items() if pruned or "statistics" not in name}
-
-
 def scores(network: str, out: Path) -> dict[str, dict[str, float]]:
     """By recipe and variant, in percent; `fp32` is the original's."""
     found: dict[str, dict[str, float]] = {recipe: {} for recipe in RECIPES[network]}
     for name, steps in VARIANTS.items():
         with workbench(network, out / network / name.replace(" ", "-"), post_training=steps) as bench:
             for recipe in RECIPES[network]:
-                if name not in variants(recipe):
-                    continue
+                if "statistics" in name and "keep" not in recipe:
+                    continue  # they are estimated again only where channels are gone
                 found[recipe]["fp32"] = bench.original_score
                 found[recipe][name] = bench.compressed(Recipe.parse(recipe).policy(bench.space)).simulated_score
                 print(f"{network} {recipe}, {name}: {found[recipe][name]:.2f}", flush=True)
@@ -61,15 +54,12 @@ def scores(network: str, out: Path) -> dict[str, dict[str, float]]:
 
 def table(networks: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """In Markdown."""
-    lines = [
-        f"| network | recipe | fp32 | {' | '.join(VARIANTS)} |",
-        f"| {' | '.join(['---'] * (3 + len(VARIANTS)))} |",
-    ]
-    for network, recipes in networks.items():
-        for recipe, by_variant in recipes.items():
-            cells = [f"{by_variant[name]:.2f}" if name in by_variant else "-" for name in ("fp32", *VARIANTS)]
-            lines.append(f"| `{network}` | `{recipe}` | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    rows = (
+        (f"`{network}`", f"`{recipe}`", *(f"{found[v]:.2f}" if v in found else "-" for v in ("fp32", *VARIANTS)))
+        for network, recipes in networks.items()
+        for recipe, found in recipes.items()
+    )
+    return markdown(("network", "recipe", "fp32", *VARIANTS), rows)
 
 
 def main() -> None:
@@ -78,7 +68,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     record: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"networks": {}}
-    record |= {"machine": environment(threads=1, batch=1, clock="cpu").model_dump(mode="json"), "split": "search"}
+    record |= {"machine": machine(), "split": "search"}
     for network in options.networks:
         record["networks"][network] = scores(network, options.out)
         save(record, RESULT)

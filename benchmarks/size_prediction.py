@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from _bench import RESULTS, workbench
+from _bench import RESULTS, save, workbench
 
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.search.space import SearchSpace
@@ -45,7 +45,7 @@ def main() -> None:
     found = {network: errors(network, options.policies, options.out) for network in NETWORKS}
     worst = {network: max((abs(each["error_pct"]) for each in seen), default=0.0) for network, seen in found.items()}
     record = {"policies": options.policies, "worst_error_pct": worst, "networks": found}
-    (RESULTS / "size_prediction.json").write_text(json.dumps(record, indent=2) + "\n")
+    save(record, RESULTS / "size_prediction.json")
     print(json.dumps(worst, indent=2))
 
 
