@@ -49,7 +49,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert built.returncode == 0, built.stderr
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as sources:
-        sources.extractall(folder, filter="data")
+        sources.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11 lacks it until 3.11.4
+        sources.extractall(folder)
     unpacked = folder / archive.name.removesuffix(".tar.gz")
     built = run(
         sys.executable,
