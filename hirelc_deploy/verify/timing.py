@@ -27,6 +27,7 @@ VISIT_MS = 2.0
 """A session runs for about this long before the other's turn: far above what a clock resolves, and long enough
 that the caches which the other has filled do not decide."""
 MIN_ROUNDS, MAX_ROUNDS = 11, 2000
+ORDERS_SEED = 0
 RESAMPLES = 2000
 BLOCKS = 10
 """A resample is put together from about so many runs of consecutive rounds.  What disturbs a machine lasts for many
@@ -110,9 +111,9 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time sessions side by side, on both clocks, so that whatever disturbs the machine disturbs all of them.
 
-    In each round every session has one visit of several runs on the same inputs; every other round goes the
-    opposite way, so that none always runs behind the same one.  Without `rounds`, as many are made as fit into
-    `seconds`, between MIN_ROUNDS and MAX_ROUNDS.
+    In each round every session has one visit of several runs on the same inputs, in an order of its own, so that
+    none always runs behind the same one; and none runs behind itself, since its caches would still be warm.  Without
+    `rounds`, as many are made as fit into `seconds`, between MIN_ROUNDS and MAX_ROUNDS.
     """
     if rounds is not None and rounds < 1:
         raise ValueError(f"{rounds} rounds")
@@ -121,10 +122,10 @@ def interleave(
         for name, session in sessions.items()
     }
     visits: dict[str, list[Visit]] = {name: [] for name in sessions}
-    forward = list(sessions)
+    orders = _orders(list(sessions))
     with _no_garbage_collection():
-        for number in _rounds(rounds, seconds):
-            for name in forward if number % 2 == 0 else reversed(forward):
+        for _ in _rounds(rounds, seconds):
+            for name in next(orders):
                 visits[name].append(_visit(sessions[name], inputs, runs[name]))
     return {name: Timing(tuple(seen)) for name, seen in visits.items()}
 
@@ -176,6 +177,19 @@ def _rounds(rounds: int | None, seconds: float) -> Iterator[int]:
         if number >= MIN_ROUNDS and time.perf_counter() > deadline:
             return
         yield number
+
+
+def _orders(names: list[str]) -> Iterator[list[str]]:
+    """The names, as they come and then shuffled anew for every round, no round's first being the last of before."""
+    random = np.random.default_rng(ORDERS_SEED)
+    order = names
+    while True:
+        yield order
+        last = order[-1]
+        order = random.permutation(names).tolist()
+        if order[0] == last and len(order) > 1:
+            other = random.integers(1, len(order))
+            order[0], order[other] = order[other], order[0]
 
 
 def _visit(session: "Session", inputs: "Arrays", runs: int) -> Visit:
