@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from hirelc_deploy.cost.kernel import Kernel
+from hirelc_deploy.cost.network import Network
+from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.kernels._base import Grid
-from hirelc_deploy.policy import Precision
+from hirelc_deploy.policy import Compute, Precision
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,6 +68,20 @@ class RoundingErrors:
     """Of those that no layer needs in integers, by what computes them; they can be left in float."""
     inputs: Mapping[str, float]
     """Of what a layer reads, by layer."""
+
+
+class NoKernelError(Exception):
+    """The runtime makes no kernel of its own of an operator; the message says what it made."""
+
+
+@dataclass(frozen=True)
+class KernelFile:
+    """A file that runs one kernel some times over, and what it reads."""
+
+    data: bytes
+    inputs: Arrays
+    copies: int
+    """How often one run executes the kernel: the time of a short one is mostly the session's own otherwise."""
 
 
 class Runtime(Protocol):
@@ -142,4 +159,29 @@ class Runtime(Protocol):
 
         Read from the runtime after it has optimised the graph, not from the file.
         """
+        ...
+
+    def network(
+        self,
+        graph: Any,
+        model: ModelGraph,
+        computes: Mapping[str, tuple[Compute, ...]],
+        counts: Mapping[str, tuple[int, ...]],
+        *,
+        batch: int,
+        floats: Collection[str] = (),
+    ) -> Network:
+        """The kernels that this runtime makes of the whole float graph, as a function of the policy."""
+        ...
+
+    def kernel_file(self, kernel: Kernel, *, copies: int = 1) -> KernelFile:
+        """A file that executes a kernel `copies` times a run.  Raises NoKernelError if there is no such kernel."""
+        ...
+
+    def nothing_file(self) -> KernelFile:
+        """A file that does next to nothing: what a run costs by itself."""
+        ...
+
+    def kernel_session(self, file: KernelFile, *, threads: int) -> Session:
+        """A file of kernels, ready to run on its own inputs, whatever `run` is given."""
         ...

@@ -113,28 +113,10 @@ class _Planner:
             self.integer_nodes.add(name_of(node.outputs[0]))
             self.hold(node.outputs[0], from_integers=True, same_grid_as=first.same_grid_as or first.name)
             return
-        computed_by = f"{node.op_type} of {', '.join(sorted(self.sources(node)))}"
-        if computed_by not in self.floats:
+        name = computed_by(node, self.layer_of)
+        if name not in self.floats:
             self.integer_nodes.add(name_of(node.outputs[0]))
-            self.hold_output(node, computed_by)
-
-    def sources(self, node: ir.Node) -> set[str]:
-        """The layers that an operator gets its values from, by way of operators without weights alone."""
-        found: set[str] = set()
-        pending, done = [node], {node}
-        while pending:
-            for x in pending.pop().inputs:
-                producer = None if x is None else x.producer()
-                if x is None or producer is None:
-                    continue
-                layers = {
-                    self.layer_of[name_of(y)] for y in producer.inputs if y is not None and name_of(y) in self.layer_of
-                }
-                found |= layers
-                if not layers and producer not in done:
-                    done.add(producer)
-                    pending.append(producer)
-        return found
+            self.hold_output(node, name)
 
     def hold_output(self, node: ir.Node, computed_by: str | None = None) -> None:
         """Hold what the node writes, behind the activation that its kernel takes along."""
@@ -155,6 +137,27 @@ class _Planner:
     ) -> None:
         held = Held(name_of(value), _nonnegative(value), from_integers, same_grid_as, computed_by)
         self.tensors.setdefault(name_of(value), held)
+
+
+def computed_by(node: ir.Node, layer_of: Mapping[str, str]) -> str:
+    """What to call an operator without weights, in words that hold for a pruned network as well.
+
+    After the layers that it gets its values from, by way of operators without weights alone; `layer_of` gives the
+    layer of each weight.
+    """
+    found: set[str] = set()
+    pending, done = [node], {node}
+    while pending:
+        for x in pending.pop().inputs:
+            producer = None if x is None else x.producer()
+            if x is None or producer is None:
+                continue
+            layers = {layer_of[name_of(y)] for y in producer.inputs if y is not None and name_of(y) in layer_of}
+            found |= layers
+            if not layers and producer not in done:
+                done.add(producer)
+                pending.append(producer)
+    return f"{node.op_type} of {', '.join(sorted(found))}"
 
 
 def _nonnegative(value: ir.Value) -> bool:

@@ -7,22 +7,27 @@ import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 from torch import nn
 
-from hirelc_deploy.errors import UserError
-from hirelc_deploy.exporters._base import Arrays, Exported, RoundingErrors
+from hirelc_deploy.cost.kernel import Kernel
+from hirelc_deploy.cost.network import Network
+from hirelc_deploy.exporters import _sessions
+from hirelc_deploy.exporters._base import Arrays, Exported, KernelFile, RoundingErrors
 from hirelc_deploy.exporters._calibrate import Histogram, Method, Range, range_of
 from hirelc_deploy.exporters._compact import drop_unused, share, shorten, to_bytes
 from hirelc_deploy.exporters._float import FloatGraph, float_graph, weight_of
+from hirelc_deploy.exporters._kernels import KernelSession, kernel_file, nothing_file
+from hirelc_deploy.exporters._lower import network
 from hirelc_deploy.exporters._plan import Plan, plan
 from hirelc_deploy.exporters._qdq import output_axis, place, rounded
+from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.kernels._base import INT8_MAX, Grid
-from hirelc_deploy.policy import Precision
+from hirelc_deploy.policy import Compute, Precision
 
 COMPUTE_OF = {
     **dict.fromkeys(["QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"], "int8"),
@@ -50,7 +55,7 @@ class OnnxRuntime:
     range_methods = tuple(Method)
 
     def version(self) -> str:
-        return str(ort.__version__)
+        return _sessions.version()
 
     def float_graph(self, model: nn.Module, example: Arrays, *, opset: int) -> FloatGraph:
         """The float ONNX graph of a model in eval mode: what both baseline and artifact are written from."""
@@ -158,12 +163,34 @@ class OnnxRuntime:
         """Layer -> `int8`, `int8_dynamic`, `fp32` or None, read from the graph that the session has optimised."""
         return computes(onnx.load(path).graph, optimised(path, threads=threads), tensors)
 
+    def network(
+        self,
+        graph: FloatGraph,
+        model: ModelGraph,
+        computes: Mapping[str, tuple[Compute, ...]],
+        counts: Mapping[str, tuple[int, ...]],
+        *,
+        batch: int,
+        floats: Collection[str] = (),
+    ) -> Network:
+        """The kernels that a session makes of the whole float graph, as a function of the policy (`_lower`)."""
+        return network(graph, model, computes, counts, batch=batch, floats=floats)
+
+    def kernel_file(self, kernel: Kernel, *, copies: int = 1) -> KernelFile:
+        return kernel_file(kernel, copies=copies)
+
+    def nothing_file(self) -> KernelFile:
+        return nothing_file()
+
+    def kernel_session(self, file: KernelFile, *, threads: int) -> KernelSession:
+        return KernelSession(file, threads=threads)
+
 
 class OnnxSession:
     """A loaded file; runs in the calling thread when `threads` is 1."""
 
     def __init__(self, path: Path, *, threads: int) -> None:
-        self._session = _session(path, _options(threads))
+        self._session = _sessions.of_file(path, _sessions.options(threads))
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
@@ -185,7 +212,7 @@ def _histograms(graph: FloatGraph, names: Sequence[str], calibration: Iterable[A
         if name not in present:
             values[name].type = ir.TensorType(ir.DataType.FLOAT)
             outputs.append(values[name])
-    session = _in_memory(probe, _options(threads=1))
+    session = _in_memory(probe, _sessions.options(threads=1))
     seen = {name: Histogram() for name in names}
     empty = True
     for batch in calibration:
@@ -200,9 +227,7 @@ def _histograms(graph: FloatGraph, names: Sequence[str], calibration: Iterable[A
 
 def _outputs(graph: FloatGraph, examples: Sequence[Arrays]) -> dict[str, np.ndarray]:
     """Of a float graph, or one with single tensors rounded: nothing is fused into kernels of integers."""
-    options = _options(threads=1)
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    session = _in_memory(graph, options)
+    session = _in_memory(graph, _sessions.options(1, _sessions.Level.ORT_ENABLE_BASIC))
     names = [output.name for output in session.get_outputs()]
     batches = [session.run(names, dict(batch)) for batch in examples]
     return {name: np.concatenate(arrays) for name, arrays in zip(names, zip(*batches, strict=True), strict=True)}
@@ -216,9 +241,8 @@ def _relative_error(found: np.ndarray, original: np.ndarray) -> float:
     return squared / (float(np.var(original.astype(np.float64))) or 1.0)
 
 
-def _in_memory(graph: FloatGraph, options: ort.SessionOptions) -> ort.InferenceSession:
-    data = ir.serde.serialize_model(graph.model).SerializeToString()
-    return ort.InferenceSession(data, options, ["CPUExecutionProvider"])
+def _in_memory(graph: FloatGraph, options: Any) -> _sessions.Session:
+    return _sessions.in_memory(ir.serde.serialize_model(graph.model).SerializeToString(), options)
 
 
 def _finish(
@@ -278,31 +302,12 @@ def _set_groups(node: ir.Node, groups: int) -> None:
         node.attributes.add(ir.AttrInt64("group", groups))
 
 
-def _options(threads: int) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3  # the optimiser's warnings are about names that we shortened
-    return options
-
-
-def _session(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
-    try:
-        return ort.InferenceSession(str(path), options, ["CPUExecutionProvider"])
-    except Exception as error:
-        raise UserError(
-            f"ONNX Runtime {ort.__version__} cannot load {path.name}: {str(error).splitlines()[0]}",
-            fix="is the file whole, and the runtime at least the version that the target names?",
-        ) from error
-
-
 def optimised(path: Path, *, threads: int) -> onnx.GraphProto:
     """What a session makes of a file before it runs.  Raises UserError if it cannot be loaded."""
     with tempfile.TemporaryDirectory() as folder:
-        options = _options(threads)
+        options = _sessions.options(threads)
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        _session(path, options)
+        _sessions.of_file(path, options)
         return onnx.load(options.optimized_model_filepath).graph
 
 

@@ -1,20 +1,17 @@
 """What may be decided for a network on a target, and policies held against it."""
 
-from collections import defaultdict
-from collections.abc import Collection, Hashable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hirelc_deploy.config import nearest
 from hirelc_deploy.errors import UserError
-from hirelc_deploy.graph.shapes import Keep, check_keep, shapes_after
+from hirelc_deploy.graph.shapes import check_keep
 from hirelc_deploy.kernels import every_storage, load_format
 from hirelc_deploy.policy import FP32, INT8, PRUNE_FIRST, Compute, Policy, Precision
-from hirelc_deploy.search.computes import Kind
 from hirelc_deploy.search.space import SearchSpace
 
 if TYPE_CHECKING:
-    from hirelc_deploy.graph.model_graph import Group, Layer, ModelGraph
+    from hirelc_deploy.graph.model_graph import Group, ModelGraph
     from hirelc_deploy.profiles import Target
 
 
@@ -47,31 +44,6 @@ def _counts(group: "Group", multiple: int) -> tuple[int, ...]:
     if not on_grid:
         return group.legal
     return tuple(n for n in group.legal if n in on_grid or n in (0, group.total))
-
-
-def kinds(graph: "ModelGraph", space: SearchSpace, keep: Keep, in_floats: Collection[str]) -> list[Kind]:
-    """Layers that are alike in all that their time depends on, those with most arithmetic first.
-
-    The layers of `in_floats` are offered no integers, whatever the space says.
-    """
-    shapes = shapes_after(graph, keep)
-    alike: dict[Hashable, list[Layer]] = defaultdict(list)
-    for layer in graph.layers:
-        if layer.weight in shapes:
-            places = (layer.op, shapes[layer.weight], layer.stride, layer.input_shape)
-            twins = tuple(sorted((layer.name, *layer.shares_weight_with)))
-            alike[twins if len(twins) > 1 else places].append(layer)
-    by_work = sorted(alike.values(), key=lambda layers: -sum(layer.macs for layer in layers))
-    named = [tuple(layer.name for layer in layers) for layers in by_work]
-    return [Kind(names, _computes(space, names, in_floats)) for names in named]
-
-
-def _computes(space: SearchSpace, layers: Sequence[str], in_floats: Collection[str]) -> tuple[Compute, ...]:
-    """What all of these layers can compute in, fp32 first."""
-    each = [dict.fromkeys(precision.compute for precision in space.layers[layer]) for layer in layers]
-    if any(layer in in_floats for layer in layers):
-        return (Compute.FP32,)
-    return tuple(compute for compute in each[0] if all(compute in offered for offered in each))
 
 
 def completed(policy: Policy, graph: "ModelGraph", target: "Target") -> Policy:

@@ -282,12 +282,74 @@ def report(folder: Artifact) -> ExitStatus:
     return ExitStatus.OK
 
 
+@app.command(epilog=EXIT_STATUSES)
+def profile(
+    target: Annotated[str, typer.Option(metavar="NAME", help="The device: a name from `targets`, or FILE.toml.")],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Measure all that policies of this network need; its weights do not matter."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="SPEC", help="What the network reads, as for export.")] = None,
+    input: Annotated[
+        str | None, typer.Option(metavar="SHAPE", help="The shape of one example instead of --data: 3x224x224.")
+    ] = None,
+    shapes: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.csv", help="Measure these kernels instead: op,attributes,operands,compute."),
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv",
+            help="Where to write. Default: the user's cache, or beside FILE.toml for a target of your own.",
+        ),
+    ] = None,
+    threads: Annotated[int, typer.Option(metavar="N", help="Threads of the runtime.")] = 1,
+    batch: Annotated[int, typer.Option(metavar="N", help="Examples an inference.")] = 1,
+    max_time: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Stop after so long: 300s, 5min. Kernels are measured from coarse to fine."),
+    ] = None,
+) -> ExitStatus:
+    """Measure how long the kernels of a network take on a target, and keep it in the target's table.
+
+    What the table has is not measured again; a profile that was stopped goes on.
+    """
+    from hirelc_deploy import console, tables
+    from hirelc_deploy.config import parse_duration_ms
+
+    settings = tables.ProfileSettings(
+        target=target,
+        model=model,
+        data=data,
+        input=input,
+        shapes=shapes,
+        table=table,
+        threads=threads,
+        batch=batch,
+        seconds=None if max_time is None else parse_duration_ms(max_time) / 1e3,
+    )
+    console.show(str(tables.profile(settings)))
+    return ExitStatus.OK
+
+
 @app.command()
-def targets() -> ExitStatus:
+def targets(
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw latency over channels from the table of --target instead."),
+    ] = None,
+    target: Annotated[str, typer.Option(metavar="NAME", help="Whose table is drawn.")] = "host",
+) -> ExitStatus:
     """List the devices, and what each can run."""
     from hirelc_deploy import console
     from hirelc_deploy.profiles import load_target, target_names
 
+    if plot is not None:
+        from hirelc_deploy import tables
+
+        tables.plot(target, plot)
+        return ExitStatus.OK
     console.show(console.targets_table(load_target(name) for name in target_names()))
     return ExitStatus.OK
 

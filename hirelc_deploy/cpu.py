@@ -9,6 +9,21 @@ CPUINFO = Path("/proc/cpuinfo")
 DOT_PRODUCT_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "asimddp", "feat_dotprod"})
 """Four 8-bit products summed into 32 bits in one instruction: VNNI on x86, SDOT on Arm (Linux, macOS)."""
 
+RELEVANT_FLAGS = frozenset(
+    {
+        *("avx", "avx2", "fma", "f16c", "avx_vnni", "avx_vnni_int8"),
+        *("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
+        *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
+        *("advsimd", "feat_dotprod", "feat_fp16", "feat_i8mm", "feat_bf16"),
+    }
+)
+"""Those that decide which kernels a runtime picks, as Linux or macOS name them; a CPU has a hundred more."""
+
+
+def relevant_flags() -> tuple[str, ...]:
+    """Of this processor's, those that decide which kernels run, sorted: what tables of latencies are kept apart by."""
+    return tuple(sorted(cpu_flags() & RELEVANT_FLAGS))
+
 
 def cpu_flags() -> frozenset[str]:
     """The instruction sets of this processor in lower case, as Linux or macOS name them; empty elsewhere."""

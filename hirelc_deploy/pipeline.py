@@ -42,6 +42,7 @@ from hirelc_deploy.verify.environment import environment
 from hirelc_deploy.verify.layers import layer_records
 from hirelc_deploy.verify.manifest import Artifact, Manifest, Predicted, PredictionError
 from hirelc_deploy.verify.measure import BASELINE_FILE, Measurement, measure
+from hirelc_deploy.verify.profiling import tables_here
 from hirelc_deploy.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -221,6 +222,7 @@ def _workbench(
         threads=settings.threads,
         batch=settings.batch,
         progress=console.progress,
+        tables=tables_here(settings.target, load_runtime(target.runtime.name)),
     )
 
 

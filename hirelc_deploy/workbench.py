@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hirelc_deploy import __version__
 from hirelc_deploy.budget import Figures
 from hirelc_deploy.calibration import Calibration
-from hirelc_deploy.choices import kinds, search_space
+from hirelc_deploy.choices import search_space
 from hirelc_deploy.compress.batchnorm import reestimate
 from hirelc_deploy.compress.distil import FineTuning, Teacher, as_tensors, distil
 from hirelc_deploy.compress.fold import Pairs, fold, foldable, present
@@ -30,6 +30,8 @@ from hirelc_deploy.compress.inputs import energies
 from hirelc_deploy.compress.posttraining import PostTraining, post_train
 from hirelc_deploy.compress.prune import Pruned, prune
 from hirelc_deploy.compress.simulate import simulated
+from hirelc_deploy.cost.needs import families
+from hirelc_deploy.cost.predictor import Predictor, read_artifacts
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import load_runtime
@@ -37,9 +39,9 @@ from hirelc_deploy.exporters._base import RoundingErrors
 from hirelc_deploy.graph import forward, shapes_after
 from hirelc_deploy.kernels._base import Grid
 from hirelc_deploy.policy import INT8, Compute, Policy, Precision
-from hirelc_deploy.search.computes import Times, fastest
+from hirelc_deploy.profiles import Tables
 from hirelc_deploy.search.space import Evaluation
-from hirelc_deploy.verify import accuracy, timing
+from hirelc_deploy.verify import accuracy, profiling, timing
 from hirelc_deploy.verify.measure import example
 
 if TYPE_CHECKING:
@@ -106,8 +108,12 @@ class Workbench:
         threads: int,
         batch: int,
         progress: Callable[[str, int], Any],
+        tables: Tables | None = None,
     ) -> None:
-        """`progress(what, steps)` gives a context manager that yields what is called after each step."""
+        """`progress(what, steps)` gives a context manager that yields what is called after each step.
+
+        `tables` hold the target's latencies; None for those that go by its name.
+        """
         self.model = model.eval()
         self.task = task
         self.graph = graph
@@ -124,6 +130,8 @@ class Workbench:
         self._batch = batch
         self._progress = progress
         self._skeletons: dict[frozenset[str], Any] = {}
+        self._here = profiling.here(self.runtime, threads=threads)
+        self.tables = tables or profiling.tables_here(target.name, self.runtime)
 
     # -- what the search is handed ---------------------------------------------------------------------------
 
@@ -372,8 +380,10 @@ class Workbench:
 
     def _in_float(self, policy: Policy) -> frozenset[str]:
         """What stays in float between the policy's int8 layers: rounded to 8 bits it would change the outputs."""
-        if not _has_integers(policy):
-            return frozenset()
+        return self._floats_between if _has_integers(policy) else frozenset()
+
+    @property
+    def _floats_between(self) -> frozenset[str]:
         return frozenset(name for name, error in self.rounding_errors.between.items() if error > ROUNDS_BADLY)
 
     @property
@@ -433,16 +443,49 @@ class Workbench:
     def fastest_computes(self, keep: Mapping[str, int]) -> dict[str, Compute]:
         """What each layer computes in so that the network is fastest with these counts of units.
 
-        Integers are left out for a layer whose input 8 bits do not hold.
+        The predictor says, from kernels that are measured now if no table has them; its answer and all layers alike
+        are then timed, and the fastest file wins.  Integers are left out for a layer whose input 8 bits do not hold.
         """
-        found = self.run.step(
-            f"fastest/{Policy({}, keep).digest()}",
-            lambda: fastest(kinds(self.graph, self.space, keep, self._rounding_badly), self._times(keep)),
-        )
+        found = self.run.step(f"fastest/{Policy({}, keep).digest()}", lambda: self._fastest(keep))
         return {layer: Compute(compute) for layer, compute in found.items()}
 
-    def _times(self, keep: Mapping[str, int]) -> Times:
-        """Times files of the network with these counts, its weights in 8 bits where they are not floats."""
+    def _fastest(self, keep: Mapping[str, int]) -> dict[str, Compute]:
+        allowed = {layer: self._allowed(layer) for layer in self.space.layers}
+        predictor = self.predictor({group: (count,) for group, count in keep.items()})
+        candidates = [predictor.fastest(keep, allowed)]
+        for compute in dict.fromkeys(compute for able in allowed.values() for compute in able):
+            alike = {layer: compute if compute in able else able[0] for layer, able in allowed.items()}
+            if alike not in candidates:
+                candidates.append(alike)
+        times_ms = self._times(keep, candidates)
+        return candidates[min(range(len(candidates)), key=times_ms.__getitem__)]
+
+    def _allowed(self, layer: str) -> tuple[Compute, ...]:
+        """What a layer and those that share its weight may compute in, fp32 first."""
+        together = (layer, *self.graph.layer[layer].shares_weight_with)
+        if not self._rounding_badly.isdisjoint(together):
+            return (Compute.FP32,)
+        computes = self.space.computes
+        return tuple(c for c in computes[layer] if all(c in computes[twin] for twin in together))
+
+    def predictor(self, counts: Mapping[str, tuple[int, ...]], *, seconds: float | None = None) -> Predictor:
+        """The latency of policies with these counts of units; kernels that no table has are measured first."""
+        network = self.runtime.network(
+            self._skeleton(frozenset()),
+            self.graph,
+            self.space.computes,
+            counts,
+            batch=self._batch,
+            floats=self._floats_between,
+        )
+        wanted = families(network)
+        with self._progress("measuring kernels", len(wanted)) as advance:
+            profiling.profile(wanted, self.tables, self.runtime, self._here, seconds=seconds, advance=advance)
+        rows, artifacts = self.tables.rows(), read_artifacts(self.tables.own)
+        return Predictor(network, rows, artifacts, threads=self._threads)
+
+    def _times(self, keep: Mapping[str, int], candidates: Sequence[Mapping[str, Compute]]) -> list[float]:
+        """Milliseconds of the network with these counts in each of these computes, side by side, in 8 bits."""
         model = self._folded(self._pruned(Policy({}, keep)).model)
         graph = self._float_graph(model)
         grids = fitted(model, dict.fromkeys(self.space.layers, INT8), {}, largest=self.largest)
@@ -452,12 +495,9 @@ class Workbench:
             policy = Policy({name: Precision(INT8.storage, c) for name, c in in_integers.items()}, keep)
             return self._drafted(graph, policy, grids)
 
-        def times(candidates: Sequence[Mapping[str, Compute]]) -> list[float]:
-            with self._loaded({str(i): file(computes) for i, computes in enumerate(candidates)}) as sessions:
-                seen = timing.interleave(sessions, example(self.task, self._batch), seconds=PREDICTION_SECONDS)
-            return [each.p50_ms(timing.clock_for(self._threads)) for each in seen.values()]
-
-        return times
+        with self._loaded({str(i): file(computes) for i, computes in enumerate(candidates)}) as sessions:
+            seen = timing.interleave(sessions, example(self.task, self._batch), seconds=PREDICTION_SECONDS)
+        return [each.p50_ms(timing.clock_for(self._threads)) for each in seen.values()]
 
     def _price(self, policy: Policy) -> dict[str, Any]:
         with self._loaded({"baseline": self.write_baseline(), "policy": self.draft(policy)}) as sessions:

@@ -27,9 +27,9 @@ LAYERS = (
     ("exporters",),
     ("verify", "search"),
     ("calibration", "choices"),
-    ("report", "workbench", "demo"),
+    ("report", "workbench", "demo", "plots"),
     ("console",),
-    ("pipeline", "compare"),
+    ("pipeline", "compare", "tables"),
     ("cli",),
     ("__main__",),
 )

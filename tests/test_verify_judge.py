@@ -11,9 +11,10 @@ import pytest
 
 from hirelc_deploy import budget as budgets
 from hirelc_deploy.budget import NOT_SLOWER, Budget, Check, Figures
+from hirelc_deploy.cpu import RELEVANT_FLAGS
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.verify import junit, manifest
-from hirelc_deploy.verify.environment import RELEVANT_FLAGS, environment, model_name
+from hirelc_deploy.verify.environment import environment, model_name
 from hirelc_deploy.verify.judge import (
     LOADS,
     RUNS_AS,

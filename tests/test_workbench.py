@@ -17,7 +17,7 @@ from exporting import hasten
 from torch import Tensor, nn
 
 from hirelc_deploy import workbench
-from hirelc_deploy.choices import completed, kinds, search_space
+from hirelc_deploy.choices import completed, search_space
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.compress.grids import put_on
 from hirelc_deploy.compress.posttraining import PostTraining
@@ -444,9 +444,7 @@ def test_integers_are_no_choice_for_a_layer_whose_input_rounds_badly(
 ) -> None:
     with opened("tokens", tmp_path) as bench:
         monkeypatch.setattr(bench, "rounding_errors", RoundingErrors({}, {"inner": 0.5, "outer": 1e-6}))
-        keep = {group.name: group.total for group in bench.graph.groups}
-        found = kinds(bench.graph, bench.space, keep, bench._rounding_badly)
-        offered = {layer: kind.offered for kind in found for layer in kind.layers}
+        offered = {layer: bench._allowed(layer) for layer in bench.graph.layer}
     assert offered["inner"] == (Compute.FP32,)
     assert set(offered["outer"]) == {Compute.FP32, Compute.INT8, Compute.INT8_DYNAMIC}
 

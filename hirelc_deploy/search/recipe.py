@@ -32,7 +32,7 @@ class Recipe:
 
     keep_percent: float
     compute: Compute | None
-    """None for whatever is fastest on the target, layer by layer (`search.computes`)."""
+    """None for whatever is fastest on the target, layer by layer (`cost.fastest`)."""
     storage: str | None = None
     """int4, int4/tensor, codebook3, vector1 …; None is the first that the compute allows."""
 

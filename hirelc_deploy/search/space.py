@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hirelc_deploy.budget import Figures
-from hirelc_deploy.policy import Policy, Precision
+from hirelc_deploy.policy import Compute, Policy, Precision
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,14 @@ class SearchSpace:
     """Units of each group before anything is removed."""
     blocks: Mapping[str, tuple[str, ...]]
     """Layers by block."""
+
+    @property
+    def computes(self) -> dict[str, tuple[Compute, ...]]:
+        """What each layer can compute in, as it was trained first."""
+        return {
+            layer: tuple(dict.fromkeys(precision.compute for precision in choices))
+            for layer, choices in self.layers.items()
+        }
 
 
 @dataclass(frozen=True)

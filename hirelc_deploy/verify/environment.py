@@ -7,21 +7,11 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-from hirelc_deploy.cpu import CPUINFO, cpu_flags
+from hirelc_deploy.cpu import CPUINFO, relevant_flags
 from hirelc_deploy.verify.manifest import Environment
 
 PACKAGES = ("hirelc-deploy", "numpy", "onnx", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch", "torch-pruning")
 """Whose versions can change a figure."""
-
-RELEVANT_FLAGS = frozenset(
-    {
-        *("avx", "avx2", "fma", "f16c", "avx_vnni", "avx_vnni_int8"),
-        *("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
-        *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
-        *("advsimd", "feat_dotprod", "feat_fp16", "feat_i8mm", "feat_bf16"),
-    }
-)
-"""Those that decide which kernels a runtime picks, as Linux or macOS name them; a CPU has a hundred more."""
 
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 BOARD = Path("/proc/device-tree/model")
@@ -31,7 +21,7 @@ def environment(*, threads: int, batch: int, clock: str) -> Environment:
     """What goes into the manifest.  `clock` is the one that ratios are taken on."""
     return Environment(
         cpu=cpu_model(),
-        flags=tuple(sorted(cpu_flags() & RELEVANT_FLAGS)),
+        flags=relevant_flags(),
         cores=os.cpu_count() or 1,
         threads=threads,
         batch=batch,

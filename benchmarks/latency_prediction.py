@@ -1,0 +1,274 @@
+"""Latencies told from the table of x86-avx2, against files: python benchmarks/latency_prediction.py measure NETWORK…
+
+    python benchmarks/latency_prediction.py profile wide resnet18 mobilenetv2 vit   what the table lacks for them
+    python benchmarks/latency_prediction.py measure wide resnet18 mobilenetv2 vit   files of random policies, timed
+    python benchmarks/latency_prediction.py judge                                   errors, with correction and without
+
+Random policies: every layer any compute and a storage that needs no search for its values, every prune group any
+count.  Every second file of a network corrects the sum over kernels, the others are held out; once more a whole network
+is held out.  Files are timed side by side with the kernel that the table's times are in units of: a machine that is
+slow for a while is so for both.  Writes profiles/x86-avx2.csv and benchmarks/results/latency_prediction.json.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _bench import RESULTS, ROOT, machine, markdown, save, workbench
+from scipy.stats import spearmanr
+from torch import nn
+from transformers import (
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from hirelc_deploy import console, graph
+from hirelc_deploy.compress.distil import FineTuning
+from hirelc_deploy.compress.posttraining import PostTraining
+from hirelc_deploy.cost.correction import Artifact, Correction, fit
+from hirelc_deploy.cost.latency import Decisions
+from hirelc_deploy.cost.needs import families
+from hirelc_deploy.cost.predictor import Predictor
+from hirelc_deploy.cost.prices import Prices
+from hirelc_deploy.exporters._base import Session
+from hirelc_deploy.policy import Policy
+from hirelc_deploy.profiles import Tables, load_target
+from hirelc_deploy.rundir import RunFolder
+from hirelc_deploy.search.space import SearchSpace
+from hirelc_deploy.task import ArraySource, Classification
+from hirelc_deploy.verify import profiling, timing
+from hirelc_deploy.verify.measure import example
+from hirelc_deploy.workbench import Workbench
+
+RESULT = RESULTS / "latency_prediction.json"
+TABLE = ROOT / "profiles" / "x86-avx2.csv"
+OUT = Path("out/benchmarks/latency_prediction")
+TRAINED = ("wide", "vit")
+PIXELS = 224
+POLICIES = 60
+SIDE_BY_SIDE = 6
+SECONDS = 4.0
+SLOW_FORMATS = ("codebook", "vector", "shared_vector", "log", "float")
+"""Whose values are searched for; how weights are stored changes no latency (benchmarks/number_formats.py)."""
+
+
+def resnet18() -> nn.Module:
+    """11.7 million parameters, 20 convolutions."""
+    shape = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(**shape, embedding_size=64, num_labels=1000))
+
+
+def mobilenetv2() -> nn.Module:
+    """3.5 million parameters, inverted residuals."""
+    return MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=1000))
+
+
+UNTRAINED: Mapping[str, Callable[[], nn.Module]] = {"resnet18": resnet18, "mobilenetv2": mobilenetv2}
+NETWORKS = (*TRAINED, *UNTRAINED)
+
+
+@contextmanager
+def bench_of(network: str, out: Path) -> Iterator[Workbench]:
+    """A network that can be made real under any policy; weights are random where none are at hand."""
+    if network in TRAINED:
+        with workbench(network, out / network / "run") as bench:
+            yield bench
+        return
+    torch.manual_seed(0)
+    model = UNTRAINED[network]().eval()
+    images = np.random.default_rng(0).standard_normal((8, 3, PIXELS, PIXELS)).astype(np.float32)
+    source = ArraySource({"pixel_values": images}, np.arange(8) % 2)
+    task = Classification(source, source, batch=4)
+    with RunFolder.open(out / network / "run", {"model": network}, resume=True) as folder:
+        yield Workbench(
+            model,
+            task,
+            graph.trace(model, task.example),
+            load_target("host"),
+            folder,
+            importance="l2",
+            fine_tuning=FineTuning(epochs=0),
+            post_training=PostTraining.of(()),
+            threads=1,
+            batch=1,
+            progress=console.progress,
+        )
+
+
+def random_policies(space: SearchSpace, count: int) -> list[Policy]:
+    random = np.random.default_rng(1)
+    found = []
+    for _ in range(count):
+        precisions = {}
+        for layer, choices in space.layers.items():
+            compute = random.choice(list(space.computes[layer]))
+            quick = [each for each in choices if each.compute == compute and each.storage.format not in SLOW_FORMATS]
+            precisions[layer] = quick[random.integers(len(quick))]
+        counts = {group: [n for n in each if n] for group, each in space.groups.items()}
+        found.append(Policy(precisions, {group: int(random.choice(each)) for group, each in counts.items()}))
+    return found
+
+
+def predictor_of(bench: Workbench) -> Predictor:
+    """From the table alone: no artifact corrects it, and nothing is measured now."""
+    network = bench.runtime.network(
+        bench._skeleton(frozenset()),
+        bench.graph,
+        bench.space.computes,
+        bench.space.groups,
+        batch=1,
+        floats=bench._floats_between,
+    )
+    return Predictor(network, Tables(TABLE, TABLE).rows(), [], threads=1)
+
+
+# -- steps ---------------------------------------------------------------------------------------------------
+
+
+def profile(networks: Sequence[str], out: Path, seconds: float | None) -> None:
+    """Fill the table."""
+    for name in networks:
+        with bench_of(name, out) as bench:
+            network = bench.runtime.network(
+                bench._skeleton(frozenset()), bench.graph, bench.space.computes, bench.space.groups, batch=1
+            )
+            wanted = families(network)
+            where = profiling.here(bench.runtime, threads=1)
+            began = time.monotonic()
+            with console.progress(f"{name}: measuring kernels", len(wanted)) as advance:
+                tables = Tables(TABLE, TABLE)
+                without = profiling.profile(wanted, tables, bench.runtime, where, seconds=seconds, advance=advance)
+            kernels = sum(len(family.known) for family in wanted)
+            print(f"{name}: {len(wanted)} families, {kernels} kernels, {time.monotonic() - began:.0f} s; {without}")
+
+
+class Reading:
+    """A session with its inputs, so that sessions of different inputs run side by side."""
+
+    def __init__(self, session: Session, inputs: Mapping[str, np.ndarray]) -> None:
+        self.session, self.inputs = session, inputs
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.session.run(self.inputs)
+
+
+def measure(network: str, out: Path, policies: int) -> dict[str, Any]:
+    """Time files of random policies, and price the same policies; what was measured before is not again."""
+    with bench_of(network, out) as bench:
+        predictor = predictor_of(bench)
+        chosen = random_policies(bench.space, policies)
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(chosen), SIDE_BY_SIDE):
+            some = chosen[start : start + SIDE_BY_SIDE]
+            measured_us = bench.run.step(f"latency/{start}", partial(_timed, bench, some))
+            for policy, us in zip(some, measured_us, strict=True):
+                rows.append(asdict(predictor.artifact(policy, us / 1000)))
+            print(f"{network} {len(rows)}/{len(chosen)}", flush=True)
+        many = Decisions(*(np.repeat(each, 1000, axis=0) for each in _arrays(predictor, chosen)))
+        began = time.process_time()
+        predictor.of(many)
+        return {
+            "policies_per_second": len(many) / (time.process_time() - began),
+            "families_without_a_row": sorted(predictor.unknown),
+            "artifacts": rows,
+        }
+
+
+def _arrays(predictor: Predictor, policies: Sequence[Policy]) -> tuple[np.ndarray, np.ndarray]:
+    decisions = predictor.latency.decisions(policies)
+    return decisions.computes, decisions.counts
+
+
+def _timed(bench: Workbench, policies: Sequence[Policy]) -> list[float]:
+    """Microseconds of the policies' files, in units of the table."""
+    files = {str(i): bench.draft(policy) for i, policy in enumerate(policies)}
+    anchor = profiling._of_some_length(profiling.ANCHOR, bench.runtime, 1)
+    nothing = bench.runtime.nothing_file()
+    with bench._loaded(files) as loaded:
+        sessions: dict[str, Session] = {
+            name: Reading(session, example(bench.task, 1)) for name, session in loaded.items()
+        }
+        sessions["anchor"] = bench.runtime.kernel_session(anchor, threads=1)
+        sessions["nothing"] = bench.runtime.kernel_session(nothing, threads=1)
+        seen = {name: each.rounds_ms("cpu") for name, each in timing.interleave(sessions, {}, seconds=SECONDS).items()}
+    anchor_us = Prices.of(Tables(TABLE, TABLE).rows())(profiling.ANCHOR)
+    unit = anchor_us / ((seen["anchor"] - seen["nothing"]) / anchor.copies)
+    return [float(np.median(seen[name] * unit)) for name in files]
+
+
+# -- judging -------------------------------------------------------------------------------------------------
+
+
+def errors(correction: Correction, artifacts: Sequence[Artifact]) -> dict[str, float]:
+    told = np.array([correction.us(artifact.parts_us) for artifact in artifacts])
+    measured = np.array([artifact.measured_us for artifact in artifacts])
+    off = told / measured - 1
+    return {
+        "mape_pct": 100 * float(np.mean(np.abs(off))),
+        "within_5_pct": float(np.mean(np.abs(off) <= 0.05)),
+        "within_10_pct": float(np.mean(np.abs(off) <= 0.10)),
+        "spearman": float(spearmanr(told, measured).statistic),
+        "worst_pct": 100 * float(off[np.argmax(np.abs(off))]),
+    }
+
+
+def judge(record: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """Errors by network: of the table alone, corrected by its own files, and by those of other networks."""
+    artifacts = {name: [Artifact(**row) for row in each["artifacts"]] for name, each in record["networks"].items()}
+    found = {}
+    for name, mine in artifacts.items():
+        seen, held_out = mine[::2], mine[1::2]
+        others = [artifact for other, each in artifacts.items() if other != name for artifact in each]
+        found[name] = {
+            "table alone": errors(Correction(), held_out),
+            "corrected by half": errors(fit(seen), held_out),
+            **({"network held out": errors(fit(others), mine)} if others else {}),
+        }
+    half = [artifact for each in artifacts.values() for artifact in each[::2]]
+    rest = [artifact for each in artifacts.values() for artifact in each[1::2]]
+    found["all"] = {"table alone": errors(Correction(), rest), "corrected by half": errors(fit(half), rest)}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    steps = parser.add_subparsers(dest="step", required=True)
+    for name in ("profile", "measure", "judge"):
+        step = steps.add_parser(name)
+        step.add_argument("--out", type=Path, default=OUT)
+        if name != "judge":
+            step.add_argument("networks", nargs="+", choices=NETWORKS)
+    steps.choices["profile"].add_argument("--seconds", type=float)
+    steps.choices["measure"].add_argument("--policies", type=int, default=POLICIES)
+    options = parser.parse_args()
+    if options.step == "profile":
+        profile(options.networks, options.out, options.seconds)
+        return
+    record: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"networks": {}}
+    if options.step == "measure":
+        record["machine"] = machine()
+        for network in options.networks:
+            record["networks"][network] = measure(network, options.out, options.policies)
+            save(record, RESULT)
+    record["errors"] = judge(record)
+    save(record, RESULT)
+    rows = (
+        (name, how, *(f"{each[key]:.3g}" for key in ("mape_pct", "within_5_pct", "within_10_pct", "spearman")))
+        for name, by_how in record["errors"].items()
+        for how, each in by_how.items()
+    )
+    print(markdown(("network", "", "MAPE %", "within 5 %", "within 10 %", "Spearman"), rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Fills the table of a target: which kernels a network needs there, measured once and kept."""
+
+import csv
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from hirelc_deploy import checkpoint, console, datasets, graph, plots
+from hirelc_deploy.choices import search_space
+from hirelc_deploy.compress.distil import as_tensors
+from hirelc_deploy.compress.fold import fold, foldable
+from hirelc_deploy.cost.kernel import Kernel
+from hirelc_deploy.cost.needs import Family, families
+from hirelc_deploy.cost.network import Network
+from hirelc_deploy.errors import UserError
+from hirelc_deploy.exporters import load_runtime
+from hirelc_deploy.profiles import Target, load_target
+from hirelc_deploy.profiles._table import read_table
+from hirelc_deploy.verify import profiling
+
+SHAPES_COLUMNS = ("op", "attributes", "operands", "compute")
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """What `profile` may be told."""
+
+    target: str
+    model: str | None = None
+    """What builds the network whose kernels are measured; its weights do not matter."""
+    data: str | None = None
+    """A task's data, of which the network's inputs are read."""
+    input: str | None = None
+    """The shape of one example instead: 3x224x224."""
+    shapes: Path | None = None
+    """A CSV of kernels instead of a network."""
+    table: Path | None = None
+    """Where to write; None for the target's own place."""
+    threads: int = 1
+    batch: int = 1
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.shapes is None):
+            raise UserError(
+                "what is to be measured is not said" if self.model is None else "both --model and --shapes are given",
+                fix="give --model for all that a network's policies need, or --shapes for a list of kernels",
+            )
+        if self.model is not None and (self.data is None) == (self.input is None):
+            raise UserError(
+                f"what {self.model} reads is {'not said' if self.data is None else 'said twice'}",
+                fix="give --input 3x224x224 (one example) or --data, as for export",
+            )
+        for name in ("threads", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}", fix=f"give --{name} of 1 or more")
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """What a profile came to."""
+
+    table: Path
+    families: int
+    kernels: int
+    """Rows that the table has for them."""
+    without: dict[str, str]
+    """Families that the runtime has no kernel for, with the reason."""
+
+    def __str__(self) -> str:
+        """For people."""
+        lines = [f"{self.kernels} kernels, {self.families} kinds of them needed here: {self.table}"]
+        lines += [f"no kernel, told from others: {reason}" for reason in self.without.values()]
+        return "\n".join(lines)
+
+
+def profile(settings: ProfileSettings) -> Profiled:
+    """Measure the kernels that a network, or a list, needs on a target, and write them to its table.
+
+    What the table has is not measured again; a run that was stopped goes on.
+    """
+    target = load_target(settings.target)
+    runtime = load_runtime(target.runtime.name)
+    tables = profiling.tables_here(settings.target, runtime)
+    if settings.table is not None:
+        tables = replace(tables, own=settings.table)
+    wanted = _listed(settings.shapes) if settings.shapes is not None else families(_network(settings, target))
+    where = profiling.here(runtime, threads=settings.threads)
+    with console.progress("measuring kernels", len(wanted)) as advance:
+        without = profiling.profile(wanted, tables, runtime, where, seconds=settings.seconds, advance=advance)
+    kept = {row.key for row in read_table(tables.own)}
+    return Profiled(tables.own, len(wanted), len(kept), without)
+
+
+def plot(target: str, path: Path) -> None:
+    """Draw latency over channels from a target's table.  Raises UserError where it has too little for that."""
+    runtime = load_runtime(load_target(target).runtime.name)
+    plots.draw(target, plots.lines(profiling.tables_here(target, runtime).rows()), path)
+
+
+def _network(settings: ProfileSettings, target: Target) -> Network:
+    """All that policies of the model can make a runtime run."""
+    assert settings.model is not None
+    model = checkpoint.load(settings.model).model.eval()
+    if settings.data is not None:
+        example = datasets.load_task(settings.data).example
+    else:
+        example = {"input": np.zeros((2, *_shape(settings.input or "")), np.float32)}
+    traced = graph.trace(model, example)
+    space = search_space(traced, target)
+    runtime = load_runtime(target.runtime.name)
+    folded = fold(model, foldable(model, as_tensors(example))).eval()
+    return runtime.network(
+        runtime.float_graph(folded, example, opset=target.runtime.opset),
+        traced,
+        space.computes,
+        space.groups,
+        batch=settings.batch,
+    )
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = text.split("x")
+    if not all(size.isdigit() and int(size) > 0 for size in sizes):
+        raise UserError(f"the input's shape is {text!r}", fix="write the sizes of one example: 3x224x224")
+    return tuple(map(int, sizes))
+
+
+def _listed(path: Path) -> list[Family]:
+    """The kernels of a file, one a line.  Raises UserError for a line that is no kernel, by its number."""
+    if not path.exists():
+        raise UserError(f"there is no file {path}", fix=f"--shapes takes a CSV with {','.join(SHAPES_COLUMNS)}")
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = csv.DictReader(file)
+        if not set(SHAPES_COLUMNS) <= set(lines.fieldnames or ()):
+            raise UserError(
+                f"{path.name}, line 1: the columns are {', '.join(lines.fieldnames or ()) or 'none'}",
+                fix=f"it begins with {','.join(SHAPES_COLUMNS)}; a table of another target will do",
+            )
+        return [_family(path, number, line) for number, line in enumerate(lines, start=2)]
+
+
+def _family(path: Path, number: int, line: dict[str, str]) -> Family:
+    try:
+        kernel = Kernel.parse(*(line[name] for name in SHAPES_COLUMNS))
+    except ValueError as error:
+        raise UserError(f"{path.name}, line {number}: {error}", fix="mend or delete the line") from error
+    inputs, outputs = kernel.channels
+    return Family(kernel, (inputs,), (outputs,), is_one=kernel.weight is None or kernel.is_depthwise)

@@ -1,0 +1,130 @@
+"""`profile` and `targets --plot`: what fills a target's table, and what it shows."""
+
+from pathlib import Path
+
+import pytest
+
+from hirelc_deploy import cli
+from hirelc_deploy.cost.kernel import Kernel
+from hirelc_deploy.cost.prices import kernel_of
+from hirelc_deploy.errors import ExitStatus
+from hirelc_deploy.policy import Compute
+from hirelc_deploy.profiles import FOLDER
+from hirelc_deploy.profiles._table import Row, read_table, write_table
+from hirelc_deploy.verify import profiling
+
+NETWORK = """
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(256, 5))
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(profiling, "ROUNDS", 3)
+    monkeypatch.setattr(profiling, "MORE_ROUNDS", 3)
+    monkeypatch.setattr(profiling, "RUN_US", 20.0)
+    path = tmp_path / "net.py"
+    path.write_text(NETWORK)
+    return f"{path}:build"
+
+
+def profile(*arguments: object) -> int:
+    return cli.main(["profile", "--target", "host", *map(str, arguments)])
+
+
+def test_a_networks_kernels_are_measured_once(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "host.csv"
+    arguments = ("--model", model, "--input", "3x8x8", "--batch", 2, "--table", table)
+    assert profile(*arguments) == ExitStatus.OK
+    kernels = [kernel_of(row) for row in read_table(table)]
+    convolutions = {(kernel.compute, kernel.channels) for kernel in kernels if kernel.op == "Conv"}
+    assert convolutions >= {(c, channels) for c in (Compute.FP32, Compute.INT8) for channels in ((3, 8), (8, 16))}
+    assert {kernel.compute for kernel in kernels if kernel.op == "Gemm"} == {"fp32", "int8", "int8_dynamic"}
+    assert {kernel.operands[0].shape[0] for kernel in kernels if kernel != profiling.ANCHOR} == {2}
+    assert "host.csv" in capsys.readouterr().out.replace("\n", "")
+    before = table.read_bytes()
+    monkeypatch.setattr(profiling, "measure", None)
+    assert profile(*arguments) == ExitStatus.OK
+    assert table.read_bytes() == before
+
+
+def test_a_list_of_kernels_is_measured(model: str, tmp_path: Path) -> None:
+    shapes = tmp_path / "shapes.csv"
+    shapes.write_text("op,attributes,operands,compute\nConv,,x:1x16x4x4 w:8x16x1x1,fp32\nAdd,,x:1x9 x:1x9,fp32\n")
+    assert profile("--shapes", shapes, "--table", tmp_path / "own.csv") == ExitStatus.OK
+    assert {row.operands for row in read_table(tmp_path / "own.csv")} >= {"x:1x16x4x4 w:8x16x1x1", "x:1x9 x:1x9"}
+
+
+def test_a_target_of_ones_own_keeps_its_table_beside_it(model: str, tmp_path: Path) -> None:
+    own = tmp_path / "my-board.toml"
+    own.write_text((FOLDER / "host.toml").read_text().replace('name = "host"', 'name = "my-board"'))
+    assert cli.main(["profile", "--target", str(own), "--model", model, "--input", "3x8x8"]) == ExitStatus.OK
+    assert read_table(tmp_path / "my-board.csv")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "what is to be measured is not said"),
+        (("--model", "{model}", "--shapes", "a.csv"), "both --model and --shapes are given"),
+        (("--model", "{model}"), "reads is not said"),
+        (("--model", "{model}", "--input", "3x8x8", "--data", "digits"), "reads is said twice"),
+        (("--model", "{model}", "--input", "3x8by8"), "the input's shape is '3x8by8'"),
+        (("--model", "{model}", "--input", "3x8x8", "--threads", 0), "threads is 0"),
+        (("--model", "{model}", "--input", "3x8x8", "--max-time", "5"), "is a time without a unit"),
+        (("--shapes", "{folder}/none.csv"), "there is no file"),
+        (("--shapes", "{folder}/wrong.csv"), "wrong.csv, line 1: the columns are operator"),
+        (("--shapes", "{folder}/broken.csv"), "broken.csv, line 3: 'x:' is no operand|broken.csv, line 3: 'eight'"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_in_one_message(
+    arguments: tuple[object, ...], message: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrong.csv").write_text("operator\n")
+    (tmp_path / "broken.csv").write_text("op,attributes,operands,compute\nAdd,,x:1x9 x:1x9,fp32\nAdd,,eight,fp32\n")
+    filled = [str(each).format(model=model, folder=tmp_path) for each in arguments]
+    assert profile(*filled) == ExitStatus.USER_ERROR
+    error = capsys.readouterr().err
+    assert any(part in error for part in message.split("|"))
+    assert "Traceback" not in error
+
+
+# -- cliffs --------------------------------------------------------------------------------------------------
+
+
+def rows() -> list[Row]:
+    found = []
+    for compute, us in (("fp32", 2.0), ("int8", 1.0)):
+        for outputs in range(8, 81, 8):
+            kernel = Kernel.parse("Conv", "pads=1,1,1,1", f"x:1x64x14x14 w:{outputs}x64x3x3 w:{outputs}", compute)
+            texts = (kernel.op, kernel.attributes, kernel.operands_text, compute, 1)
+            found.append(
+                Row(*texts, us * outputs, us * outputs, 1.0, 9, "2026-11-27", "onnxruntime 1.32.0", "avx2", "")
+            )
+    return found
+
+
+def test_latency_over_channels_is_drawn_from_the_table_alone(tmp_path: Path) -> None:
+    own = tmp_path / "my-board.toml"
+    own.write_text((FOLDER / "host.toml").read_text().replace('name = "host"', 'name = "my-board"'))
+    write_table(own.with_suffix(".csv"), rows())
+    image = tmp_path / "cliffs.svg"
+    assert cli.main(["targets", "--plot", str(image), "--target", str(own)]) == ExitStatus.OK
+    text = image.read_text()
+    assert all(word in text for word in ("<svg", "output channels", "int8", "fp32"))
+
+
+@pytest.mark.parametrize(("file", "message"), [("a.png", "has no convolution with 6"), ("a.csv", "cannot be drawn")])
+def test_what_cannot_be_drawn_is_told(
+    file: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "my-board.toml"
+    own.write_text((FOLDER / "host.toml").read_text().replace('name = "host"', 'name = "my-board"'))
+    write_table(own.with_suffix(".csv"), rows() if file.endswith("csv") else rows()[:4])
+    assert cli.main(["targets", "--plot", str(tmp_path / file), "--target", str(own)]) == ExitStatus.USER_ERROR
+    assert message in capsys.readouterr().err
