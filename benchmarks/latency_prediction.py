@@ -40,13 +40,14 @@ from hirelc_deploy.cost.latency import Decisions
 from hirelc_deploy.cost.needs import families
 from hirelc_deploy.cost.predictor import Predictor
 from hirelc_deploy.cost.prices import Prices
-from hirelc_deploy.exporters._base import Session
+from hirelc_deploy.exporters._base import NoKernelError, Session
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.profiles import Tables, load_target
 from hirelc_deploy.rundir import RunFolder
 from hirelc_deploy.search.space import SearchSpace
 from hirelc_deploy.task import ArraySource, Classification
 from hirelc_deploy.verify import profiling, timing
+from hirelc_deploy.verify.machines import Here
 from hirelc_deploy.verify.measure import example
 from hirelc_deploy.workbench import Workbench
 
@@ -143,11 +144,11 @@ def profile(networks: Sequence[str], out: Path, seconds: float | None) -> None:
                 bench._skeleton(frozenset()), bench.graph, bench.space.computes, bench.space.groups, batch=1
             )
             wanted = families(network)
-            where = profiling.here(bench.runtime, threads=1)
+            machine = Here(bench.runtime, threads=1)
             began = time.monotonic()
             with console.progress(f"{name}: measuring kernels", len(wanted)) as advance:
                 tables = Tables(TABLE, TABLE)
-                without = profiling.profile(wanted, tables, bench.runtime, where, seconds=seconds, advance=advance)
+                without = profiling.profile(wanted, tables, machine, seconds=seconds, advance=advance)
             kernels = sum(len(family.known) for family in wanted)
             print(f"{name}: {len(wanted)} families, {kernels} kernels, {time.monotonic() - began:.0f} s; {without}")
 
@@ -192,17 +193,18 @@ def _arrays(predictor: Predictor, policies: Sequence[Policy]) -> tuple[np.ndarra
 def _timed(bench: Workbench, policies: Sequence[Policy]) -> list[float]:
     """Microseconds of the policies' files, in units of the table."""
     files = {str(i): bench.draft(policy) for i, policy in enumerate(policies)}
-    anchor = profiling._of_some_length(profiling.ANCHOR, bench.runtime, 1)
-    nothing = bench.runtime.nothing_file()
+    machine = Here(bench.runtime, threads=1)
+    anchor = profiling.makers([profiling.ANCHOR], machine)[profiling.ANCHOR]
+    assert not isinstance(anchor, NoKernelError)
     with bench._loaded(files) as loaded:
         sessions: dict[str, Session] = {
             name: Reading(session, example(bench.task, 1)) for name, session in loaded.items()
         }
-        sessions["anchor"] = bench.runtime.kernel_session(anchor, threads=1)
-        sessions["nothing"] = bench.runtime.kernel_session(nothing, threads=1)
+        sessions["anchor"] = bench.runtime.kernel_session(anchor.file(1), threads=1)
+        sessions["nothing"] = bench.runtime.kernel_session(bench.runtime.nothing().file(1), threads=1)
         seen = {name: each.rounds_ms("cpu") for name, each in timing.interleave(sessions, {}, seconds=SECONDS).items()}
     anchor_us = Prices.of(Tables(TABLE, TABLE).rows())(profiling.ANCHOR)
-    unit = anchor_us / ((seen["anchor"] - seen["nothing"]) / anchor.copies)
+    unit = anchor_us / (seen["anchor"] - seen["nothing"])
     return [float(np.median(seen[name] * unit)) for name in files]
 
 

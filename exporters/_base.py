@@ -3,7 +3,7 @@
 Timing, scoring and judging are the same for every runtime and live in `hirelc_deploy.verify`.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -75,6 +75,27 @@ class NoKernelError(Exception):
 
 
 @dataclass(frozen=True)
+class Optimise:
+    """Asks the device what a session makes of a file; the answer is the file."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Asks the device what values of a file are like; the answer is, by name, shape and type as numpy calls it."""
+
+    data: bytes
+    names: tuple[str, ...]
+    inputs: Arrays
+
+
+Request = Optimise | Shapes
+KernelSteps = Generator[Request, Any, "KernelMaker"]
+"""What has to be asked of a device to make a kernel's file for it.  Raises NoKernelError if there is no such kernel."""
+
+
+@dataclass(frozen=True)
 class KernelFile:
     """A file that runs one kernel some times over, and what it reads."""
 
@@ -82,6 +103,12 @@ class KernelFile:
     inputs: Arrays
     copies: int
     """How often one run executes the kernel: the time of a short one is mostly the session's own otherwise."""
+
+
+class KernelMaker(Protocol):
+    """A kernel, cut out of what surrounds it."""
+
+    def file(self, copies: int) -> KernelFile: ...
 
 
 class Runtime(Protocol):
@@ -174,11 +201,15 @@ class Runtime(Protocol):
         """The kernels that this runtime makes of the whole float graph, as a function of the policy."""
         ...
 
-    def kernel_file(self, kernel: Kernel, *, copies: int = 1) -> KernelFile:
-        """A file that executes a kernel `copies` times a run.  Raises NoKernelError if there is no such kernel."""
+    def kernel_steps(self, kernel: Kernel) -> KernelSteps:
+        """Make a kernel's file, asking the device for what it depends on."""
         ...
 
-    def nothing_file(self) -> KernelFile:
+    def answer(self, request: Request) -> Any:
+        """What this machine says.  Raises NoKernelError for a file that it cannot load."""
+        ...
+
+    def nothing(self) -> KernelMaker:
         """A file that does next to nothing: what a run costs by itself."""
         ...
 

@@ -7,7 +7,8 @@ optimises further, takes the time of the kernel and nothing else.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hirelc_deploy.cost.kernel import BORDERS, Kernel, Operand
 from hirelc_deploy.exporters import _sessions
-from hirelc_deploy.exporters._base import KernelFile, NoKernelError
+from hirelc_deploy.exporters._base import KernelFile, NoKernelError, Optimise, Request, Shapes
 from hirelc_deploy.policy import Compute
 
 DOMAINS = {"": 18, "com.microsoft": 1, "com.microsoft.nchwc": 1}
@@ -37,26 +38,66 @@ AROUND = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Transp
 """What a session puts around a layer."""
 
 
-def kernel_file(kernel: Kernel, *, copies: int = 1, seed: int = 0) -> KernelFile:
-    """A file whose session executes the kernel `copies` times a run.  Raises NoKernelError if there is none."""
+@dataclass(frozen=True)
+class Cut:
+    """Nodes that follow one another, their constants, and what they read at run time."""
+
+    nodes: Sequence[onnx.NodeProto]
+    constants: Sequence[onnx.TensorProto]
+    read: Mapping[str, np.ndarray]
+
+    def file(self, copies: int) -> KernelFile:
+        """The nodes so many times over, each on the same inputs; only the first one's result leaves the file.
+
+        A session executes nodes whose results nobody reads as well, since it optimises nothing.
+        """
+        shared = {*self.read, *(tensor.name for tensor in self.constants), ""}
+        every = []
+        for number in range(copies):
+            for node in self.nodes:
+                copy = onnx.NodeProto()
+                copy.CopyFrom(node)
+                copy.name = f"{node.op_type}{number}"
+                for names in (copy.input, copy.output):
+                    for i, name in enumerate(names):
+                        names[i] = name if name in shared else f"{name}.{number}"
+                every.append(copy)
+        outputs = [onnx.ValueInfoProto(name=f"{self.nodes[-1].output[0]}.0")]
+        data = _model(every, self.constants, self.read, outputs).SerializeToString()
+        return KernelFile(data, self.read, copies)
+
+
+def kernel_steps(kernel: Kernel, *, seed: int = 0) -> Generator[Request, Any, Cut]:
+    """Make the kernel's file for a device.  Raises NoKernelError if its sessions have no such kernel."""
     random = np.random.default_rng(seed)
     if kernel.op in BORDERS:
-        node, constants, read = _border(kernel, random)
-    elif kernel.compute is Compute.FP32 and kernel.weight is None and kernel.op not in POOLS:
-        node, constants, read = _as_it_is(kernel, random)
-    else:
-        node, constants, read = _cut_out(kernel, random)
-    return KernelFile(_repeated(node, constants, read, copies), read, copies)
+        return (yield from _border(kernel, random))
+    if kernel.compute is Compute.FP32 and kernel.weight is None and kernel.op not in POOLS:
+        node, constants, read = _float_node(kernel, random)
+        return Cut([node], constants, read)
+    return (yield from _cut_out(kernel, random))
 
 
-Cut = tuple[list[onnx.NodeProto], list[onnx.TensorProto], dict[str, np.ndarray]]
-"""Nodes that follow one another, their constants, and what they read at run time."""
+def answer(request: Request) -> Any:
+    """What a session on this machine makes of a file, or what its values are like."""
+    try:
+        if isinstance(request, Optimise):
+            return _optimised(request.data)
+        session = _sessions.in_memory(request.data, _sessions.options(1, _sessions.Level.ORT_DISABLE_ALL))
+        present = {each.name for each in session.get_inputs()}
+        given = {name: array for name, array in request.inputs.items() if name in present}
+        arrays = session.run(list(request.names), given)
+    except Exception as error:  # whatever the session says of it
+        raise NoKernelError(str(error).splitlines()[0]) from error
+    return {name: (array.shape, str(array.dtype)) for name, array in zip(request.names, arrays, strict=True)}
 
 
-def nothing_file() -> KernelFile:
-    """A file that does next to nothing: what a session costs by itself."""
-    read = {"x": np.zeros(1, np.float32)}
-    return KernelFile(_repeated([_node("Identity", ["x"], ["y"])], [], read, 1), read, 1)
+def _optimised(data: bytes) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        options = _sessions.options(threads=1)
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        _sessions.in_memory(data, options)
+        return Path(options.optimized_model_filepath).read_bytes()
 
 
 class KernelSession:
@@ -75,7 +116,7 @@ class KernelSession:
 # -- the three ways to a node --------------------------------------------------------------------------------
 
 
-def _border(kernel: Kernel, random: np.random.Generator) -> Cut:
+def _border(kernel: Kernel, random: np.random.Generator) -> Generator[Request, Any, Cut]:
     """From one way of holding a tensor to another; integer images lie with their channels last."""
     shape = kernel.operands[0].shape
     is_image = len(shape) == 4
@@ -86,32 +127,26 @@ def _border(kernel: Kernel, random: np.random.Generator) -> Cut:
             nodes = [_node("QuantizeLinear", ["x", "scale", "zero"], ["y"])]
             if is_image:
                 nodes.append(_node("Transpose", ["y"], ["z"], perm=[0, 2, 3, 1]))
-            return nodes, [scale, zero], floats
+            return Cut(nodes, [scale, zero], floats)
         case "DequantizeLinear":
             nodes = [_node("DequantizeLinear", ["z" if is_image else "x", "scale", "zero"], ["y"])]
             integers = random.integers(0, 256, shape).astype(np.uint8)
             if is_image:
                 nodes.insert(0, _node("Transpose", ["x"], ["z"], perm=[0, 3, 1, 2]))
                 integers = np.ascontiguousarray(integers.transpose(0, 2, 3, 1))
-            return nodes, [scale, zero], {"x": integers}
+            return Cut(nodes, [scale, zero], {"x": integers})
     # blocks are filled up
     whole = {"x": np.resize(floats["x"], (shape[0], ceil(shape[1] / ALIGNED) * ALIGNED, *shape[2:]))}
     into = _node("ReorderInput", ["x"], ["y"], domain="com.microsoft.nchwc", channels_last=0)
     if kernel.op == "ReorderInput":
-        return [into], [], whole
+        return Cut([into], [], whole)
     model = _model([into], [], whole, [onnx.ValueInfoProto(name="y")])
-    blocked = {"x": _as_written(model).run(None, whole)[0]}
+    shapes = yield Shapes(model.SerializeToString(), ("y",), whole)
     back = _node("ReorderOutput", ["x"], ["y"], domain="com.microsoft.nchwc", channels_last=0, channels=shape[1])
-    return [back], [], blocked
+    return Cut([back], [], {"x": _like(shapes["y"], random)})
 
 
-def _as_it_is(kernel: Kernel, random: np.random.Generator) -> Cut:
-    """An operator without weights of its own kind, which a session leaves as it stands."""
-    node, constants, read = _float_node(kernel, random)
-    return [node], constants, read
-
-
-def _cut_out(kernel: Kernel, random: np.random.Generator) -> Cut:
+def _cut_out(kernel: Kernel, random: np.random.Generator) -> Generator[Request, Any, Cut]:
     """What a session makes of the operator between its borders."""
     node, constants, read = _float_node(kernel, random)
     nodes = [node]
@@ -119,7 +154,10 @@ def _cut_out(kernel: Kernel, random: np.random.Generator) -> Cut:
         nodes, constants = _behind_a_convolution(node, kernel.operands[0].shape, constants)
     elif kernel.compute is not Compute.FP32:
         nodes, constants = _in_integers(kernel, node, constants)
-    optimised = _optimised(nodes, constants, read)
+    model = _model(nodes, constants, read, [onnx.ValueInfoProto(name=name) for name in nodes[-1].output])
+    for output in model.graph.output:
+        output.type.tensor_type.elem_type = TensorProto.FLOAT
+    optimised = onnx.load_from_string((yield Optimise(model.SerializeToString())))
     found = [each for each in optimised.graph.node if each.op_type not in AROUND]
     if kernel.op in POOLS:
         found = found[-1:]
@@ -128,7 +166,10 @@ def _cut_out(kernel: Kernel, random: np.random.Generator) -> Cut:
     main = found[0]
     known = {tensor.name: tensor for tensor in optimised.graph.initializer}
     wanted = [name for name in dict.fromkeys(main.input) if name and name not in known]
-    values = _values(optimised, wanted, read)
+    shapes = {name: (read[name].shape, str(read[name].dtype)) for name in wanted if name in read}
+    if computed := tuple(name for name in wanted if name not in read):
+        shapes |= yield Shapes(_with_outputs(optimised, computed), computed, read)
+    values = {name: _like(shapes[name], random) for name in wanted}
     if kernel.compute is Compute.INT8 and all(value.dtype != np.uint8 for value in values.values()):
         raise NoKernelError(f"{kernel} stays in float")
     names = {name: f"x{i}" for i, name in enumerate(wanted)}
@@ -141,11 +182,25 @@ def _cut_out(kernel: Kernel, random: np.random.Generator) -> Cut:
         _with_channels_last(cut)
     del cut.output[1:]
     cut.output[0] = "y"
-    return (
-        [cut],
-        [known[name] for name in dict.fromkeys(main.input) if name in known],
-        {names[name]: value for name, value in values.items()},
-    )
+    constants = [known[name] for name in dict.fromkeys(main.input) if name in known]
+    return Cut([cut], constants, {names[name]: value for name, value in values.items()})
+
+
+def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> bytes:
+    """The model with these values as its outputs."""
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    del probe.graph.output[:]
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return probe.SerializeToString()
+
+
+def _like(kind: tuple[Sequence[int], str], random: np.random.Generator) -> np.ndarray:
+    """Values of a shape and a type."""
+    shape, dtype = kind
+    if np.issubdtype(np.dtype(dtype), np.floating):
+        return random.standard_normal(shape).astype(dtype)
+    return random.integers(0, 128, shape).astype(dtype)
 
 
 def _with_channels_last(pool: onnx.NodeProto) -> None:
@@ -317,10 +372,10 @@ def _node(op: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: 
 
 
 def _model(
-    nodes: list[onnx.NodeProto],
-    constants: list[onnx.TensorProto],
+    nodes: Sequence[onnx.NodeProto],
+    constants: Sequence[onnx.TensorProto],
     read: Mapping[str, np.ndarray],
-    outputs: list[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
 ) -> onnx.ModelProto:
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
@@ -332,56 +387,5 @@ def _model(
     return helper.make_model(graph, opset_imports=imports, ir_version=IR_VERSION)
 
 
-def _as_written(model: onnx.ModelProto) -> _sessions.Session:
-    """A session that optimises nothing."""
-    return _sessions.in_memory(model.SerializeToString(), _sessions.options(1, _sessions.Level.ORT_DISABLE_ALL))
-
-
-def _optimised(
-    nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto], read: Mapping[str, np.ndarray]
-) -> onnx.ModelProto:
-    """What a session makes of nodes before it runs them."""
-    outputs = [onnx.ValueInfoProto(name=name) for name in nodes[-1].output]
-    model = _model(nodes, constants, read, outputs)
-    for output in model.graph.output:
-        output.type.tensor_type.elem_type = TensorProto.FLOAT
-    with tempfile.TemporaryDirectory() as folder:
-        options = _sessions.options(threads=1)
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        _sessions.in_memory(model.SerializeToString(), options)
-        return onnx.load(options.optimized_model_filepath)
-
-
-def _values(model: onnx.ModelProto, names: list[str], read: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What these values of an optimised model are on the inputs."""
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    given = {name: array for name, array in read.items() if name in names}
-    computed = [name for name in names if name not in given]
-    del probe.graph.output[:]
-    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
-    if not computed:
-        return given
-    session = _as_written(probe)
-    present = {each.name for each in session.get_inputs()}
-    arrays = session.run(computed, {name: array for name, array in read.items() if name in present})
-    return given | dict(zip(computed, arrays, strict=True))
-
-
-def _repeated(
-    nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto], read: Mapping[str, np.ndarray], copies: int
-) -> bytes:
-    """The nodes so many times over, each on the same inputs; only the first one's result leaves the file."""
-    shared = {*read, *(tensor.name for tensor in constants), ""}
-    every = []
-    for number in range(copies):
-        for node in nodes:
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
-            copy.name = f"{node.op_type}{number}"
-            for names in (copy.input, copy.output):
-                for i, name in enumerate(names):
-                    names[i] = name if name in shared else f"{name}.{number}"
-            every.append(copy)
-    outputs = [onnx.ValueInfoProto(name=f"{nodes[-1].output[0]}.0")]
-    return _model(every, constants, read, outputs).SerializeToString()
+NOTHING = Cut([_node("Identity", ["x"], ["y"])], [], {"x": np.zeros(1, np.float32)})
+"""What a session costs by itself."""

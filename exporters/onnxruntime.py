@@ -17,11 +17,11 @@ from torch import nn
 from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.cost.network import Network
 from hirelc_deploy.exporters import _sessions
-from hirelc_deploy.exporters._base import Arrays, Exported, KernelFile, RoundingErrors
+from hirelc_deploy.exporters._base import Arrays, Exported, KernelFile, KernelSteps, Request, RoundingErrors
 from hirelc_deploy.exporters._calibrate import Histogram, Method, Range, range_of
 from hirelc_deploy.exporters._compact import drop_unused, share, shorten, to_bytes
 from hirelc_deploy.exporters._float import FloatGraph, float_graph, weight_of
-from hirelc_deploy.exporters._kernels import KernelSession, kernel_file, nothing_file
+from hirelc_deploy.exporters._kernels import NOTHING, Cut, KernelSession, answer, kernel_steps
 from hirelc_deploy.exporters._lower import network
 from hirelc_deploy.exporters._plan import Plan, plan
 from hirelc_deploy.exporters._qdq import output_axis, place, rounded
@@ -176,11 +176,14 @@ class OnnxRuntime:
         """The kernels that a session makes of the whole float graph, as a function of the policy (`_lower`)."""
         return network(graph, model, computes, counts, batch=batch, floats=floats)
 
-    def kernel_file(self, kernel: Kernel, *, copies: int = 1) -> KernelFile:
-        return kernel_file(kernel, copies=copies)
+    def kernel_steps(self, kernel: Kernel) -> KernelSteps:
+        return kernel_steps(kernel)
 
-    def nothing_file(self) -> KernelFile:
-        return nothing_file()
+    def answer(self, request: Request) -> Any:
+        return answer(request)
+
+    def nothing(self) -> Cut:
+        return NOTHING
 
     def kernel_session(self, file: KernelFile, *, threads: int) -> KernelSession:
         return KernelSession(file, threads=threads)

@@ -18,6 +18,7 @@ from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.profiles import Target, load_target
 from hirelc_deploy.profiles._table import read_table
 from hirelc_deploy.verify import profiling
+from hirelc_deploy.verify.machines import Here
 
 SHAPES_COLUMNS = ("op", "attributes", "operands", "compute")
 
@@ -86,9 +87,9 @@ def profile(settings: ProfileSettings) -> Profiled:
     if settings.table is not None:
         tables = replace(tables, own=settings.table)
     wanted = _listed(settings.shapes) if settings.shapes is not None else families(_network(settings, target))
-    where = profiling.here(runtime, threads=settings.threads)
+    machine = Here(runtime, threads=settings.threads)
     with console.progress("measuring kernels", len(wanted)) as advance:
-        without = profiling.profile(wanted, tables, runtime, where, seconds=settings.seconds, advance=advance)
+        without = profiling.profile(wanted, tables, machine, seconds=settings.seconds, advance=advance)
     kept = {row.key for row in read_table(tables.own)}
     return Profiled(tables.own, len(wanted), len(kept), without)
 

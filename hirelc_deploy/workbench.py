@@ -42,6 +42,7 @@ from hirelc_deploy.policy import INT8, Compute, Policy, Precision
 from hirelc_deploy.profiles import Tables
 from hirelc_deploy.search.space import Evaluation
 from hirelc_deploy.verify import accuracy, profiling, timing
+from hirelc_deploy.verify.machines import Here
 from hirelc_deploy.verify.measure import example
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class Workbench:
         self._batch = batch
         self._progress = progress
         self._skeletons: dict[frozenset[str], Any] = {}
-        self._here = profiling.here(self.runtime, threads=threads)
+        self._here = Here(self.runtime, threads=threads)
         self.tables = tables or profiling.tables_here(target.name, self.runtime)
 
     # -- what the search is handed ---------------------------------------------------------------------------
@@ -480,7 +481,7 @@ class Workbench:
         )
         wanted = families(network)
         with self._progress("measuring kernels", len(wanted)) as advance:
-            profiling.profile(wanted, self.tables, self.runtime, self._here, seconds=seconds, advance=advance)
+            profiling.profile(wanted, self.tables, self._here, seconds=seconds, advance=advance)
         rows, artifacts = self.tables.rows(), read_artifacts(self.tables.own)
         return Predictor(network, rows, artifacts, threads=self._threads)
 

@@ -14,7 +14,8 @@ from hirelc_deploy.exporters.onnxruntime import RUNTIME
 from hirelc_deploy.profiles import Tables, tables_of
 from hirelc_deploy.profiles._table import Row, read_table
 from hirelc_deploy.verify import profiling
-from hirelc_deploy.verify.profiling import ANCHOR, here, measure, profile
+from hirelc_deploy.verify.machines import Here
+from hirelc_deploy.verify.profiling import ANCHOR, makers, measure, profile
 
 KERNELS = [
     ("Conv", "pads=1,1,1,1", "x:1x8x6x6 w:16x8x3x3 w:16"),
@@ -51,7 +52,9 @@ NO_KERNEL = Kernel.parse("Erf", "", "x:1x2x9x9", "int8")
 
 @pytest.mark.parametrize("kernel", EVERY, ids=str)
 def test_a_kernel_runs_by_itself_and_several_times_over(kernel: Kernel) -> None:
-    file = RUNTIME.kernel_file(kernel, copies=3)
+    maker = makers([kernel], Here(RUNTIME, threads=1))[kernel]
+    assert not isinstance(maker, NoKernelError), maker
+    file = maker.file(3)
     RUNTIME.kernel_session(file, threads=1).run({})
     assert file.copies == 3
     nodes = onnx.load_from_string(file.data).graph.node
@@ -66,9 +69,10 @@ def test_a_kernel_runs_by_itself_and_several_times_over(kernel: Kernel) -> None:
 
 
 def test_what_the_runtime_has_no_kernel_for_is_said() -> None:
-    with pytest.raises(NoKernelError, match="Erf x:1x2x9x9 int8 stays in float"):
-        RUNTIME.kernel_file(NO_KERNEL)
-    samples, refused = measure([NO_KERNEL], None, RUNTIME, threads=1)
+    refusal = makers([NO_KERNEL], Here(RUNTIME, threads=1))[NO_KERNEL]
+    assert isinstance(refusal, NoKernelError)
+    assert str(refusal) == "Erf x:1x2x9x9 int8 stays in float"
+    samples, refused = measure([NO_KERNEL], None, Here(RUNTIME, threads=1))
     assert NO_KERNEL in refused
     assert [sample.kernel for sample in samples] == [ANCHOR]
 
@@ -89,15 +93,15 @@ def test_a_profile_is_written_goes_on_and_measures_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tables = Tables(tmp_path / "shipped.csv", tmp_path / "cache" / "own.csv")
-    where = here(RUNTIME, threads=1)
-    assert profile([conv((8, 16))], tables, RUNTIME, where) == {}
+    machine = Here(RUNTIME, threads=1)
+    assert profile([conv((8, 16))], tables, machine) == {}
     rows = read_table(tables.own)
     assert len(rows) == 4 + 1  # and the anchor
     assert {row.runtime for row in rows} == {f"onnxruntime {RUNTIME.version()}"}
-    assert all(row.p50_us > 0 and row.runs > 0 and row.flags == where.flags for row in rows)
+    assert all(row.p50_us > 0 and row.runs > 0 and row.flags == machine.where.flags for row in rows)
     wanted = conv((8, 16))
     monkeypatch.setattr(profiling, "measure", None)
-    assert profile([wanted], tables, RUNTIME, where) == {}
+    assert profile([wanted], tables, machine) == {}
     assert wanted.known == {kernel.channels: us for kernel, us in _times(rows).items() if kernel.family in _names()}
 
 
@@ -115,7 +119,7 @@ def test_a_killed_profile_has_kept_what_it_measured(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(profiling, "measure", second_is_killed)
     with pytest.raises(KeyboardInterrupt):
-        profile([conv((8, 16, 24, 32))], tables, RUNTIME, here(RUNTIME, threads=1))
+        profile([conv((8, 16, 24, 32))], tables, Here(RUNTIME, threads=1))
     kept = read_table(tables.own)
     assert len(kept) == 1 + 3  # the anchor, and the three corners that a family begins with
 
@@ -123,7 +127,7 @@ def test_a_killed_profile_has_kept_what_it_measured(tmp_path: Path, monkeypatch:
 @pytest.mark.usefixtures("hasty")
 def test_a_profile_ends_when_its_time_is_up(tmp_path: Path) -> None:
     tables = Tables(tmp_path / "own.csv", tmp_path / "own.csv")
-    profile([conv(tuple(range(8, 65, 8)))], tables, RUNTIME, here(RUNTIME, threads=1), seconds=0.0)
+    profile([conv(tuple(range(8, 65, 8)))], tables, Here(RUNTIME, threads=1), seconds=0.0)
     rows = read_table(tables.own)
     assert len(rows) == 1 + 3
     # and what it has is enough to tell the rest
@@ -134,7 +138,7 @@ def test_a_profile_ends_when_its_time_is_up(tmp_path: Path) -> None:
 def test_what_there_is_no_kernel_for_is_reported_and_the_rest_measured(tmp_path: Path) -> None:
     tables = Tables(tmp_path / "own.csv", tmp_path / "own.csv")
     none = Family(NO_KERNEL, (2,), (2,), is_one=True)
-    refused = profile([none, conv((8,))], tables, RUNTIME, here(RUNTIME, threads=1))
+    refused = profile([none, conv((8,))], tables, Here(RUNTIME, threads=1))
     assert refused.keys() == {NO_KERNEL.family}
     assert [row.op for row in read_table(tables.own)] == ["Conv", "Conv"]
 
@@ -142,8 +146,8 @@ def test_what_there_is_no_kernel_for_is_reported_and_the_rest_measured(tmp_path:
 def test_times_are_in_units_of_the_tables_anchor(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that is twice as slow now gives the same rows."""
     kernel = Kernel.parse("Conv", "", "x:1x64x14x14 w:64x64x1x1", "fp32")
-    quiet, _ = measure([kernel], 100.0, RUNTIME, threads=1)
-    slow, _ = measure([kernel], 200.0, RUNTIME, threads=1)
+    quiet, _ = measure([kernel], 100.0, Here(RUNTIME, threads=1))
+    slow, _ = measure([kernel], 200.0, Here(RUNTIME, threads=1))
     one, two = (next(each.p50_us for each in found if each.kernel == kernel) for found in (quiet, slow))
     assert 1.3 < two / one < 3.0  # 2, on a core of its own
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import ceil
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,17 +18,14 @@ from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.cost.needs import Family, Place, neglect
 from hirelc_deploy.cost.prices import kernel_of
 from hirelc_deploy.cpu import relevant_flags
-from hirelc_deploy.exporters._base import KernelFile, NoKernelError, Runtime, Session
+from hirelc_deploy.exporters._base import KernelFile, KernelMaker, NoKernelError, Request, Runtime
 from hirelc_deploy.profiles import Tables, tables_of
 from hirelc_deploy.profiles._table import Row, read_table, write_table
 from hirelc_deploy.verify import timing
-from hirelc_deploy.verify.environment import power_mode
+from hirelc_deploy.verify.machines import Machine, Where
 
 ANCHOR = Kernel.parse("Conv", "pads=1,1,1,1", "x:1x64x14x14 w:64x64x3x3 w:64", "fp32")
 """Some 200 us of multiply-accumulates in the caches of any CPU."""
-
-NOTHING = Kernel.parse("Identity", "", "x:1", "fp32")
-"""Timed alone it is the session itself; its time is taken off all others."""
 
 BATCH = 16
 """Kernels that are timed side by side: their files, weights and results are in memory together."""
@@ -37,6 +34,8 @@ RUN_US = 150.0
 """Of a run, at least: kernels that are shorter are in their file several times."""
 
 MOST_COPIES = 64
+FEW_ROUNDS = 3
+"""To see how long a kernel takes, about."""
 ROUNDS = 11
 MORE_ROUNDS = 31
 """Where the rounds of the first few are far apart."""
@@ -57,111 +56,94 @@ class Sample:
     runs: int
 
 
-@dataclass(frozen=True)
-class Where:
-    """What a row says of where it was measured."""
-
-    runtime: str
-    flags: str
-    power_mode: str
-    threads: int
-
-
-def here(runtime: Runtime, *, threads: int) -> Where:
-    """This machine."""
-    flags = "+".join(relevant_flags())
-    return Where(f"{runtime.name} {runtime.version()}", flags, power_mode() or "", threads)
-
-
 def tables_here(name_or_path: str, runtime: Runtime) -> Tables:
     """Where a target's latencies lie that hold for this machine."""
     return tables_of(name_or_path, runtime=f"{runtime.name} {runtime.version()}", flags=relevant_flags())
 
 
+def makers(kernels: Sequence[Kernel], machine: Machine) -> dict[Kernel, KernelMaker | NoKernelError]:
+    """Kernels made for a machine, or why it has none: what they ask of it is asked for all of them at once."""
+    made: dict[Kernel, KernelMaker | NoKernelError] = {}
+    going = {kernel: machine.runtime.kernel_steps(kernel) for kernel in kernels}
+    answers: dict[Kernel, Any] = dict.fromkeys(kernels)
+    while going:
+        requests: dict[Kernel, Request] = {}
+        for kernel, steps in going.items():
+            try:
+                answer = answers[kernel]
+                requests[kernel] = steps.throw(answer) if isinstance(answer, Exception) else steps.send(answer)
+            except StopIteration as end:
+                made[kernel] = end.value
+            except NoKernelError as error:
+                made[kernel] = error
+        going = {kernel: going[kernel] for kernel in requests}
+        answers = dict(zip(requests, machine.answers(list(requests.values())), strict=True)) if requests else {}
+    return made
+
+
 def measure(
-    kernels: Sequence[Kernel], anchor_us: float | None, runtime: Runtime, *, threads: int
+    kernels: Sequence[Kernel], anchor_us: float | None, machine: Machine
 ) -> tuple[list[Sample], dict[Kernel, str]]:
     """Time kernels side by side with the anchor; and what the runtime has no kernel for, with the reason.
 
     `anchor_us` is the anchor's time in the table, None where the table is empty: then it is what it takes now.
     """
-    clock = timing.clock_for(threads)
-    files: dict[Kernel, KernelFile] = {}
-    refused: dict[Kernel, str] = {}
-    for kernel in kernels:
-        try:
-            files[kernel] = _of_some_length(kernel, runtime, threads)
-        except NoKernelError as error:
-            refused[kernel] = str(error)
-    files[ANCHOR] = _of_some_length(ANCHOR, runtime, threads)
-    files[NOTHING] = runtime.nothing_file()
-    seen = _timed(files, ROUNDS, runtime, threads)
-    unsteady = [
-        kernel
-        for kernel, each in seen.items()
-        if kernel != NOTHING and _spread(_in_anchors(seen, each, clock)) > STEADY
-    ]
-    again = dict.fromkeys([*unsteady, ANCHOR, NOTHING])
-    more = _timed({kernel: files[kernel] for kernel in again}, MORE_ROUNDS, runtime, threads) if unsteady else {}
-    scale_us = anchor_us or float(np.median(seen[ANCHOR].rounds_ms(clock))) * 1e3
-    samples = []
-    for kernel in files:
-        if kernel == NOTHING:
-            continue
-        source = more if kernel in more else seen
-        samples.append(_sample(kernel, files[kernel].copies, source, scale_us, clock))
-    return samples, refused
+    clock = timing.clock_for(machine.where.threads)
+    made = makers(list(dict.fromkeys([*kernels, ANCHOR])), machine)
+    refused = {kernel: str(maker) for kernel, maker in made.items() if isinstance(maker, NoKernelError)}
+    able = {kernel: maker for kernel, maker in made.items() if not isinstance(maker, NoKernelError)}
+    files = _of_some_length(able, machine)
+    seen = _timed(files, ROUNDS, machine, clock)
+    unsteady = [kernel for kernel, each in seen.items() if kernel != ANCHOR and _spread(each.us_each) > STEADY]
+    if unsteady:
+        seen |= _timed({kernel: files[kernel] for kernel in (*unsteady, ANCHOR)}, MORE_ROUNDS, machine, clock)
+    unit_us = anchor_us or float(np.median(seen[ANCHOR].us_each))
+    return [_sample(kernel, each, unit_us) for kernel, each in seen.items()], refused
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """One kernel's rounds, without what a session costs by itself."""
+
+    us_each: np.ndarray
+    """Microseconds of the kernel now, (rounds,)."""
+    in_anchors: np.ndarray
+    """In units of the anchor's, (rounds,)."""
+    runs: int
 
 
 def _timed(
-    files: Mapping[Kernel, KernelFile], rounds: int, runtime: Runtime, threads: int
-) -> dict[Kernel, timing.Timing]:
-    sessions = {str(i): runtime.kernel_session(file, threads=threads) for i, file in enumerate(files.values())}
-    times = timing.interleave(sessions, {}, warmup=3, rounds=rounds)
-    return {kernel: times[str(i)] for i, kernel in enumerate(files)}
+    files: Mapping[Kernel, KernelFile], rounds: int, machine: Machine, clock: timing.Clock
+) -> dict[Kernel, _Rounds]:
+    nothing, *times = machine.timed([machine.runtime.nothing().file(1), *files.values()], rounds)
+    alone_ms = nothing.rounds_ms(clock)
+    us = {
+        kernel: 1e3 * (each.rounds_ms(clock) - alone_ms) / file.copies
+        for (kernel, file), each in zip(files.items(), times, strict=True)
+    }
+    runs = {kernel: sum(len(visit.wall_ms) for visit in each.visits) for kernel, each in zip(files, times, strict=True)}
+    return {kernel: _Rounds(each, each / us[ANCHOR], runs[kernel]) for kernel, each in us.items()}
 
 
-def _of_some_length(kernel: Kernel, runtime: Runtime, threads: int) -> KernelFile:
-    """The kernel's file with as many copies as make a run long enough."""
-    file = runtime.kernel_file(kernel)
-    took_us = [_fastest_us(runtime.kernel_session(each, threads=threads)) for each in (file, runtime.nothing_file())]
-    one_us = max(took_us[0] - took_us[1], SHORTEST_US)
-    copies = min(MOST_COPIES, ceil(RUN_US / one_us))
-    return file if copies == 1 else runtime.kernel_file(kernel, copies=copies)
+def _of_some_length(able: Mapping[Kernel, KernelMaker], machine: Machine) -> dict[Kernel, KernelFile]:
+    """Files with as many copies of their kernel as make a run long enough."""
+    single = {kernel: maker.file(1) for kernel, maker in able.items()}
+    nothing, *times = machine.timed([machine.runtime.nothing().file(1), *single.values()], FEW_ROUNDS)
+    files = {}
+    for (kernel, file), each in zip(single.items(), times, strict=True):
+        one_us = max(1e3 * float(each.wall_ms.min() - nothing.wall_ms.min()), SHORTEST_US)
+        copies = min(MOST_COPIES, ceil(RUN_US / one_us))
+        files[kernel] = file if copies == 1 else able[kernel].file(copies)
+    return files
 
 
-def _fastest_us(session: Session) -> float:
-    found = []
-    for _ in range(5):
-        began = time.perf_counter_ns()
-        session.run({})
-        found.append(time.perf_counter_ns() - began)
-    return min(found) / 1e3
-
-
-def _in_anchors(seen: Mapping[Kernel, timing.Timing], each: timing.Timing, clock: timing.Clock) -> np.ndarray:
-    """A kernel's time in units of the anchor's, round by round."""
-    return each.rounds_ms(clock) / seen[ANCHOR].rounds_ms(clock)
-
-
-def _sample(
-    kernel: Kernel, copies: int, seen: Mapping[Kernel, timing.Timing], scale_us: float, clock: timing.Clock
-) -> Sample:
-    nothing = _in_anchors(seen, seen[NOTHING], clock)
-    # the anchor's own time holds a session's work as well
-    one = scale_us / (1 - float(np.median(nothing))) if kernel == ANCHOR else scale_us
-    each = (_in_anchors(seen, seen[kernel], clock) - nothing) / copies * one
-    p50, p90 = np.percentile(each, (50, 90))
-    return Sample(
-        kernel,
-        max(float(p50), SHORTEST_US),
-        max(float(p90), SHORTEST_US),
-        100 * _spread(each),
-        sum(len(visit.wall_ms) for visit in seen[kernel].visits),
-    )
+def _sample(kernel: Kernel, rounds: _Rounds, unit_us: float) -> Sample:
+    p50, p90 = np.maximum(np.percentile(rounds.in_anchors * unit_us, (50, 90)), SHORTEST_US).tolist()
+    return Sample(kernel, p50, p90, 100 * _spread(rounds.in_anchors), rounds.runs)
 
 
 def _spread(rounds: np.ndarray) -> float:
+    """Half the distance of the quartiles, as a part of the median."""
     low, middle, high = np.percentile(rounds, (25, 50, 75))
     return float((high - low) / 2 / abs(middle)) if middle else 0.0
 
@@ -175,8 +157,7 @@ class Advance(Protocol):
 def profile(
     wanted: Sequence[Family],
     tables: Tables,
-    runtime: Runtime,
-    where: Where,
+    machine: Machine,
     *,
     seconds: float | None = None,
     advance: Advance = lambda detail="": None,
@@ -187,14 +168,12 @@ def profile(
     family, with the reason.
     """
     rows = read_table(tables.own)
-    times_us = {kernel_of(row): row.p50_us for row in tables.rows() if row.threads == where.threads}
+    times_us = {kernel_of(row): row.p50_us for row in tables.rows() if row.threads == machine.where.threads}
     anchor_us = times_us.get(ANCHOR)
     deadline = None if seconds is None else time.monotonic() + seconds
     refused: dict[str, str] = {}
     for batch in _batches(wanted, times_us, refused, advance):
-        samples, without = measure(
-            [family.at(place) for family, place in batch], anchor_us, runtime, threads=where.threads
-        )
+        samples, without = measure([family.at(place) for family, place in batch], anchor_us, machine)
         refused |= {kernel.family: reason for kernel, reason in without.items()}
         known = {sample.kernel: sample for sample in samples}
         for family, place in batch:
@@ -203,7 +182,7 @@ def profile(
                 family.known[place] = sample.p50_us
         kept = [sample for sample in samples if sample.kernel != ANCHOR or anchor_us is None]
         anchor_us = anchor_us or known[ANCHOR].p50_us
-        rows += [_row(sample, where) for sample in kept]
+        rows += [_row(sample, machine.where) for sample in kept]
         write_table(tables.own, rows)
         if deadline is not None and time.monotonic() > deadline:
             break
