@@ -304,6 +304,13 @@ def profile(
             help="Where to write. Default: the user's cache, or beside FILE.toml for a target of your own.",
         ),
     ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="USER@DEVICE", help="Measure there, over ssh; it needs Python, numpy and onnxruntime."),
+    ] = None,
+    host_python: Annotated[
+        str, typer.Option(metavar="PATH", help="The device's Python that has the runtime.")
+    ] = "python3",
     threads: Annotated[int, typer.Option(metavar="N", help="Threads of the runtime.")] = 1,
     batch: Annotated[int, typer.Option(metavar="N", help="Examples an inference.")] = 1,
     max_time: Annotated[
@@ -325,6 +332,8 @@ def profile(
         input=input,
         shapes=shapes,
         table=table,
+        host=host,
+        host_python=host_python,
         threads=threads,
         batch=batch,
         seconds=None if max_time is None else parse_duration_ms(max_time) / 1e3,

@@ -1,6 +1,9 @@
 """Fills the table of a target: which kernels a network needs there, measured once and kept."""
 
 import csv
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,10 +18,10 @@ from hirelc_deploy.cost.needs import Family, families
 from hirelc_deploy.cost.network import Network
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import load_runtime
-from hirelc_deploy.profiles import Target, load_target
+from hirelc_deploy.profiles import Target, load_target, tables_of
 from hirelc_deploy.profiles._table import read_table
-from hirelc_deploy.verify import profiling
-from hirelc_deploy.verify.machines import Here
+from hirelc_deploy.verify import profiling, remote
+from hirelc_deploy.verify.machines import Here, Machine
 
 SHAPES_COLUMNS = ("op", "attributes", "operands", "compute")
 
@@ -38,6 +41,10 @@ class ProfileSettings:
     """A CSV of kernels instead of a network."""
     table: Path | None = None
     """Where to write; None for the target's own place."""
+    host: str | None = None
+    """A device that `ssh` reaches, instead of this machine."""
+    host_python: str = "python3"
+    """The device's Python that has the runtime."""
     threads: int = 1
     batch: int = 1
     seconds: float | None = None
@@ -82,16 +89,41 @@ def profile(settings: ProfileSettings) -> Profiled:
     What the table has is not measured again; a run that was stopped goes on.
     """
     target = load_target(settings.target)
-    runtime = load_runtime(target.runtime.name)
-    tables = profiling.tables_here(settings.target, runtime)
+    wanted = _listed(settings.shapes) if settings.shapes is not None else families(_network(settings, target))
+    with _machine(settings, target) as machine:
+        return _measured(settings, wanted, machine)
+
+
+def _measured(settings: ProfileSettings, wanted: list[Family], machine: Machine) -> Profiled:
+    where = machine.where
+    tables = tables_of(settings.target, runtime=where.runtime, flags=where.flags.split("+"))
     if settings.table is not None:
         tables = replace(tables, own=settings.table)
-    wanted = _listed(settings.shapes) if settings.shapes is not None else families(_network(settings, target))
-    machine = Here(runtime, threads=settings.threads)
     with console.progress("measuring kernels", len(wanted)) as advance:
         without = profiling.profile(wanted, tables, machine, seconds=settings.seconds, advance=advance)
     kept = {row.key for row in read_table(tables.own)}
     return Profiled(tables.own, len(wanted), len(kept), without)
+
+
+@contextmanager
+def _machine(settings: ProfileSettings, target: Target) -> Iterator[Machine]:
+    """What is measured on.  Raises UserError if its runtime is older than the target's."""
+    runtime = load_runtime(target.runtime.name)
+    if settings.host is None:
+        yield Here(runtime, threads=settings.threads)
+        return
+    with remote.connected(settings.host, runtime, threads=settings.threads, python=settings.host_python) as device:
+        if _numbers(device.version) < _numbers(target.runtime.min_version):
+            raise UserError(
+                f"{settings.host} has {runtime.name} {device.version}, and {target.name} begins with "
+                f"{target.runtime.min_version}",
+                fix="install a newer one there, or lower runtime.min_version in a target of your own",
+            )
+        yield device
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def plot(target: str, path: Path) -> None:

@@ -1,0 +1,247 @@
+"""A device that is reached over the system's `ssh`, with the user's own configuration, keys and known hosts.
+
+A job is one connection: a tar of files goes in, a runner that needs only the runtime does the job, a tar of results
+comes out.  Jobs change nothing on the device but their own folder, so one whose connection was lost is done again.
+"""
+
+import io
+import json
+import os
+import shlex
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from hirelc_deploy.cpu import RELEVANT_FLAGS, flags_of_cpuinfo
+from hirelc_deploy.errors import UserError
+from hirelc_deploy.exporters._base import KernelFile, NoKernelError, Optimise, Request, Runtime
+from hirelc_deploy.verify import timing
+from hirelc_deploy.verify.machines import WARMUP_RUNS, Where
+
+SSH_VARIABLE = "HIRELC_DEPLOY_SSH"
+"""A command to use instead of `ssh`, such as `ssh -F FILE`."""
+
+OPTIONS = (
+    "-o",
+    "BatchMode=yes",
+    "-o",
+    "ConnectTimeout=10",
+    "-o",
+    "ServerAliveInterval=15",
+    "-o",
+    "ServerAliveCountMax=3",
+)
+"""Nobody is there to type a password; a device that says nothing for 45 s is gone.  Host keys are checked as always."""
+
+SSH_FAILED = 255
+NOT_FOUND = 127
+ATTEMPTS = 4
+PAUSE_S = 2.0
+"""Before the first repetition; twice as long before each further one."""
+
+FINAL = (
+    ("Could not resolve hostname", "there is no host {host!r}", "check the name, or give it in ~/.ssh/config"),
+    (
+        "REMOTE HOST IDENTIFICATION HAS CHANGED",
+        "{host} answers with another key than the known one",
+        "if the device was set up anew, remove its old key: ssh-keygen -R {name}",
+    ),
+    (
+        "Host key verification failed",
+        "the key of {host} is not known",
+        "log in once by hand and check the key: ssh {host}",
+    ),
+    ("Permission denied", "{host} does not let you in", "does `ssh {host} true` work without a password?"),
+)
+"""What ssh says where trying again would not help, what that means, and what to do."""
+
+
+class LostError(Exception):
+    """The connection broke; the message is ssh's."""
+
+
+class Remote:
+    """A device on which kernels are timed."""
+
+    def __init__(
+        self,
+        host: str,
+        runtime: Runtime,
+        *,
+        threads: int,
+        folder: str,
+        python: str,
+        ssh: Sequence[str],
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Made by `connected`.  Raises UserError if the device cannot be reached or lacks what is needed."""
+        self.runtime = runtime
+        self._host, self._ssh, self._sleep = host, ssh, sleep
+        self._folder, self._python = folder, python
+        about = json.loads(self._job({"action": "about"})["result.json"])
+        flags = sorted(flags_of_cpuinfo(about["cpuinfo"]) & RELEVANT_FLAGS)
+        self.version: str = about["runtime"]
+        self.where = Where(f"{runtime.name} {self.version}", "+".join(flags), about["power_mode"], threads)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The CPU's, as far as they decide which kernels run."""
+        return tuple(self.where.flags.split("+")) if self.where.flags else ()
+
+    def answers(self, requests: Sequence[Request]) -> list[Any]:
+        files: dict[str, bytes] = {}
+        asked: list[dict[str, Any]] = []
+        for i, request in enumerate(requests):
+            files[f"{i}.onnx"] = request.data
+            if isinstance(request, Optimise):
+                asked.append({"file": f"{i}.onnx"})
+            else:
+                files[f"{i}.npz"] = _npz(request.inputs)
+                asked.append({"file": f"{i}.onnx", "names": list(request.names), "inputs": f"{i}.npz"})
+        back = self._job({"action": "answers", "requests": asked}, files)
+        return [_answer(each, back) for each in json.loads(back["result.json"])["answers"]]
+
+    def timed(self, files: Sequence[KernelFile], rounds: int) -> list[timing.Timing]:
+        sent: dict[str, bytes] = {}
+        for i, file in enumerate(files):
+            sent |= {f"{i}.onnx": file.data, f"{i}.npz": _npz(file.inputs)}
+        job = {
+            "action": "timed",
+            "files": [{"file": f"{i}.onnx", "inputs": f"{i}.npz"} for i in range(len(files))],
+            "threads": self.where.threads,
+            "warmup": WARMUP_RUNS,
+            "rounds": rounds,
+            "visit_ms": timing.VISIT_MS,
+        }
+        result = json.loads(self._job(job, sent)["result.json"])
+        return [
+            timing.Timing(tuple(timing.Visit(tuple(wall_ms), cpu_ms) for wall_ms, cpu_ms in visits))
+            for visits in result["rounds"]
+        ]
+
+    def _job(self, job: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> dict[str, bytes]:
+        """Do a job on the device; the files that it wrote, by name."""
+        runner = (resources.files("hirelc_deploy.verify") / "_runner.py").read_bytes()
+        sent = _tar({"job.json": json.dumps(job).encode(), "runner.py": runner, **(files or {})})
+        # a folder for the job alone: what an attempt that broke off has left is not read
+        command = (
+            f"cd {shlex.quote(self._folder)} && rm -rf job && mkdir job && cd job && tar -xf - && "
+            f"{shlex.quote(self._python)} runner.py && rm -f *.onnx *.npz runner.py job.json && tar -cf - ."
+        )
+        packed = attempts(lambda: _call(self._ssh, self._host, command, sent), self._host, self._sleep)
+        back = _untar(packed)
+        if b'"error"' in back["result.json"][:20]:
+            self._refuse(json.loads(back["result.json"]))
+        return back
+
+    def _refuse(self, result: Mapping[str, str]) -> None:
+        raise UserError(
+            f"{self._host} has no {result['what']} for {result['python']}",
+            fix=f"install it there: {result['python']} -m pip install onnxruntime numpy",
+        )
+
+
+@contextmanager
+def connected(
+    host: str,
+    runtime: Runtime,
+    *,
+    threads: int,
+    python: str = "python3",
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[Remote]:
+    """A device, with a folder of its own there that is removed at the end.
+
+    Raises UserError if it cannot be reached, if its key is not the known one, or if it lacks Python or the runtime.
+    """
+    if host.startswith("-"):
+        raise UserError(f"{host!r} is no host", fix="write user@device, or a name of ~/.ssh/config")
+    ssh = [*shlex.split(os.environ.get(SSH_VARIABLE, "ssh")), *OPTIONS]
+    made = attempts(lambda: _call(ssh, host, "mktemp -d", b""), host, sleep)
+    folder = made.decode().strip()
+    try:
+        yield Remote(host, runtime, threads=threads, folder=folder, python=python, ssh=ssh, sleep=sleep)
+    finally:
+        _clean(ssh, host, folder)
+
+
+def _clean(ssh: Sequence[str], host: str, folder: str) -> None:
+    """Remove the folder; a device that is gone keeps it in its temporary folder."""
+    subprocess.run([*ssh, host, f"rm -rf {shlex.quote(folder)}"], capture_output=True, check=False)
+
+
+def attempts(call: Callable[[], bytes], host: str, sleep: Callable[[float], None]) -> bytes:
+    """What the call gives, tried again where the connection broke.  Raises UserError once that does not help."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except LostError as lost:
+            reason = str(lost)
+            if attempt + 1 < ATTEMPTS:
+                sleep(PAUSE_S * 2**attempt)
+    raise UserError(
+        f"the connection to {host} failed {ATTEMPTS} times: {reason}",
+        fix="is the device on, and reachable? What was measured is kept: the same command goes on",
+    )
+
+
+def _call(ssh: Sequence[str], host: str, command: str, sent: bytes) -> bytes:
+    """Run a command on the device.  Raises LostError for a broken connection, UserError for what will not mend."""
+    try:
+        done = subprocess.run([*ssh, host, command], input=sent, capture_output=True, check=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{ssh[0]} is not installed here", fix="install OpenSSH's client") from error
+    said = done.stderr.decode(errors="replace").strip()
+    if done.returncode == 0:
+        return done.stdout
+    for words, what, fix in FINAL:
+        if words in said:
+            name = host.rpartition("@")[2]
+            raise UserError(what.format(host=host, name=name), fix=fix.format(host=host, name=name))
+    last = said.splitlines()[-1] if said else f"status {done.returncode}"
+    if done.returncode == SSH_FAILED:
+        raise LostError(last)
+    if done.returncode == NOT_FOUND:
+        raise UserError(f"{host}: {last}", fix="it needs tar, and Python with onnxruntime and numpy (--host-python)")
+    raise UserError(f"{host} failed: {last}", fix="is there room in its temporary folder, and tar?")
+
+
+def _answer(each: Mapping[str, Any], back: Mapping[str, bytes]) -> Any:
+    if "refused" in each:
+        return NoKernelError(each["refused"])
+    if "file" in each:
+        return back[each["file"]]
+    return {name: (tuple(shape), dtype) for name, (shape, dtype) in each["shapes"].items()}
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def _tar(files: Mapping[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def _untar(packed: bytes) -> dict[str, bytes]:
+    """Regular files by name; nothing is written to disk."""
+    found = {}
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        for entry in tar:
+            file = tar.extractfile(entry) if entry.isfile() else None
+            if file is not None:
+                found[entry.name.removeprefix("./")] = file.read()
+    return found
