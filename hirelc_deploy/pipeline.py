@@ -104,6 +104,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
         seen = _measured(
             run, settings, bench, file, exported.tensors, lambda: bench.simulated_outputs(compressed.model, policy)
         )
+        run.step("learned", lambda: bench.learn(policy, seen.p50_ms))
 
         manifest = Manifest(
             schema=manifests.SCHEMA,

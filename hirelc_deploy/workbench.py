@@ -31,7 +31,8 @@ from hirelc_deploy.compress.posttraining import PostTraining, post_train
 from hirelc_deploy.compress.prune import Pruned, prune
 from hirelc_deploy.compress.simulate import simulated
 from hirelc_deploy.cost.needs import families
-from hirelc_deploy.cost.predictor import Predictor, read_artifacts
+from hirelc_deploy.cost.network import Network
+from hirelc_deploy.cost.predictor import Predictor, add_artifact, read_artifacts
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import load_runtime
@@ -471,7 +472,30 @@ class Workbench:
 
     def predictor(self, counts: Mapping[str, tuple[int, ...]], *, seconds: float | None = None) -> Predictor:
         """The latency of policies with these counts of units; kernels that no table has are measured first."""
-        network = self.runtime.network(
+        network = self._network(counts)
+        wanted = families(network)
+        with self._progress("measuring kernels", len(wanted)) as advance:
+            profiling.profile(wanted, self.tables, self._here, seconds=seconds, advance=advance)
+        return self._predictor(network)
+
+    def learn(self, policy: Policy, latency_ms: float) -> bool:
+        """Let a measured file correct the predictor; not where the table lacks one of its kernels.
+
+        Returns whether it was learned from.
+        """
+        times_us = profiling.known_us(self.tables, threads=self._threads)
+        unit = profiling.unit(self._here, times_us)
+        if unit is None:
+            return False
+        whole = {group.name: group.total for group in self.graph.groups}
+        predictor = self._predictor(self._network({name: (n,) for name, n in (whole | dict(policy.keep)).items()}))
+        if predictor.unknown:
+            return False
+        add_artifact(self.tables.own, predictor.artifact(policy, latency_ms * unit))
+        return True
+
+    def _network(self, counts: Mapping[str, tuple[int, ...]]) -> Network:
+        return self.runtime.network(
             self._skeleton(frozenset()),
             self.graph,
             self.space.computes,
@@ -479,11 +503,9 @@ class Workbench:
             batch=self._batch,
             floats=self._floats_between,
         )
-        wanted = families(network)
-        with self._progress("measuring kernels", len(wanted)) as advance:
-            profiling.profile(wanted, self.tables, self._here, seconds=seconds, advance=advance)
-        rows, artifacts = self.tables.rows(), read_artifacts(self.tables.own)
-        return Predictor(network, rows, artifacts, threads=self._threads)
+
+    def _predictor(self, network: Network) -> Predictor:
+        return Predictor(network, self.tables.rows(), read_artifacts(self.tables.own), threads=self._threads)
 
     def _times(self, keep: Mapping[str, int], candidates: Sequence[Mapping[str, Compute]]) -> list[float]:
         """Milliseconds of the network with these counts in each of these computes, side by side, in 8 bits."""

@@ -31,8 +31,10 @@ from hirelc_deploy.cli import main
 from hirelc_deploy.compress.batchnorm import reestimate
 from hirelc_deploy.compress.importance import scores
 from hirelc_deploy.compress.prune import prune
+from hirelc_deploy.cost.predictor import read_artifacts
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.policy import FP32, INT8, Policy
+from hirelc_deploy.profiles._table import read_table
 from hirelc_deploy.task import ArraySource, Batch
 from hirelc_deploy.verify import accuracy, judge, manifest as manifests
 from hirelc_deploy.verify.measure import Measurement
@@ -107,8 +109,15 @@ def test_a_recipe_is_made_real(artifact: pipeline.Outcome, tmp_path: Path) -> No
 
 
 def test_what_is_fastest_here_is_resolved_before_it_is_a_policy(tmp_path: Path) -> None:
-    """And the post-training steps are taken on the way, as nothing is fine-tuned."""
-    outcome = export(tmp_path / "out", DigitNet(8), digits(), recipe="keep=50%,compute=fastest", epochs=0)
+    """Post-training steps are taken on the way, as nothing is fine-tuned, and the predictor learns from the file."""
+    target = quick_target(tmp_path)
+    settings = {"target": target, "recipe": "keep=50%,compute=fastest", "epochs": 0}
+    outcome = export(tmp_path / "out", DigitNet(8), digits(), **settings)
+    table = Path(target).with_suffix(".csv")
+    assert read_table(table)
+    (learned,) = read_artifacts(table)
+    assert learned.measured_us > 0
+    assert sum(learned.parts_us.values()) > 0
     assert (outcome.status, outcome.manifest.verdict) == (ExitStatus.OK, "pass")
     computes = {name: str(each.compute) for name, each in policy_of(outcome).precisions.items()}
     assert set(computes.values()) <= {"fp32", "int8", "int8_dynamic"}
@@ -396,7 +405,7 @@ def test_a_network_that_is_slower_is_noted_once_however_often_it_is_measured(
     def measure(*_: Any, **__: Any) -> Measurement:
         measured = manifest.measured.model_copy(update={"speedup": next(speedups)})
         runs_as = {record.name: record.runs_as for record in manifest.layers}
-        return Measurement(baseline=manifest.baseline, measured=measured, runs_as=runs_as, clock="cpu")
+        return Measurement(baseline=manifest.baseline, measured=measured, runs_as=runs_as, clock="cpu", p50_ms=1.0)
 
     monkeypatch.setattr(pipeline, "measure", measure)
     lasting = tuple(note for note in manifest.notes if "slower" not in note)

@@ -24,6 +24,8 @@ class Measurement(Record):
     measured: Measured
     runs_as: dict[str, str | None]
     clock: str
+    p50_ms: float
+    """Of the artifact, on that clock."""
     simulated_agreement: float | None = None
     """Percent of equal decisions of the simulated network and the file, on the search split."""
 
@@ -78,6 +80,7 @@ def measure(
         ),
         runs_as=runtime.runs_as(paths["artifact"], tensors, threads=threads),
         clock=clock,
+        p50_ms=times["artifact"].p50_ms(clock),
         simulated_agreement=None if simulated is None else task.agreement(simulated, searched),
     )
 

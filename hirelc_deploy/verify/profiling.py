@@ -61,6 +61,11 @@ def tables_here(name_or_path: str, runtime: Runtime) -> Tables:
     return tables_of(name_or_path, runtime=f"{runtime.name} {runtime.version()}", flags=relevant_flags())
 
 
+def known_us(tables: Tables, *, threads: int) -> dict[Kernel, float]:
+    """What the tables of a target have for so many threads."""
+    return {kernel_of(row): row.p50_us for row in tables.rows() if row.threads == threads}
+
+
 def makers(kernels: Sequence[Kernel], machine: Machine) -> dict[Kernel, KernelMaker | NoKernelError]:
     """Kernels made for a machine, or why it has none: what they ask of it is asked for all of them at once."""
     made: dict[Kernel, KernelMaker | NoKernelError] = {}
@@ -99,6 +104,17 @@ def measure(
         seen |= _timed({kernel: files[kernel] for kernel in (*unsteady, ANCHOR)}, MORE_ROUNDS, machine, clock)
     unit_us = anchor_us or float(np.median(seen[ANCHOR].us_each))
     return [_sample(kernel, each, unit_us) for kernel, each in seen.items()], refused
+
+
+def unit(machine: Machine, times_us: Mapping[Kernel, float]) -> float | None:
+    """By what a time of this moment is multiplied to be in units of a table; None where the table has no anchor."""
+    if ANCHOR not in times_us:
+        return None
+    maker = makers([ANCHOR], machine)[ANCHOR]
+    if isinstance(maker, NoKernelError):
+        return None
+    now = _timed({ANCHOR: maker.file(1)}, MORE_ROUNDS, machine, timing.clock_for(machine.where.threads))
+    return times_us[ANCHOR] / float(np.median(now[ANCHOR].us_each))
 
 
 @dataclass(frozen=True)
@@ -168,7 +184,7 @@ def profile(
     family, with the reason.
     """
     rows = read_table(tables.own)
-    times_us = {kernel_of(row): row.p50_us for row in tables.rows() if row.threads == machine.where.threads}
+    times_us = known_us(tables, threads=machine.where.threads)
     anchor_us = times_us.get(ANCHOR)
     deadline = None if seconds is None else time.monotonic() + seconds
     refused: dict[str, str] = {}
