@@ -17,7 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import against_onnxruntime
+import large_models
 import post_training
+import size_prediction
 from _bench import RESULTS, ROOT, load_task, machine, markdown, save, workbench
 from _graphs import shape_of
 
@@ -166,6 +169,16 @@ def page() -> str:
     if post_training.RESULT.exists():
         found = json.loads(post_training.RESULT.read_text())["networks"]
         parts.append(f"{POST_TRAINING}\n{post_training.table(found)}")
+    if against_onnxruntime.RESULT.exists():
+        networks = json.loads(against_onnxruntime.RESULT.read_text())["networks"]
+        rows = {name: [against_onnxruntime.Row(**row) for row in each] for name, each in networks.items()}
+        parts += [AGAINST, *(against_onnxruntime.table(name, each) for name, each in rows.items())]
+    if large_models.RESULT.exists():
+        networks = json.loads(large_models.RESULT.read_text())["networks"]
+        large = {name: [large_models.Row(**row) for row in each] for name, each in networks.items()}
+        parts += [LARGE, *(large_models.table(name, each) for name, each in large.items())]
+    if size_prediction.RESULT.exists():
+        parts.append(size_prediction.summary(json.loads(size_prediction.RESULT.read_text())))
     return "\n".join(parts)
 
 
@@ -186,6 +199,20 @@ POST_TRAINING = """## What each correction gains
 
 Scores in percent of the 6,000 search images, under the formats and before any fine-tuning, by the steps of
 `--post-training` (`python benchmarks/post_training.py`).  Statistics are estimated again only where channels are gone.
+"""
+
+
+AGAINST = """## Beside ONNX Runtime's own tools
+
+Nothing is pruned and nothing trained; every tool starts from the same stripped fp32 file, and its own is stripped
+in the same way (`python benchmarks/against_onnxruntime.py`).
+"""
+
+
+LARGE = """## Large networks
+
+Random weights, so nothing is scored (`python benchmarks/large_models.py`).  Loading is the CPU time of a process of its
+own; its peak is over that of a process that loads nothing.
 """
 
 

@@ -6,7 +6,9 @@ untrained weights, since no size depends on values.  Writes benchmarks/results/s
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from _bench import RESULTS, save, workbench
@@ -14,6 +16,7 @@ from _bench import RESULTS, save, workbench
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.search.space import SearchSpace
 
+RESULT = RESULTS / "size_prediction.json"
 NETWORKS = ("wide", "depthwise", "vit")
 
 
@@ -37,6 +40,17 @@ def errors(network: str, policies: int, out: Path) -> list[dict[str, float]]:
     return found
 
 
+def summary(record: Mapping[str, Any]) -> str:
+    """For the page of number formats."""
+    worst = ", ".join(f"{error:.2g} % on `{network}`" for network, error in record["worst_error_pct"].items())
+    return (
+        "## Sizes told before anything is built\n\n"
+        f"{record['policies']} random policies of each network, every layer any storage and compute, every group any "
+        "count, told from shapes\nalone and then written (`python benchmarks/size_prediction.py`).  The worst errors: "
+        f"{worst}.\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--policies", type=int, default=50)
@@ -45,7 +59,7 @@ def main() -> None:
     found = {network: errors(network, options.policies, options.out) for network in NETWORKS}
     worst = {network: max((abs(each["error_pct"]) for each in seen), default=0.0) for network, seen in found.items()}
     record = {"policies": options.policies, "worst_error_pct": worst, "networks": found}
-    save(record, RESULTS / "size_prediction.json")
+    save(record, RESULT)
     print(json.dumps(worst, indent=2))
 
 

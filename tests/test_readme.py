@@ -1,5 +1,6 @@
 """What the README says is what happens: its commands run, and its figures are those of the result files."""
 
+import json
 import re
 import shlex
 import sys
@@ -94,3 +95,11 @@ def test_the_page_of_number_formats_is_that_of_the_result_files(monkeypatch: pyt
 
     assert (ROOT / "docs" / "number-formats.md").read_text(encoding="utf-8") == number_formats.page()
     assert number_formats.with_highlights(README) == README
+
+
+def test_sizes_are_told_within_what_is_promised() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "size_prediction.json").read_text(encoding="utf-8"))
+    assert record["policies"] >= 50
+    assert len(record["networks"]) >= 3
+    for seen in record["networks"].values():
+        assert all(abs(each["predicted"] / each["bytes"] - 1) <= 0.005 for each in seen)
