@@ -39,7 +39,7 @@ from hirelc_deploy.cost.correction import Artifact, Correction, fit
 from hirelc_deploy.cost.latency import Decisions
 from hirelc_deploy.cost.needs import families
 from hirelc_deploy.cost.predictor import Predictor
-from hirelc_deploy.cost.prices import Prices
+from hirelc_deploy.cost.prices import MeasuredPrices
 from hirelc_deploy.exporters._base import NoKernelError, Session
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.profiles import Tables, load_target
@@ -130,7 +130,7 @@ def predictor_of(bench: Workbench) -> Predictor:
         batch=1,
         floats=bench._floats_between,
     )
-    return Predictor(network, Tables(TABLE, TABLE).rows(), [], threads=1)
+    return Predictor.of_table(network, Tables(TABLE, TABLE).rows(), [], threads=1)
 
 
 # -- steps ---------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def _timed(bench: Workbench, policies: Sequence[Policy]) -> list[float]:
         sessions["anchor"] = bench.runtime.kernel_session(anchor.file(1), threads=1)
         sessions["nothing"] = bench.runtime.kernel_session(bench.runtime.nothing().file(1), threads=1)
         seen = {name: each.rounds_ms("cpu") for name, each in timing.interleave(sessions, {}, seconds=SECONDS).items()}
-    anchor_us = Prices.of(Tables(TABLE, TABLE).rows())(profiling.ANCHOR)
+    anchor_us = MeasuredPrices.of(Tables(TABLE, TABLE).rows())(profiling.ANCHOR)
     unit = anchor_us / (seen["anchor"] - seen["nothing"])
     return [float(np.median(seen[name] * unit)) for name in files]
 

@@ -104,7 +104,10 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
         seen = _measured(
             run, settings, bench, file, exported.tensors, lambda: bench.simulated_outputs(compressed.model, policy)
         )
-        run.step("learned", lambda: bench.learn(policy, seen.p50_ms))
+        if bench.is_device:
+            run.step("learned", lambda: bench.learn(policy, seen.p50_ms))
+        else:
+            seen = bench.as_foretold(seen, policy)
 
         manifest = Manifest(
             schema=manifests.SCHEMA,
@@ -223,7 +226,7 @@ def _workbench(
         threads=settings.threads,
         batch=settings.batch,
         progress=console.progress,
-        tables=tables_here(settings.target, load_runtime(target.runtime.name)),
+        tables=tables_here(settings.target, target, load_runtime(target.runtime.name)),
     )
 
 

@@ -128,8 +128,9 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def plot(target: str, path: Path) -> None:
     """Draw latency over channels from a target's table.  Raises UserError where it has too little for that."""
-    runtime = load_runtime(load_target(target).runtime.name)
-    plots.draw(target, plots.lines(profiling.tables_here(target, runtime).rows()), path)
+    described = load_target(target)
+    tables = profiling.tables_here(target, described, load_runtime(described.runtime.name))
+    plots.draw(target, plots.lines(tables.rows()), path)
 
 
 def _network(settings: ProfileSettings, target: Target) -> Network:

@@ -30,6 +30,7 @@ from hirelc_deploy.compress.inputs import energies
 from hirelc_deploy.compress.posttraining import PostTraining, post_train
 from hirelc_deploy.compress.prune import Pruned, prune
 from hirelc_deploy.compress.simulate import simulated
+from hirelc_deploy.cost.estimate import EstimatedPrices
 from hirelc_deploy.cost.needs import families
 from hirelc_deploy.cost.network import Network
 from hirelc_deploy.cost.predictor import Predictor, add_artifact, read_artifacts
@@ -44,7 +45,7 @@ from hirelc_deploy.profiles import Tables
 from hirelc_deploy.search.space import Evaluation
 from hirelc_deploy.verify import accuracy, profiling, timing
 from hirelc_deploy.verify.machines import Here
-from hirelc_deploy.verify.measure import example
+from hirelc_deploy.verify.measure import Measurement, example
 
 if TYPE_CHECKING:
     from hirelc_deploy.exporters._base import Arrays, Exported, Session
@@ -123,7 +124,9 @@ class Workbench:
         self.run = run
         self.space = search_space(graph, target)
         self.runtime = load_runtime(target.runtime.name)
-        self.largest = target.largest_code(cpu_flags())
+        self.largest = target.largest_code(target.flags(cpu_flags()))
+        self.is_device = target.is_here(cpu_flags())
+        """Whether latencies of this machine are the target's."""
         self._importance = importance
         self._fine_tuning = fine_tuning
         self._post_training = post_training
@@ -133,7 +136,7 @@ class Workbench:
         self._progress = progress
         self._skeletons: dict[frozenset[str], Any] = {}
         self._here = Here(self.runtime, threads=threads)
-        self.tables = tables or profiling.tables_here(target.name, self.runtime)
+        self.tables = tables or profiling.tables_here(target.name, target, self.runtime)
 
     # -- what the search is handed ---------------------------------------------------------------------------
 
@@ -453,8 +456,10 @@ class Workbench:
 
     def _fastest(self, keep: Mapping[str, int]) -> dict[str, Compute]:
         allowed = {layer: self._allowed(layer) for layer in self.space.layers}
-        predictor = self.predictor({group: (count,) for group, count in keep.items()})
+        predictor = self._predictor_of(keep)
         candidates = [predictor.fastest(keep, allowed)]
+        if not self.is_device:
+            return candidates[0]
         for compute in dict.fromkeys(compute for able in allowed.values() for compute in able):
             alike = {layer: compute if compute in able else able[0] for layer, able in allowed.items()}
             if alike not in candidates:
@@ -471,8 +476,14 @@ class Workbench:
         return tuple(c for c in computes[layer] if all(c in computes[twin] for twin in together))
 
     def predictor(self, counts: Mapping[str, tuple[int, ...]], *, seconds: float | None = None) -> Predictor:
-        """The latency of policies with these counts of units; kernels that no table has are measured first."""
+        """The latency of policies with these counts of units.
+
+        Kernels that no table has are measured first, where this machine is the target.  Raises UserError where it is
+        not and nothing is known of the target.
+        """
         network = self._network(counts)
+        if not self.is_device:
+            return self._predictor(network)
         wanted = families(network)
         with self._progress("measuring kernels", len(wanted)) as advance:
             profiling.profile(wanted, self.tables, self._here, seconds=seconds, advance=advance)
@@ -488,7 +499,8 @@ class Workbench:
         if unit is None:
             return False
         whole = {group.name: group.total for group in self.graph.groups}
-        predictor = self._predictor(self._network({name: (n,) for name, n in (whole | dict(policy.keep)).items()}))
+        counts = {name: (count,) for name, count in (whole | dict(policy.keep)).items()}
+        predictor = self._predictor(self._network(counts))
         if predictor.unknown:
             return False
         add_artifact(self.tables.own, predictor.artifact(policy, latency_ms * unit))
@@ -504,8 +516,32 @@ class Workbench:
             floats=self._floats_between,
         )
 
+    def _predictor_of(self, keep: Mapping[str, int]) -> Predictor:
+        whole = {group.name: group.total for group in self.graph.groups}
+        return self.predictor({name: (count,) for name, count in (whole | dict(keep)).items()})
+
     def _predictor(self, network: Network) -> Predictor:
-        return Predictor(network, self.tables.rows(), read_artifacts(self.tables.own), threads=self._threads)
+        rows = self.tables.rows()
+        if not rows and self.target.estimate is not None:
+            return Predictor(network, EstimatedPrices(self.target.estimate))
+        return Predictor.of_table(network, rows, read_artifacts(self.tables.own), threads=self._threads)
+
+    def as_foretold(self, seen: Measurement, policy: Policy) -> Measurement:
+        """What was measured here of a file whose target is another device: with the latencies that are told of that.
+
+        Bytes are the file's; the score is that of the file in the same runtime on this CPU.
+        """
+        before, after = (self._foretold_ms(each) for each in (Policy({}, {}), policy))
+        alike = {"p50": after, "p90": after, "p99": after}
+        told = {"latency_ms": alike, "speedup": before / after, "speedup_ci95": None}
+        basis = {"size": "measured", "accuracy": "simulated", "latency": "estimate"}
+        figures = seen.model_dump()
+        figures["measured"] |= told | {"basis": basis}
+        figures["baseline"] |= {"latency_ms": {"p50": before, "p90": before, "p99": before}}
+        return Measurement.model_validate(figures | {"p50_ms": after})
+
+    def _foretold_ms(self, policy: Policy) -> float:
+        return float(self._predictor_of(policy.keep).foretell([policy]).ms[0])
 
     def _times(self, keep: Mapping[str, int], candidates: Sequence[Mapping[str, Compute]]) -> list[float]:
         """Milliseconds of the network with these counts in each of these computes, side by side, in 8 bits."""
@@ -523,6 +559,9 @@ class Workbench:
         return [each.p50_ms(timing.clock_for(self._threads)) for each in seen.values()]
 
     def _price(self, policy: Policy) -> dict[str, Any]:
+        if not self.is_device:
+            before, after = (self._foretold_ms(each) for each in (Policy({}, {}), policy))
+            return {"size_bytes": self.predicted_bytes(policy), "latency_ms": after, "speedup": before / after}
         with self._loaded({"baseline": self.write_baseline(), "policy": self.draft(policy)}) as sessions:
             times = timing.interleave(sessions, example(self.task, self._batch), seconds=PREDICTION_SECONDS)
         clock = timing.clock_for(self._threads)

@@ -10,8 +10,10 @@ from platformdirs import user_cache_path
 from hirelc_deploy._outer import give_way
 from hirelc_deploy.config import nearest, read_toml
 from hirelc_deploy.errors import UserError
-from hirelc_deploy.profiles._schema import Target, parse_target
+from hirelc_deploy.profiles._schema import Estimate, Target, parse_target
 from hirelc_deploy.profiles._table import Row, read_table
+
+__all__ = ["Estimate", "Row", "Tables", "Target", "load_target", "parse_target", "tables_of", "target_names"]
 
 if __name__ != "hirelc_deploy.profiles":
     give_way(__name__)

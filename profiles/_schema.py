@@ -1,9 +1,9 @@
 """What a target's TOML may say.  A device that cannot do something says so here; no code asks for a device's name."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hirelc_deploy.config import nearest
 from hirelc_deploy.cpu import has_dot_product
@@ -42,6 +42,35 @@ class Weights(_Table):
     int8_bits: Int8Bits
 
 
+class Cpu(_Table):
+    """The processor of a target that is not simply the machine at hand."""
+
+    flags: tuple[str, ...]
+    """Instruction sets that decide which kernels run, as `hirelc_deploy.cpu` names them."""
+
+
+class Estimate(_Table):
+    """What latencies are told from where nothing was measured: a roofline with a floor a kernel.
+
+        us = floor + max(macs / rate, bytes / bandwidth)
+
+    `benchmarks/estimates.py` fits it to published figures.
+    """
+
+    gmacs_per_s: Mapping[Compute, float]
+    """Multiply-accumulates that layers reach, by compute: a part of the peak.  fp32 is needed."""
+    gb_per_s: float = Field(gt=0)
+    """Of memory."""
+    floor_us: float = Field(ge=0)
+    """Of any kernel, however small."""
+    channel_tile: int = Field(ge=1)
+    """Channels that are worked on together: others are filled up."""
+    error_pct: float = Field(gt=0)
+    """Mean absolute error on published figures that were held out."""
+    sources: tuple[str, ...] = Field(min_length=1)
+    """Where the figures are from, with those held out named."""
+
+
 class Timing(_Table):
     """How long a latency is taken; `hirelc_deploy.verify.timing` says how."""
 
@@ -67,6 +96,26 @@ class Target(_Table):
     timing: Timing
     basis: Literal["measured", "simulated", "estimate"]
     """What a latency of this target rests on; an estimate is never judged unless the user allows it."""
+    cpu: Cpu | None = None
+    """None: the machine's own."""
+    estimate: Estimate | None = None
+
+    @model_validator(mode="after")
+    def _has_what_its_basis_needs(self) -> "Target":
+        if self.basis == "estimate" and self.estimate is None:
+            raise ValueError("a target whose basis is an estimate needs a table [estimate]")
+        return self
+
+    def flags(self, here: frozenset[str]) -> frozenset[str]:
+        """The instruction sets of its processor; `here` are those of this machine."""
+        return here if self.cpu is None else frozenset(self.cpu.flags)
+
+    def is_here(self, here: frozenset[str]) -> bool:
+        """Whether a machine with these instruction sets can stand for the target: its latencies are then measured."""
+        if self.basis == "estimate":
+            return False
+        wanted = self.flags(here)
+        return wanted <= here and has_dot_product(wanted) == has_dot_product(here)
 
     def computes_for(self, op: str) -> tuple[Compute, ...]:
         """The arithmetic that an operator such as Conv2d can run in."""
@@ -118,5 +167,10 @@ def _keys_at(place: tuple[int | str, ...]) -> tuple[str, ...]:
     """The keys of the table at a place such as ("weights", "int8_bits")."""
     table: Any = Target
     for part in place:
-        table = table.model_fields[part].annotation
+        table = _without_none(table.model_fields[part].annotation)
     return tuple(table.model_fields)
+
+
+def _without_none(annotation: Any) -> Any:
+    """Cpu of Cpu | None."""
+    return next((each for each in get_args(annotation) if each is not type(None)), annotation)

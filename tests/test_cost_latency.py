@@ -23,6 +23,7 @@ BOTH = (FLOATS, INTEGERS)
 class Work:
     """A price that is a kernel's channels multiplied, times what its operator is worth."""
 
+    unknown: ClassVar[set[str]] = set()
     worth: ClassVar = {"Conv": 1.0, "Add": 0.5, "QuantizeLinear": 3.0, "DequantizeLinear": 5.0}
 
     def __call__(self, kernel: Kernel) -> float:

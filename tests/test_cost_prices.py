@@ -7,7 +7,7 @@ from hirelc_deploy.cost.correction import Artifact, Correction, fit
 from hirelc_deploy.cost.kernel import Kernel, kind_of
 from hirelc_deploy.cost.needs import GOOD_ENOUGH, Family, families, neglect
 from hirelc_deploy.cost.network import Channels, Network, Term
-from hirelc_deploy.cost.prices import Prices
+from hirelc_deploy.cost.prices import MeasuredPrices
 
 CONV = Kernel.parse("Conv", "pads=1,1,1,1 strides=2,2", "x:1x64x28x28 w:128x64x3x3 w:128", "int8")
 DEPTHWISE = Kernel.parse("Conv", "group=32 pads=1,1,1,1", "x:1x32x14x14 w:32x1x3x3 w:32", "fp32")
@@ -69,8 +69,8 @@ def test_what_is_no_operand_is_refused(text: str) -> None:
         Kernel.parse("Conv", "", text, "fp32")
 
 
-def table(us: dict[tuple[int, int], float], kernel: Kernel = CONV) -> Prices:
-    return Prices({kernel.with_channels(*channels): each for channels, each in us.items()})
+def table(us: dict[tuple[int, int], float], kernel: Kernel = CONV) -> MeasuredPrices:
+    return MeasuredPrices({kernel.with_channels(*channels): each for channels, each in us.items()})
 
 
 def test_what_was_measured_is_told_as_it_was_measured() -> None:
@@ -108,7 +108,7 @@ def test_a_grid_is_what_its_points_are() -> None:
 def test_an_unknown_family_is_answered_by_a_roofline_and_named() -> None:
     known = {CONV.with_channels(i, o): 5 + i * o / 100 for i in (16, 32, 64) for o in (16, 64, 128)}
     other = Kernel.parse("Conv", "pads=2,2,2,2", "x:1x64x14x14 w:64x64x5x5 w:64", "int8")
-    prices = Prices(known)
+    prices = MeasuredPrices(known)
     found = prices.estimate(other)
     assert found.basis == "roofline"
     assert prices.unknown == {other.family}
@@ -121,7 +121,7 @@ def test_an_unknown_family_is_answered_by_a_roofline_and_named() -> None:
 
 def test_without_any_row_there_is_no_table() -> None:
     with pytest.raises(ValueError, match="no times"):
-        Prices({})
+        MeasuredPrices({})
 
 
 # -- what is measured ----------------------------------------------------------------------------------------

@@ -96,6 +96,17 @@ def layer(outcome: pipeline.Outcome, name: str) -> manifests.LayerRecord:
     return next(record for record in outcome.manifest.layers if record.name == name)
 
 
+ESTIMATE = """
+[estimate]
+gmacs_per_s = { fp32 = 10.0, int8 = 40.0 }
+gb_per_s = 10.0
+floor_us = 5.0
+channel_tile = 16
+error_pct = 20.0
+sources = ["a data sheet"]
+"""
+
+
 # What is asked for is what is built
 
 
@@ -123,6 +134,23 @@ def test_what_is_fastest_here_is_resolved_before_it_is_a_policy(tmp_path: Path) 
     assert set(computes.values()) <= {"fp32", "int8", "int8_dynamic"}
     assert {record.name: record.runs_as for record in outcome.manifest.layers} == computes
     assert {record.name: record.compute for record in outcome.manifest.layers} == computes
+
+
+@pytest.mark.parametrize("recipe", ["keep=50%,compute=int8", "compute=fastest"])
+def test_a_device_that_is_only_estimated_says_so_wherever_its_latency_stands(recipe: str, tmp_path: Path) -> None:
+    target = Path(quick_target(tmp_path))
+    target.write_text(target.read_text().replace('basis = "measured"', 'basis = "estimate"') + ESTIMATE)
+    settings = {"target": str(target), "recipe": recipe, "max_latency_ms": 50.0}
+    outcome = export(tmp_path / "out", DigitNet(8), digits(), **settings)
+    assert (outcome.status, outcome.manifest.verdict) == (ExitStatus.UNVERIFIED, "unverified")
+    measured = outcome.manifest.measured
+    assert measured.basis.latency == "estimate"
+    assert measured.latency_ms is not None
+    assert measured.latency_ms.p50 == pytest.approx(outcome.manifest.predicted.latency_ms)
+    assert main(["gate", str(outcome.folder), "--allow-estimates"]) == ExitStatus.OK
+    assert main(["gate", str(outcome.folder)]) == ExitStatus.UNVERIFIED
+    assert "estimate" in (outcome.folder / "report.html").read_text(encoding="utf-8")
+    assert not target.with_suffix(".csv").exists(), "nothing of this machine is the device's"
 
 
 def test_without_limits_integrity_is_judged_and_nothing_is_traded(tmp_path: Path) -> None:

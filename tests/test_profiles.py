@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from hirelc_deploy.cost.estimate import EstimatedPrices
+from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.cpu import cpu_flags, has_dot_product
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import runtime_names
 from hirelc_deploy.policy import Compute
-from hirelc_deploy.profiles import FOLDER, load_target, target_names
+from hirelc_deploy.profiles import FOLDER, Estimate, load_target, target_names
 
 VNNI = frozenset({"avx2", "avx512f", "avx512_vnni"})
 AVX2 = frozenset({"avx2", "fma"})
@@ -107,3 +109,64 @@ def test_a_target_cannot_be_changed():
 
 def test_the_flags_of_this_processor_choose_a_width():
     assert load_target("host").int8_weight_bits(cpu_flags()) == (8 if has_dot_product(cpu_flags()) else 7)
+
+
+# -- devices that are not at hand ----------------------------------------------------------------------------
+
+ESTIMATE = """
+[estimate]
+gmacs_per_s = { fp32 = 10.0, int8 = 40.0 }
+gb_per_s = 10.0
+floor_us = 5.0
+channel_tile = 16
+error_pct = 20.0
+sources = ["a data sheet"]
+"""
+
+
+def test_an_estimate_needs_its_numbers(own: Path) -> None:
+    with pytest.raises(UserError, match=r"needs a table \[estimate\]"):
+        load_target(change(own, 'basis = "measured"', 'basis = "estimate"'))
+    own.write_text(own.read_text() + ESTIMATE)
+    target = load_target(str(own))
+    assert target.estimate is not None
+    assert target.estimate.floor_us == 5.0
+    assert not target.is_here(AVX2)
+
+
+def test_an_unknown_key_of_an_estimate_is_named_with_the_nearest(own: Path) -> None:
+    own.write_text(own.read_text() + ESTIMATE.replace("floor_us", "flor_us"))
+    with pytest.raises(UserError, match=r"unknown key 'estimate\.flor_us'") as refused:
+        load_target(str(own))
+    assert "did you mean floor_us?" in refused.value.fix
+
+
+def test_a_target_with_a_cpu_of_its_own_is_here_only_on_such_a_cpu() -> None:
+    target = load_target("x86-avx2")
+    assert target.is_here(AVX2 | {"avx", "f16c"})
+    assert not target.is_here(VNNI | {"avx", "f16c", "fma"})  # its kernels are others
+    assert not target.is_here(frozenset({"asimd"}))
+    # weights are what is safe there, wherever the file is written
+    assert target.largest_code(target.flags(VNNI)) == 63
+    assert load_target("host").is_here(VNNI)
+
+
+def test_a_roofline_has_a_floor_and_fills_up_channels() -> None:
+    device = Estimate(
+        gmacs_per_s={Compute.FP32: 10.0, Compute.INT8: 40.0},
+        gb_per_s=10.0,
+        floor_us=5.0,
+        channel_tile=16,
+        error_pct=20.0,
+        sources=("a data sheet",),
+    )
+    prices = EstimatedPrices(device)
+    conv = Kernel.parse("Conv", "pads=1,1,1,1", "x:1x64x14x14 w:64x64x3x3 w:64", "fp32")
+    in_int8 = Kernel.parse("Conv", "pads=1,1,1,1", "x:1x64x14x14 w:64x64x3x3 w:64", "int8")
+    assert prices(conv) == pytest.approx(5 + conv.macs / 10e9 * 1e6)
+    assert prices(in_int8) == pytest.approx(5 + conv.macs / 40e9 * 1e6)
+    assert prices(conv.with_channels(64, 49)) == pytest.approx(prices(conv))  # 49 are worked on as 64
+    tiny = Kernel.parse("Add", "", "x:1x8x2x2 x:1x8x2x2", "fp32")
+    assert prices(tiny) == pytest.approx(5 + tiny.bytes / 10e9 * 1e6)
+    assert prices.grid(conv, [32, 64], [64]).shape == (2, 1)
+    assert (prices.errors(conv, [32, 64], [64]) == 0.2).all()

@@ -8,7 +8,7 @@ import pytest
 
 from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.cost.needs import Family
-from hirelc_deploy.cost.prices import Prices, kernel_of
+from hirelc_deploy.cost.prices import MeasuredPrices, kernel_of
 from hirelc_deploy.exporters._base import NoKernelError
 from hirelc_deploy.exporters.onnxruntime import RUNTIME
 from hirelc_deploy.profiles import Tables, tables_of
@@ -131,7 +131,7 @@ def test_a_profile_ends_when_its_time_is_up(tmp_path: Path) -> None:
     rows = read_table(tables.own)
     assert len(rows) == 1 + 3
     # and what it has is enough to tell the rest
-    assert Prices.of(rows)(conv((8, 16)).at((24, 40))) > 0
+    assert MeasuredPrices.of(rows)(conv((8, 16)).at((24, 40))) > 0
 
 
 @pytest.mark.usefixtures("hasty")

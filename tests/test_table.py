@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hirelc_deploy.cost.kernel import Kernel
-from hirelc_deploy.cost.prices import Prices, kernel_of
+from hirelc_deploy.cost.prices import MeasuredPrices, kernel_of
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.profiles._table import COLUMNS, Row, read_table, write_table
 
@@ -50,8 +50,8 @@ def test_tables_of_other_threads_are_apart(tmp_path: Path) -> None:
     path = tmp_path / "board.csv"
     write_table(path, [row(64, 30.0), row(64, 9.0, threads=4)])
     kernel = KERNEL.with_channels(64, 64)
-    assert Prices.of(read_table(path))(kernel) == 30.0
-    assert Prices.of(read_table(path), threads=4)(kernel) == 9.0
+    assert MeasuredPrices.of(read_table(path))(kernel) == 30.0
+    assert MeasuredPrices.of(read_table(path), threads=4)(kernel) == 9.0
 
 
 def test_no_file_is_no_rows(tmp_path: Path) -> None:

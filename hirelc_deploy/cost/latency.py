@@ -22,7 +22,10 @@ from hirelc_deploy.policy import Policy
 
 
 class Prices(Protocol):
-    """Times of kernels in microseconds (`hirelc_deploy.cost.prices`)."""
+    """Times of kernels in microseconds (`hirelc_deploy.cost.prices`, `hirelc_deploy.cost.estimate`)."""
+
+    unknown: set[str]
+    """Families of kernels that were asked for and are in no table."""
 
     def __call__(self, kernel: Kernel) -> float: ...
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from hirelc_deploy.cost.correction import Artifact, Correction, fit
 from hirelc_deploy.cost.fastest import fastest
-from hirelc_deploy.cost.latency import Decisions, Factor, Latency
+from hirelc_deploy.cost.latency import Decisions, Factor, Latency, Prices
 from hirelc_deploy.cost.network import Network
-from hirelc_deploy.cost.prices import Prices
+from hirelc_deploy.cost.prices import MeasuredPrices
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.policy import Compute, Policy
 from hirelc_deploy.profiles._table import Row
@@ -33,7 +33,17 @@ class Foretold:
 class Predictor:
     """Latency as a function of the policy: table, correction, and the fastest computes."""
 
-    def __init__(self, network: Network, rows: Sequence[Row], artifacts: Sequence[Artifact], *, threads: int) -> None:
+    def __init__(self, network: Network, prices: Prices, artifacts: Sequence[Artifact] = ()) -> None:
+        self.latency = Latency(network, prices)
+        self.unknown = frozenset(prices.unknown)
+        """Families of kernels that no table has: a roofline answers for them."""
+        self.correction = fit(artifacts)
+        self._artifacts = artifacts
+
+    @classmethod
+    def of_table(
+        cls, network: Network, rows: Sequence[Row], artifacts: Sequence[Artifact], *, threads: int
+    ) -> "Predictor":
         """Raises UserError if there is no row for so many threads, or one that names no kernel."""
         mine = [row for row in rows if row.threads == threads]
         if not mine:
@@ -41,12 +51,7 @@ class Predictor:
                 f"the target's table has no latencies for {threads} threads",
                 fix=f"measure them: hirelc-deploy profile --threads {threads}",
             )
-        prices = Prices.of(mine, threads=threads)
-        self.latency = Latency(network, prices)
-        self.unknown = frozenset(prices.unknown)
-        """Families of kernels that no table has: a roofline answers for them."""
-        self.correction = fit(artifacts)
-        self._artifacts = artifacts
+        return cls(network, MeasuredPrices.of(mine, threads=threads), artifacts)
 
     def foretell(self, policies: Sequence[Policy]) -> Foretold:
         return self.of(self.latency.decisions(policies))

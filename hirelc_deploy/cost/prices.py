@@ -41,7 +41,7 @@ class Estimate:
     basis: Basis
 
 
-class Prices:
+class MeasuredPrices:
     """The table of a target, asked for any kernel."""
 
     def __init__(self, times_us: Mapping[Kernel, float]) -> None:
@@ -56,7 +56,7 @@ class Prices:
         """Families that were asked for and never measured."""
 
     @classmethod
-    def of(cls, rows: Iterable[Row], *, threads: int = 1) -> "Prices":
+    def of(cls, rows: Iterable[Row], *, threads: int = 1) -> "MeasuredPrices":
         """Raises UserError for a row that names no kernel."""
         return cls({kernel_of(row): row.p50_us for row in rows if row.threads == threads})
 

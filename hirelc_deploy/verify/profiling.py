@@ -17,9 +17,9 @@ import numpy as np
 from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.cost.needs import Family, Place, neglect
 from hirelc_deploy.cost.prices import kernel_of
-from hirelc_deploy.cpu import relevant_flags
+from hirelc_deploy.cpu import RELEVANT_FLAGS, cpu_flags
 from hirelc_deploy.exporters._base import KernelFile, KernelMaker, NoKernelError, Request, Runtime
-from hirelc_deploy.profiles import Tables, tables_of
+from hirelc_deploy.profiles import Tables, Target, tables_of
 from hirelc_deploy.profiles._table import Row, read_table, write_table
 from hirelc_deploy.verify import timing
 from hirelc_deploy.verify.machines import Machine, Where
@@ -56,9 +56,10 @@ class Sample:
     runs: int
 
 
-def tables_here(name_or_path: str, runtime: Runtime) -> Tables:
-    """Where a target's latencies lie that hold for this machine."""
-    return tables_of(name_or_path, runtime=f"{runtime.name} {runtime.version()}", flags=relevant_flags())
+def tables_here(name_or_path: str, target: Target, runtime: Runtime) -> Tables:
+    """Where the latencies of a target lie: those of its CPU, with the runtime that is installed here."""
+    flags = sorted(target.flags(cpu_flags()) & RELEVANT_FLAGS)
+    return tables_of(name_or_path, runtime=f"{runtime.name} {runtime.version()}", flags=flags)
 
 
 def known_us(tables: Tables, *, threads: int) -> dict[Kernel, float]:
