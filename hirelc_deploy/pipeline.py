@@ -41,7 +41,7 @@ from hirelc_deploy.verify.accuracy import Outputs
 from hirelc_deploy.verify.environment import environment
 from hirelc_deploy.verify.layers import layer_records
 from hirelc_deploy.verify.manifest import Artifact, Manifest, Predicted, PredictionError
-from hirelc_deploy.verify.measure import BASELINE_FILE, Measurement, measure
+from hirelc_deploy.verify.measure import BASELINE_FILE, Measurement, foretold, measure
 from hirelc_deploy.verify.profiling import tables_here
 from hirelc_deploy.workbench import Workbench
 
@@ -165,6 +165,9 @@ def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" =
         batch=manifest.environment.batch,
         seed=manifest.search.seed,
     )
+    if manifest.measured.basis.latency == "estimate" and manifest.measured.latency_ms and manifest.baseline.latency_ms:
+        # this machine is still not the device
+        seen = foretold(seen, manifest.baseline.latency_ms.p50, manifest.measured.latency_ms.p50)
     outdated = judge.warnings(manifest.budget, manifest.measured)
     again = manifest.model_copy(
         update={

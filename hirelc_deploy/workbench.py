@@ -45,7 +45,7 @@ from hirelc_deploy.profiles import Tables
 from hirelc_deploy.search.space import Evaluation
 from hirelc_deploy.verify import accuracy, profiling, timing
 from hirelc_deploy.verify.machines import Here
-from hirelc_deploy.verify.measure import Measurement, example
+from hirelc_deploy.verify.measure import Measurement, example, foretold
 
 if TYPE_CHECKING:
     from hirelc_deploy.exporters._base import Arrays, Exported, Session
@@ -527,18 +527,8 @@ class Workbench:
         return Predictor.of_table(network, rows, read_artifacts(self.tables.own), threads=self._threads)
 
     def as_foretold(self, seen: Measurement, policy: Policy) -> Measurement:
-        """What was measured here of a file whose target is another device: with the latencies that are told of that.
-
-        Bytes are the file's; the score is that of the file in the same runtime on this CPU.
-        """
-        before, after = (self._foretold_ms(each) for each in (Policy({}, {}), policy))
-        alike = {"p50": after, "p90": after, "p99": after}
-        told = {"latency_ms": alike, "speedup": before / after, "speedup_ci95": None}
-        basis = {"size": "measured", "accuracy": "simulated", "latency": "estimate"}
-        figures = seen.model_dump()
-        figures["measured"] |= told | {"basis": basis}
-        figures["baseline"] |= {"latency_ms": {"p50": before, "p90": before, "p99": before}}
-        return Measurement.model_validate(figures | {"p50_ms": after})
+        """What was measured here of a file whose target is another device."""
+        return foretold(seen, *(self._foretold_ms(each) for each in (Policy({}, {}), policy)))
 
     def _foretold_ms(self, policy: Policy) -> float:
         return float(self._predictor_of(policy.keep).foretell([policy]).ms[0])

@@ -150,6 +150,9 @@ def test_a_device_that_is_only_estimated_says_so_wherever_its_latency_stands(rec
     assert main(["gate", str(outcome.folder), "--allow-estimates"]) == ExitStatus.OK
     assert main(["gate", str(outcome.folder)]) == ExitStatus.UNVERIFIED
     assert "estimate" in (outcome.folder / "report.html").read_text(encoding="utf-8")
+    again = pipeline.verify(outcome.folder, task=digits())
+    assert again.status == ExitStatus.UNVERIFIED
+    assert again.manifest.measured.latency_ms == measured.latency_ms, "this machine is not the device"
     assert not target.with_suffix(".csv").exists(), "nothing of this machine is the device's"
 
 

@@ -85,6 +85,22 @@ def measure(
     )
 
 
+def foretold(seen: Measurement, baseline_ms: float, artifact_ms: float) -> Measurement:
+    """What was measured on another machine than the target, with the latencies that are told of the target.
+
+    Bytes are the file's; the score is that of the file in the same runtime on this machine's CPU.
+    """
+    figures = seen.model_dump()
+    figures["baseline"]["latency_ms"] = dict.fromkeys(("p50", "p90", "p99"), baseline_ms)
+    figures["measured"] |= {
+        "latency_ms": dict.fromkeys(("p50", "p90", "p99"), artifact_ms),
+        "speedup": baseline_ms / artifact_ms,
+        "speedup_ci95": None,
+        "basis": {"size": "measured", "accuracy": "simulated", "latency": "estimate"},
+    }
+    return Measurement.model_validate(figures | {"p50_ms": artifact_ms})
+
+
 def example(task: "Task", batch: int) -> "Arrays":
     """One batch of exactly `batch` examples, repeated from the task's own where those are fewer."""
     return {name: np.resize(array, (batch, *array.shape[1:])) for name, array in task.example.items()}
