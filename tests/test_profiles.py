@@ -1,5 +1,6 @@
 """Targets as data, and the processor that they ask about."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -149,6 +150,18 @@ def test_a_target_with_a_cpu_of_its_own_is_here_only_on_such_a_cpu() -> None:
     # weights are what is safe there, wherever the file is written
     assert target.largest_code(target.flags(VNNI)) == 63
     assert load_target("host").is_here(VNNI)
+
+
+@pytest.mark.parametrize("name", [name for name in target_names() if load_target(name).basis == "estimate"])
+def test_a_shipped_estimate_is_what_the_fit_gave(name: str) -> None:
+    record = json.loads((FOLDER.parent / "benchmarks" / "results" / "estimates.json").read_text(encoding="utf-8"))[name]
+    estimate = load_target(name).estimate
+    assert estimate is not None
+    fitted = record["estimate"]
+    assert estimate.floor_us == pytest.approx(fitted["floor_us"], rel=0.01)
+    assert estimate.error_pct == pytest.approx(fitted["error_pct"], rel=0.05)
+    for compute, rate in fitted["gmacs_per_s"].items():
+        assert estimate.gmacs_per_s[Compute(compute)] == pytest.approx(rate, rel=0.01)
 
 
 def test_a_roofline_has_a_floor_and_fills_up_channels() -> None:
