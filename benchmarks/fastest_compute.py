@@ -31,7 +31,7 @@ def measure(network: str, keep_percent: float, out: Path) -> dict[str, Any]:
             "fastest": Recipe(keep_percent, None).policy(bench.space, chosen),
         }
         files = {name: bench.draft(policy) for name, policy in policies.items()}
-        with bench._loaded(files) as sessions:
+        with bench.loaded(files) as sessions:
             times = timing.interleave(sessions, example(bench.task, 1), seconds=SECONDS)
     ratios = {name: timing.ratio(times[name], times["fastest"], clock="cpu") for name in ("fp32", "int8")}
     return {

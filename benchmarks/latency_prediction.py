@@ -122,15 +122,7 @@ def random_policies(space: SearchSpace, count: int) -> list[Policy]:
 
 def predictor_of(bench: Workbench) -> Predictor:
     """From the table alone: no artifact corrects it, and nothing is measured now."""
-    network = bench.runtime.network(
-        bench._skeleton(frozenset()),
-        bench.graph,
-        bench.space.computes,
-        bench.space.groups,
-        batch=1,
-        floats=bench._floats_between,
-    )
-    return Predictor.of_table(network, Tables(TABLE, TABLE).rows(), [], threads=1)
+    return Predictor.of_table(bench.network(bench.space.groups), Tables(TABLE, TABLE).rows(), [], threads=1)
 
 
 # -- steps ---------------------------------------------------------------------------------------------------
@@ -140,10 +132,7 @@ def profile(networks: Sequence[str], out: Path, seconds: float | None) -> None:
     """Fill the table."""
     for name in networks:
         with bench_of(name, out) as bench:
-            network = bench.runtime.network(
-                bench._skeleton(frozenset()), bench.graph, bench.space.computes, bench.space.groups, batch=1
-            )
-            wanted = families(network)
+            wanted = families(bench.network(bench.space.groups))
             machine = Here(bench.runtime, threads=1)
             began = time.monotonic()
             with console.progress(f"{name}: measuring kernels", len(wanted)) as advance:
@@ -196,7 +185,7 @@ def _timed(bench: Workbench, policies: Sequence[Policy]) -> list[float]:
     machine = Here(bench.runtime, threads=1)
     anchor = profiling.makers([profiling.ANCHOR], machine)[profiling.ANCHOR]
     assert not isinstance(anchor, NoKernelError)
-    with bench._loaded(files) as loaded:
+    with bench.loaded(files) as loaded:
         sessions: dict[str, Session] = {
             name: Reading(session, example(bench.task, 1)) for name, session in loaded.items()
         }

@@ -342,11 +342,11 @@ class Workbench:
 
     def _file_score(self, file: "Exported") -> float:
         """Of a file, on the search split."""
-        with self._loaded({"candidate": file}) as sessions:
+        with self.loaded({"candidate": file}) as sessions:
             return self._score(accuracy.outputs(sessions["candidate"], self.task.search)[0])
 
     @contextmanager
-    def _loaded(self, files: Mapping[str, "Exported"]) -> "Iterator[dict[str, Session]]":
+    def loaded(self, files: Mapping[str, "Exported"]) -> "Iterator[dict[str, Session]]":
         """Files by name, ready to run until the end of the block."""
         with tempfile.TemporaryDirectory() as folder:
             sessions = {}
@@ -481,7 +481,7 @@ class Workbench:
         Kernels that no table has are measured first, where this machine is the target.  Raises UserError where it is
         not and nothing is known of the target.
         """
-        network = self._network(counts)
+        network = self.network(counts)
         if not self.is_device:
             return self._predictor(network)
         wanted = families(network)
@@ -500,13 +500,14 @@ class Workbench:
             return False
         whole = {group.name: group.total for group in self.graph.groups}
         counts = {name: (count,) for name, count in (whole | dict(policy.keep)).items()}
-        predictor = self._predictor(self._network(counts))
+        predictor = self._predictor(self.network(counts))
         if predictor.unknown:
             return False
         add_artifact(self.tables.own, predictor.artifact(policy, latency_ms * unit))
         return True
 
-    def _network(self, counts: Mapping[str, tuple[int, ...]]) -> Network:
+    def network(self, counts: Mapping[str, tuple[int, ...]]) -> Network:
+        """What the runtime makes of the network, as a function of policies with these counts of units."""
         return self.runtime.network(
             self._skeleton(frozenset()),
             self.graph,
@@ -544,7 +545,7 @@ class Workbench:
             policy = Policy({name: Precision(INT8.storage, c) for name, c in in_integers.items()}, keep)
             return self._drafted(graph, policy, grids)
 
-        with self._loaded({str(i): file(computes) for i, computes in enumerate(candidates)}) as sessions:
+        with self.loaded({str(i): file(computes) for i, computes in enumerate(candidates)}) as sessions:
             seen = timing.interleave(sessions, example(self.task, self._batch), seconds=PREDICTION_SECONDS)
         return [each.p50_ms(timing.clock_for(self._threads)) for each in seen.values()]
 
@@ -552,7 +553,7 @@ class Workbench:
         if not self.is_device:
             before, after = (self._foretold_ms(each) for each in (Policy({}, {}), policy))
             return {"size_bytes": self.predicted_bytes(policy), "latency_ms": after, "speedup": before / after}
-        with self._loaded({"baseline": self.write_baseline(), "policy": self.draft(policy)}) as sessions:
+        with self.loaded({"baseline": self.write_baseline(), "policy": self.draft(policy)}) as sessions:
             times = timing.interleave(sessions, example(self.task, self._batch), seconds=PREDICTION_SECONDS)
         clock = timing.clock_for(self._threads)
         speedup = timing.ratio(times["baseline"], times["policy"], clock=clock)
