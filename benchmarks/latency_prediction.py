@@ -89,7 +89,7 @@ def bench_of(network: str, out: Path) -> Iterator[Workbench]:
     model = UNTRAINED[network]().eval()
     images = np.random.default_rng(0).standard_normal((8, 3, PIXELS, PIXELS)).astype(np.float32)
     source = ArraySource({"pixel_values": images}, np.arange(8) % 2)
-    task = Classification(source, source, batch=4)
+    task = Classification(source, source, source, batch=4)
     with RunFolder.open(out / network / "run", {"model": network}, resume=True) as folder:
         yield Workbench(
             model,

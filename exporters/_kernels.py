@@ -244,7 +244,7 @@ def _outputs_of_split(kernel: Kernel) -> int:
 def _constant(operand: Operand, random: np.random.Generator) -> np.ndarray:
     if operand.values is None:
         return 0.1 * random.standard_normal(operand.shape).astype(np.float32)
-    is_whole = all(float(value).is_integer() for value in operand.values)
+    is_whole = all(isinstance(value, int) for value in operand.values)
     array = np.array(operand.values, np.int64 if is_whole else np.float32)
     return array.reshape(operand.shape) if operand.shape else array
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from hirelc_deploy.cost.kernel import ABSENT, Kernel, Operand
+from hirelc_deploy.cost.kernel import ABSENT, Kernel, Operand, number_text
 from hirelc_deploy.cost.network import Channels, Condition, Network, State, Term
 from hirelc_deploy.exporters._float import FloatGraph, name_of, weight_of
 from hirelc_deploy.exporters._plan import ACTIVATIONS, INTEGER, MOVES, computed_by
@@ -253,10 +253,10 @@ class _Lowering:
         if value.is_initializer():
             array = value.const_value.numpy() if value.const_value is not None else None
             if array is not None and array.size <= LITTLE and (array.dtype != np.float32 or array.size == 1):
-                return Operand("w", () if array.ndim == 1 else tuple(shape), tuple(float(x) for x in array.ravel()))
+                return Operand("w", () if array.ndim == 1 else tuple(shape), tuple(array.ravel().tolist()))
             return Operand("w", tuple(shape))
         if node.op_type == "Reshape" and index == 1:
-            return Operand("w", values=tuple(float(size) for size in self.shape(node.outputs[0])))
+            return Operand("w", values=self.shape(node.outputs[0]))
         return Operand("x", tuple(shape))
 
     # -- borders ---------------------------------------------------------------------------------------------
@@ -438,16 +438,8 @@ def _attributes(node: ir.Node) -> str:
     for name in sorted(node.attributes):
         value = node.attributes[name].value
         if isinstance(value, (list, tuple)):
-            text = ",".join(map(_text, value)) + ("," if len(value) == 1 else "")
+            text = ",".join(map(number_text, value)) + ("," if len(value) == 1 else "")
         else:
-            text = _text(value)
+            text = number_text(value)
         texts.append(f"{name}={text}")
     return " ".join(texts)
-
-
-def _text(value: object) -> str:
-    """Floats keep a point, by which they are told from integers."""
-    if not isinstance(value, float):
-        return str(value)
-    text = f"{value:.6g}"
-    return text if any(mark in text for mark in ".e") else f"{text}.0"

@@ -36,6 +36,7 @@ FLOATS_ALONE = [
     ("Transpose", "perm=0,2,1", "x:1x9x32"),
     ("Reshape", "", "x:1x9x32 [1,9,2,16]"),
     ("Mul", "", "x:1x9x32 [0.5]"),
+    ("Add", "", "x:1x9x32 [1.0]"),
     ("Split", "axis=2 num_outputs=2", "x:1x9x32"),
     ("QuantizeLinear", "", "x:1x16x6x6"),
     ("DequantizeLinear", "", "x:1x9x32"),

@@ -33,12 +33,12 @@ class Operand:
 
     role: Role
     shape: tuple[int, ...] = ()
-    values: tuple[float, ...] | None = None
-    """Where the values are what matters; integers are written without a point."""
+    values: tuple[float | int, ...] | None = None
+    """Where the values are what matters; floats are told from integers by their point."""
 
     def __str__(self) -> str:
         if self.values is not None:
-            return f"[{','.join(f'{value:g}' if value % 1 else str(int(value)) for value in self.values)}]"
+            return f"[{','.join(map(number_text, self.values))}]"
         return f"{self.role}:{'x'.join(map(str, self.shape))}"
 
 
@@ -221,9 +221,21 @@ def _operand(text: str) -> Operand:
     if found is None:
         raise ValueError(f"{text!r} is no operand: x:1x64x28x28, w:64 or [1,-1]")
     if found["values"] is not None:
-        return Operand("w", values=tuple(float(value) for value in found["values"].split(",") if value))
+        return Operand("w", values=tuple(_number(value) for value in found["values"].split(",") if value))
     role: Role = "x" if found["role"] == "x" else "w"
     return Operand(role, tuple(int(size) for size in found["dims"].split("x") if size))
+
+
+def _number(text: str) -> float | int:
+    return float(text) if any(mark in text for mark in ".einf") else int(text)
+
+
+def number_text(value: object) -> str:
+    """As a kernel's text has it: floats keep a point, by which they are told from integers."""
+    if not isinstance(value, float):
+        return str(value)
+    text = f"{value:.6g}"
+    return text if any(mark in text for mark in ".en") else f"{text}.0"
 
 
 ABSENT = Operand("w", values=())
