@@ -205,6 +205,7 @@ def errors(correction: Correction, artifacts: Sequence[Artifact]) -> dict[str, f
     measured = np.array([artifact.measured_us for artifact in artifacts])
     off = told / measured - 1
     return {
+        "files": len(artifacts),
         "mape_pct": 100 * float(np.mean(np.abs(off))),
         "within_5_pct": float(np.mean(np.abs(off) <= 0.05)),
         "within_10_pct": float(np.mean(np.abs(off) <= 0.10)),
@@ -231,6 +232,43 @@ def judge(record: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
+PAGE = ROOT / "docs" / "latency.md"
+
+INTRODUCTION = """# Latency before a file is built
+
+Written by `python benchmarks/latency_prediction.py judge` from `benchmarks/results/latency_prediction.json`; the head
+of that script says what makes that, and `profiles/x86-avx2.csv`.
+
+Files of random policies, each layer in any compute and each prune group with any count, against what the table of
+`x86-avx2` told of them: the sum over their kernels alone; corrected by every second file of the network and judged on
+the others; and corrected by the files of the other networks alone.  CPU time of one thread at batch 1, in units of a
+kernel that is timed in the same rounds.
+"""
+
+
+def page(record: Mapping[str, Any]) -> str:
+    """docs/latency.md, from the result file."""
+    columns = ("mape_pct", "within_5_pct", "within_10_pct", "spearman", "worst_pct")
+    rows = (
+        (f"`{name}`", how, str(each["files"]), *(f"{each[key]:.3g}" for key in columns))
+        for name, by_how in record["errors"].items()
+        for how, each in by_how.items()
+    )
+    head = ("network", "told by", "files", "mean error, %", "within 5 %", "within 10 %", "Spearman", "worst, %")
+    speed = markdown(
+        ("network", "policies a second, one thread", "kernels without a row"),
+        (
+            (f"`{name}`", f"{each['policies_per_second']:,.0f}", str(len(each["families_without_a_row"])))
+            for name, each in record["networks"].items()
+        ),
+    )
+    taken_on = record["machine"]
+    return (
+        f"{INTRODUCTION}\nCPU: {taken_on['cpu']} ({', '.join(taken_on['flags'])}), onnxruntime "
+        f"{taken_on['packages']['onnxruntime']}.\n\n{markdown(head, rows)}\n{speed}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     steps = parser.add_subparsers(dest="step", required=True)
@@ -253,12 +291,8 @@ def main() -> None:
             save(record, RESULT)
     record["errors"] = judge(record)
     save(record, RESULT)
-    rows = (
-        (name, how, *(f"{each[key]:.3g}" for key in ("mape_pct", "within_5_pct", "within_10_pct", "spearman")))
-        for name, by_how in record["errors"].items()
-        for how, each in by_how.items()
-    )
-    print(markdown(("network", "", "MAPE %", "within 5 %", "within 10 %", "Spearman"), rows))
+    PAGE.write_text(page(json.loads(RESULT.read_text())), encoding="utf-8")
+    print(page(record))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from hirelc_deploy.cost.kernel import BORDERS, Kernel, Operand
 from hirelc_deploy.exporters import _sessions
 from hirelc_deploy.exporters._base import KernelFile, NoKernelError, Optimise, Request, Shapes
+from hirelc_deploy.exporters._plan import MOVES
 from hirelc_deploy.policy import Compute
 
 DOMAINS = {"": 18, "com.microsoft": 1, "com.microsoft.nchwc": 1}
@@ -75,6 +76,9 @@ def kernel_steps(kernel: Kernel, *, seed: int = 0) -> Generator[Request, Any, Cu
     if kernel.compute is Compute.FP32 and kernel.weight is None and kernel.op not in POOLS:
         node, constants, read = _float_node(kernel, random)
         return Cut([node], constants, read)
+    if kernel.op in MOVES - {"MaxPool"}:  # the same operator on bytes
+        node, constants, read = _float_node(kernel, random)
+        return Cut([node], constants, {name: _like((x.shape, "uint8"), random) for name, x in read.items()})
     return (yield from _cut_out(kernel, random))
 
 
