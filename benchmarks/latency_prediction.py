@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from _bench import RESULTS, ROOT, machine, markdown, save, workbench
 from scipy.stats import spearmanr
 from torch import nn
+from torch.onnx._internal.exporter import _registration
 from transformers import (
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
@@ -269,7 +270,15 @@ def page(record: Mapping[str, Any]) -> str:
     )
 
 
+def hasten() -> None:
+    """Torch's exporter reads its 1,500 translations anew for every file: two thirds of a draft's time here."""
+    read = getattr(getattr(_registration, "ONNXRegistry", None), "from_torchlib", None)
+    if read is not None:
+        _registration.ONNXRegistry.from_torchlib = staticmethod(cache(read))
+
+
 def main() -> None:
+    hasten()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     steps = parser.add_subparsers(dest="step", required=True)
     for name in ("profile", "measure", "judge"):

@@ -26,8 +26,8 @@ NEGLIGIBLE = 5e-4
 PROBES = 4
 """Points of a level that are measured to find out whether its others have to be."""
 
-OFF_LINE = 6
-"""Points off the two lines, if those first measured there are not told well enough."""
+GRID = 3
+"""Counts of each axis that are measured off the two lines, if those first measured there are not told well enough."""
 
 T = TypeVar("T")
 
@@ -105,12 +105,13 @@ class Family:
         return found
 
     def _off_the_lines(self) -> Iterator[list[Place]]:
-        few = _spread(self.inputs[:-1], 2), _spread(self.outputs[:-1], 2)
-        first = [(i, o) for i, o in zip(*few, strict=False)]
+        """Where both are small the axes multiply least; then, if that was not told well, a coarse grid."""
+        (read, *_), (written, *_) = self.inputs, self.outputs
+        inner = self.inputs[len(self.inputs) // 2], self.outputs[len(self.outputs) // 2]
+        first = [(read, written), (read, inner[1]), (inner[0], written), inner]
         error = yield from self._measured(first)
         if error > GOOD_ENOUGH:
-            more = [(i, o) for i in _spread(self.inputs[:-1], 3) for o in _spread(self.outputs[:-1], 3)]
-            yield self._new(_spread(more, OFF_LINE))
+            yield self._new((i, o) for i in _spread(self.inputs[:-1], GRID) for o in _spread(self.outputs[:-1], GRID))
 
     def _measured(self, places: Sequence[Place]) -> Generator[list[Place], None, float]:
         """Have places measured; the largest relative error of what was told of them."""
