@@ -103,3 +103,14 @@ def test_sizes_are_told_within_what_is_promised() -> None:
     assert len(record["networks"]) >= 3
     for seen in record["networks"].values():
         assert all(abs(each["predicted"] / each["bytes"] - 1) <= 0.005 for each in seen)
+
+
+def test_the_page_of_latencies_is_that_of_the_result_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import latency_prediction
+
+    record = json.loads(latency_prediction.RESULT.read_text(encoding="utf-8"))
+    assert latency_prediction.PAGE.read_text(encoding="utf-8") == latency_prediction.page(record)
+    for name, by_how in latency_prediction.judge(record).items():
+        for how, errors in by_how.items():
+            assert errors["mape_pct"] == pytest.approx(record["errors"][name][how]["mape_pct"], rel=0.01)
