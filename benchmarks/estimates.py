@@ -24,14 +24,10 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from hirelc_deploy import graph
-from hirelc_deploy.choices import search_space
-from hirelc_deploy.compress.distil import as_tensors
-from hirelc_deploy.compress.fold import fold, foldable
+from hirelc_deploy import tables
 from hirelc_deploy.cost.estimate import EstimatedPrices
 from hirelc_deploy.cost.network import Network
 from hirelc_deploy.cost.predictor import Predictor
-from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.policy import INT8, Compute, Policy
 from hirelc_deploy.profiles import Estimate, load_target
 
@@ -108,16 +104,8 @@ BY_SIZE = {"inception_v3": (5.71e9, 140)}
 def network_of(name: str) -> Network:
     """The kernels of a network with all its channels."""
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
     example = {"pixel_values": np.zeros((2, 3, 224, 224), np.float32)}
-    target = load_target("host")
-    traced = graph.trace(model, example)
-    space = search_space(traced, target)
-    runtime = load_runtime(target.runtime.name)
-    folded = fold(model, foldable(model, as_tensors(example))).eval()
-    floats = runtime.float_graph(folded, example, opset=target.runtime.opset)
-    whole = {group: (total,) for group, total in space.totals.items()}
-    return runtime.network(floats, traced, space.computes, whole, batch=1)
+    return tables.network_of(MODELS[name]().eval(), example, load_target("host"), batch=1).with_counts({})
 
 
 def told_ms(estimate: Estimate, figure: Published) -> float:

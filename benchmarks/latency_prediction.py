@@ -123,7 +123,7 @@ def random_policies(space: SearchSpace, count: int) -> list[Policy]:
 
 def predictor_of(bench: Workbench) -> Predictor:
     """From the table alone: no artifact corrects it, and nothing is measured now."""
-    return Predictor.of_table(bench.network(bench.space.groups), Tables(TABLE, TABLE).rows(), [], threads=1)
+    return Predictor.of_table(bench.network, Tables(TABLE, TABLE).rows(), [], threads=1)
 
 
 # -- steps ---------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def profile(networks: Sequence[str], out: Path, seconds: float | None) -> None:
     """Fill the table."""
     for name in networks:
         with bench_of(name, out) as bench:
-            wanted = families(bench.network(bench.space.groups))
+            wanted = families(bench.network)
             machine = Here(bench.runtime, threads=1)
             began = time.monotonic()
             with console.progress(f"{name}: measuring kernels", len(wanted)) as advance:

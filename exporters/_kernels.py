@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from hirelc_deploy.cost.kernel import BORDERS, Kernel, Operand
+from hirelc_deploy.cost.kernel import BORDERS, Kernel, Operand, number_of
 from hirelc_deploy.exporters import _sessions
 from hirelc_deploy.exporters._base import KernelFile, NoKernelError, Optimise, Request, Shapes
 from hirelc_deploy.exporters._plan import MOVES
@@ -258,15 +258,15 @@ def _attributes(text: str) -> dict[str, object]:
 
 
 def _attribute(text: str) -> object:
-    parts = [_number(part) for part in text.rstrip(",").split(",")]
+    parts = [_number_or_word(part) for part in text.rstrip(",").split(",")]
     if any(isinstance(part, str) for part in parts):
         return text
     return parts if "," in text else parts[0]
 
 
-def _number(text: str) -> float | int | str:
+def _number_or_word(text: str) -> float | int | str:
     try:
-        return float(text) if any(mark in text for mark in ".e") else int(text)
+        return number_of(text)
     except ValueError:
         return text
 
@@ -286,7 +286,7 @@ def _in_integers(
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """The operator between Q and DQ, as the exporter writes it (`_qdq`)."""
     if kernel.compute is Compute.INT8_DYNAMIC:
-        return _dynamic(node, constants)
+        return _dynamic(kernel, node, constants)
     nodes: list[onnx.NodeProto] = []
     kept = [
         _tensor("scale", 0.05, np.float32),
@@ -326,7 +326,7 @@ def _in_integers(
 def _integer_weight(
     kernel: Kernel, name: str, weight: np.ndarray, kept: list[onnx.TensorProto]
 ) -> list[onnx.NodeProto]:
-    axis = 1 if kernel.op == "MatMul" or (kernel.op == "Gemm" and "transB=1" not in kernel.attributes) else 0
+    axis = 1 if kernel.reads_first else 0
     integers = np.clip(np.round(weight / 0.01), -63, 63).astype(np.int8)
     size = integers.shape[axis]
     kept += [
@@ -339,13 +339,12 @@ def _integer_weight(
 
 
 def _dynamic(
-    node: onnx.NodeProto, constants: list[onnx.TensorProto]
+    kernel: Kernel, node: onnx.NodeProto, constants: list[onnx.TensorProto]
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """A Linear whose input is quantised anew at every run, in the form that becomes one kernel."""
     constant = {tensor.name: tensor for tensor in constants}
     weight = numpy_helper.to_array(constant[node.input[1]])
-    transposed = any(a.name == "transB" and a.i == 1 for a in node.attribute)
-    weight = weight.T if transposed else weight
+    weight = weight if kernel.reads_first else weight.T
     kept = [
         numpy_helper.from_array(np.ascontiguousarray(np.clip(np.round(weight / 0.01), -63, 63).astype(np.int8)), "w#q"),
         _tensor("w#scale", np.full(weight.shape[1], 0.01), np.float32),

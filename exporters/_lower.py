@@ -42,8 +42,6 @@ LITTLE = 16
 NODE = Kernel("Identity", "", (Operand("x", (1,)),), Compute.FP32)
 """What an operator costs that has next to nothing to do."""
 
-NEVER: Sequence[Condition] | None = None
-
 
 def network(
     graph: FloatGraph,

@@ -14,20 +14,15 @@ import onnx
 import onnx_ir as ir
 from torch import nn
 
-from hirelc_deploy.cost.kernel import Kernel
-from hirelc_deploy.cost.network import Network
-from hirelc_deploy.exporters import _sessions
-from hirelc_deploy.exporters._base import Arrays, Exported, KernelFile, KernelSteps, Request, RoundingErrors
+from hirelc_deploy.exporters import _kernels, _lower, _sessions
+from hirelc_deploy.exporters._base import Arrays, Exported, KernelFile, RoundingErrors
 from hirelc_deploy.exporters._calibrate import Histogram, Method, Range, range_of
 from hirelc_deploy.exporters._compact import drop_unused, share, shorten, to_bytes
 from hirelc_deploy.exporters._float import FloatGraph, float_graph, weight_of
-from hirelc_deploy.exporters._kernels import NOTHING, Cut, KernelSession, answer, kernel_steps
-from hirelc_deploy.exporters._lower import network
 from hirelc_deploy.exporters._plan import Plan, plan
 from hirelc_deploy.exporters._qdq import output_axis, place, rounded
-from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.kernels._base import INT8_MAX, Grid
-from hirelc_deploy.policy import Compute, Precision
+from hirelc_deploy.policy import Precision
 
 COMPUTE_OF = {
     **dict.fromkeys(["QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"], "int8"),
@@ -163,30 +158,15 @@ class OnnxRuntime:
         """Layer -> `int8`, `int8_dynamic`, `fp32` or None, read from the graph that the session has optimised."""
         return computes(onnx.load(path).graph, optimised(path, threads=threads), tensors)
 
-    def network(
-        self,
-        graph: FloatGraph,
-        model: ModelGraph,
-        computes: Mapping[str, tuple[Compute, ...]],
-        counts: Mapping[str, tuple[int, ...]],
-        *,
-        batch: int,
-        floats: Collection[str] = (),
-    ) -> Network:
-        """The kernels that a session makes of the whole float graph, as a function of the policy (`_lower`)."""
-        return network(graph, model, computes, counts, batch=batch, floats=floats)
+    network = staticmethod(_lower.network)
+    kernel_steps = staticmethod(_kernels.kernel_steps)
+    answer = staticmethod(_kernels.answer)
 
-    def kernel_steps(self, kernel: Kernel) -> KernelSteps:
-        return kernel_steps(kernel)
+    def nothing(self) -> _kernels.Cut:
+        return _kernels.NOTHING
 
-    def answer(self, request: Request) -> Any:
-        return answer(request)
-
-    def nothing(self) -> Cut:
-        return NOTHING
-
-    def kernel_session(self, file: KernelFile, *, threads: int) -> KernelSession:
-        return KernelSession(file, threads=threads)
+    def kernel_session(self, file: KernelFile, *, threads: int) -> _kernels.KernelSession:
+        return _kernels.KernelSession(file, threads=threads)
 
 
 class OnnxSession:

@@ -124,9 +124,9 @@ class ExportSettings:
         for name, choices in (("search", SEARCHES), ("importance", IMPORTANCES)):
             _require_one_of(name, getattr(self, name), choices)
         for name in ("evaluations", "threads", "batch"):
-            _require_at_least(1, name, getattr(self, name))
+            require_at_least(1, name, getattr(self, name))
         for name in ("epochs", "seed"):
-            _require_at_least(0, name, getattr(self, name))
+            require_at_least(0, name, getattr(self, name))
         if self.post_training is not None and self.epochs:
             raise UserError(
                 f"post-training says how weights are corrected that are not fine-tuned, and epochs is {self.epochs}",
@@ -144,7 +144,7 @@ def _require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         )
 
 
-def _require_at_least(least: int, name: str, value: int | None) -> None:
+def require_at_least(least: int, name: str, value: int | None) -> None:
     if value is not None and value < least:
         raise UserError(f"{name} is {value}", fix=f"it is {least} or more")
 

@@ -42,7 +42,6 @@ from hirelc_deploy.verify.environment import environment
 from hirelc_deploy.verify.layers import layer_records
 from hirelc_deploy.verify.manifest import Artifact, Manifest, Predicted, PredictionError
 from hirelc_deploy.verify.measure import BASELINE_FILE, Measurement, foretold, measure
-from hirelc_deploy.verify.profiling import tables_here
 from hirelc_deploy.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
         seen = _measured(
             run, settings, bench, file, exported.tensors, lambda: bench.simulated_outputs(compressed.model, policy)
         )
-        if bench.is_device:
+        if bench.pricing.is_device:
             run.step("learned", lambda: bench.learn(policy, seen.p50_ms))
         else:
             seen = bench.as_foretold(seen, policy)
@@ -229,7 +228,7 @@ def _workbench(
         threads=settings.threads,
         batch=settings.batch,
         progress=console.progress,
-        tables=tables_here(settings.target, target, load_runtime(target.runtime.name)),
+        target_spec=settings.target,
     )
 
 

@@ -8,17 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from hirelc_deploy import checkpoint, console, datasets, graph, plots
 from hirelc_deploy.choices import search_space
 from hirelc_deploy.compress.distil import as_tensors
 from hirelc_deploy.compress.fold import fold, foldable
+from hirelc_deploy.config import require_at_least
 from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.cost.needs import Family, families
 from hirelc_deploy.cost.network import Network
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import load_runtime
-from hirelc_deploy.profiles import Target, load_target, tables_of
+from hirelc_deploy.exporters._base import Arrays
+from hirelc_deploy.profiles import Target, load_target
 from hirelc_deploy.profiles._table import read_table
 from hirelc_deploy.verify import profiling, remote
 from hirelc_deploy.verify.machines import Here, Machine
@@ -61,8 +64,7 @@ class ProfileSettings:
                 fix="give --input 3x224x224 (one example) or --data, as for export",
             )
         for name in ("threads", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}", fix=f"give --{name} of 1 or more")
+            require_at_least(1, name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -91,16 +93,11 @@ def profile(settings: ProfileSettings) -> Profiled:
     target = load_target(settings.target)
     wanted = _listed(settings.shapes) if settings.shapes is not None else families(_network(settings, target))
     with _machine(settings, target) as machine:
-        return _measured(settings, wanted, machine)
-
-
-def _measured(settings: ProfileSettings, wanted: list[Family], machine: Machine) -> Profiled:
-    where = machine.where
-    tables = tables_of(settings.target, runtime=where.runtime, flags=where.flags.split("+"))
-    if settings.table is not None:
-        tables = replace(tables, own=settings.table)
-    with console.progress("measuring kernels", len(wanted)) as advance:
-        without = profiling.profile(wanted, tables, machine, seconds=settings.seconds, advance=advance)
+        tables = profiling.tables_at(settings.target, target, machine.where)
+        if settings.table is not None:
+            tables = replace(tables, own=settings.table)
+        with console.progress("measuring kernels", len(wanted)) as advance:
+            without = profiling.profile(wanted, tables, machine, seconds=settings.seconds, advance=advance)
     kept = {row.key for row in read_table(tables.own)}
     return Profiled(tables.own, len(wanted), len(kept), without)
 
@@ -129,8 +126,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 def plot(target: str, path: Path) -> None:
     """Draw latency over channels from a target's table.  Raises UserError where it has too little for that."""
     described = load_target(target)
-    tables = profiling.tables_here(target, described, load_runtime(described.runtime.name))
-    plots.draw(target, plots.lines(tables.rows()), path)
+    here = Here(load_runtime(described.runtime.name), threads=1).where
+    plots.draw(target, plots.lines(profiling.tables_at(target, described, here).rows()), path)
 
 
 def _network(settings: ProfileSettings, target: Target) -> Network:
@@ -141,17 +138,17 @@ def _network(settings: ProfileSettings, target: Target) -> Network:
         example = datasets.load_task(settings.data).example
     else:
         example = {"input": np.zeros((2, *_shape(settings.input or "")), np.float32)}
+    return network_of(model, example, target, batch=settings.batch)
+
+
+def network_of(model: nn.Module, example: Arrays, target: Target, *, batch: int) -> Network:
+    """All that policies of a model in eval mode can make the target's runtime run; its norms are folded in place."""
     traced = graph.trace(model, example)
     space = search_space(traced, target)
     runtime = load_runtime(target.runtime.name)
     folded = fold(model, foldable(model, as_tensors(example))).eval()
-    return runtime.network(
-        runtime.float_graph(folded, example, opset=target.runtime.opset),
-        traced,
-        space.computes,
-        space.groups,
-        batch=settings.batch,
-    )
+    floats = runtime.float_graph(folded, example, opset=target.runtime.opset)
+    return runtime.network(floats, traced, space.computes, space.groups, batch=batch)
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -30,10 +30,7 @@ from hirelc_deploy.compress.inputs import energies
 from hirelc_deploy.compress.posttraining import PostTraining, post_train
 from hirelc_deploy.compress.prune import Pruned, prune
 from hirelc_deploy.compress.simulate import simulated
-from hirelc_deploy.cost.estimate import EstimatedPrices
-from hirelc_deploy.cost.needs import families
 from hirelc_deploy.cost.network import Network
-from hirelc_deploy.cost.predictor import Predictor, add_artifact, read_artifacts
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import load_runtime
@@ -41,11 +38,12 @@ from hirelc_deploy.exporters._base import RoundingErrors
 from hirelc_deploy.graph import forward, shapes_after
 from hirelc_deploy.kernels._base import Grid
 from hirelc_deploy.policy import INT8, Compute, Policy, Precision
-from hirelc_deploy.profiles import Tables
+from hirelc_deploy.pricing import Pricing
 from hirelc_deploy.search.space import Evaluation
-from hirelc_deploy.verify import accuracy, profiling, timing
+from hirelc_deploy.verify import accuracy, timing
 from hirelc_deploy.verify.machines import Here
 from hirelc_deploy.verify.measure import Measurement, example, foretold
+from hirelc_deploy.verify.profiling import tables_at
 
 if TYPE_CHECKING:
     from hirelc_deploy.exporters._base import Arrays, Exported, Session
@@ -111,11 +109,11 @@ class Workbench:
         threads: int,
         batch: int,
         progress: Callable[[str, int], Any],
-        tables: Tables | None = None,
+        target_spec: str | None = None,
     ) -> None:
         """`progress(what, steps)` gives a context manager that yields what is called after each step.
 
-        `tables` hold the target's latencies; None for those that go by its name.
+        `target_spec` is what the user named the target by: FILE.toml has its tables beside it.
         """
         self.model = model.eval()
         self.task = task
@@ -125,8 +123,6 @@ class Workbench:
         self.space = search_space(graph, target)
         self.runtime = load_runtime(target.runtime.name)
         self.largest = target.largest_code(target.flags(cpu_flags()))
-        self.is_device = target.is_here(cpu_flags())
-        """Whether latencies of this machine are the target's."""
         self._importance = importance
         self._fine_tuning = fine_tuning
         self._post_training = post_training
@@ -135,8 +131,8 @@ class Workbench:
         self._batch = batch
         self._progress = progress
         self._skeletons: dict[frozenset[str], Any] = {}
-        self._here = Here(self.runtime, threads=threads)
-        self.tables = tables or profiling.tables_here(target.name, target, self.runtime)
+        here = Here(self.runtime, threads=threads)
+        self.pricing = Pricing(target, tables_at(target_spec or target.name, target, here.where), here, progress)
 
     # -- what the search is handed ---------------------------------------------------------------------------
 
@@ -456,9 +452,9 @@ class Workbench:
 
     def _fastest(self, keep: Mapping[str, int]) -> dict[str, Compute]:
         allowed = {layer: self._allowed(layer) for layer in self.space.layers}
-        predictor = self._predictor_of(keep)
+        predictor = self.pricing.predictor(self.network.with_counts(keep))
         candidates = [predictor.fastest(keep, allowed)]
-        if not self.is_device:
+        if not self.pricing.is_device:
             return candidates[0]
         for compute in dict.fromkeys(compute for able in allowed.values() for compute in able):
             alike = {layer: compute if compute in able else able[0] for layer, able in allowed.items()}
@@ -475,64 +471,35 @@ class Workbench:
         computes = self.space.computes
         return tuple(c for c in computes[layer] if all(c in computes[twin] for twin in together))
 
-    def predictor(self, counts: Mapping[str, tuple[int, ...]], *, seconds: float | None = None) -> Predictor:
-        """The latency of policies with these counts of units.
-
-        Kernels that no table has are measured first, where this machine is the target.  Raises UserError where it is
-        not and nothing is known of the target.
-        """
-        network = self.network(counts)
-        if not self.is_device:
-            return self._predictor(network)
-        wanted = families(network)
-        with self._progress("measuring kernels", len(wanted)) as advance:
-            profiling.profile(wanted, self.tables, self._here, seconds=seconds, advance=advance)
-        return self._predictor(network)
-
-    def learn(self, policy: Policy, latency_ms: float) -> bool:
-        """Let a measured file correct the predictor; not where the table lacks one of its kernels.
-
-        Returns whether it was learned from.
-        """
-        times_us = profiling.known_us(self.tables, threads=self._threads)
-        unit = profiling.unit(self._here, times_us)
-        if unit is None:
-            return False
-        whole = {group.name: group.total for group in self.graph.groups}
-        counts = {name: (count,) for name, count in (whole | dict(policy.keep)).items()}
-        predictor = self._predictor(self.network(counts))
-        if predictor.unknown:
-            return False
-        add_artifact(self.tables.own, predictor.artifact(policy, latency_ms * unit))
-        return True
-
-    def network(self, counts: Mapping[str, tuple[int, ...]]) -> Network:
-        """What the runtime makes of the network, as a function of policies with these counts of units."""
+    @cached_property
+    def network(self) -> Network:
+        """What the runtime makes of the network, as a function of the policy."""
         return self.runtime.network(
             self._skeleton(frozenset()),
             self.graph,
             self.space.computes,
-            counts,
+            self.space.groups,
             batch=self._batch,
             floats=self._floats_between,
         )
 
-    def _predictor_of(self, keep: Mapping[str, int]) -> Predictor:
-        whole = {group.name: group.total for group in self.graph.groups}
-        return self.predictor({name: (count,) for name, count in (whole | dict(keep)).items()})
+    def learn(self, policy: Policy, latency_ms: float) -> bool:
+        """Let a file that was measured just now correct the predictor, if the target's tables have its kernels.
 
-    def _predictor(self, network: Network) -> Predictor:
-        rows = self.tables.rows()
-        if not rows and self.target.estimate is not None:
-            return Predictor(network, EstimatedPrices(self.target.estimate))
-        return Predictor.of_table(network, rows, read_artifacts(self.tables.own), threads=self._threads)
+        Returns whether it was learned from.
+        """
+        unit = self.pricing.unit()
+        return unit is not None and self.pricing.learn(self.network.with_counts(policy.keep), policy, latency_ms * unit)
 
     def as_foretold(self, seen: Measurement, policy: Policy) -> Measurement:
-        """What was measured here of a file whose target is another device."""
-        return foretold(seen, *(self._foretold_ms(each) for each in (Policy({}, {}), policy)))
+        """What was measured here of a file whose target is another device: with the latencies that were predicted."""
+        told = self.predict(policy)
+        assert told.latency_ms is not None
+        assert told.speedup is not None
+        return foretold(seen, told.latency_ms * told.speedup, told.latency_ms)
 
     def _foretold_ms(self, policy: Policy) -> float:
-        return float(self._predictor_of(policy.keep).foretell([policy]).ms[0])
+        return float(self.pricing.predictor(self.network.with_counts(policy.keep)).foretell([policy]).ms[0])
 
     def _times(self, keep: Mapping[str, int], candidates: Sequence[Mapping[str, Compute]]) -> list[float]:
         """Milliseconds of the network with these counts in each of these computes, side by side, in 8 bits."""
@@ -550,7 +517,7 @@ class Workbench:
         return [each.p50_ms(timing.clock_for(self._threads)) for each in seen.values()]
 
     def _price(self, policy: Policy) -> dict[str, Any]:
-        if not self.is_device:
+        if not self.pricing.is_device:
             before, after = (self._foretold_ms(each) for each in (Policy({}, {}), policy))
             return {"size_bytes": self.predicted_bytes(policy), "latency_ms": after, "speedup": before / after}
         with self.loaded({"baseline": self.write_baseline(), "policy": self.draft(policy)}) as sessions:

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -71,16 +72,7 @@ def write_table(path: Path, rows: Iterable[Row]) -> None:
 
 def _order(key: tuple[str, ...]) -> tuple[object, ...]:
     """Numbers by their size, so that channels stand in their order."""
-    return tuple(tuple(int(p) if p.isdigit() else p for p in _split(part)) for part in key)
-
-
-def _split(text: str) -> list[str]:
-    parts = [""]
-    for mark in text:
-        if parts[-1] and mark.isdigit() != parts[-1][-1].isdigit():
-            parts.append("")
-        parts[-1] += mark
-    return ["", *parts] if parts[0].isdigit() else parts
+    return tuple(tuple(int(p) if p.isdigit() else p for p in re.split(r"(\d+)", part)) for part in key)
 
 
 def _cells(row: Row) -> Sequence[object]:

@@ -31,6 +31,17 @@ QUICK_TARGET = (
 )
 """This machine, timed for a moment: the figures are noise, and no test here reads them."""
 
+ESTIMATE = """
+[estimate]
+gmacs_per_s = { fp32 = 10.0, int8 = 40.0 }
+gb_per_s = 10.0
+floor_us = 5.0
+channel_tile = 16
+error_pct = 20.0
+sources = ["a data sheet"]
+"""
+"""What makes the TOML of a target that of a device which nobody has measured."""
+
 
 def hasten() -> None:
     """Spend no time on what these tests do not look at.

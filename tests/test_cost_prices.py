@@ -147,7 +147,7 @@ def test_where_lines_are_straight_few_kernels_are_measured() -> None:
     wanted = family(COUNTS)
     count = measured(wanted, lambda inputs, outputs: (20 + inputs) * (10 + outputs) / 100)
     assert count < 20
-    assert wanted.told((64, 72)) == pytest.approx((20 + 64) * (10 + 72) / 100, rel=GOOD_ENOUGH)
+    assert wanted.told((64, 72)) == pytest.approx([(20 + 64) * (10 + 72) / 100], rel=GOOD_ENOUGH)
 
 
 def test_where_latency_has_steps_each_count_is_measured() -> None:

@@ -26,7 +26,7 @@ LAYERS = (
     ("cost", "compress"),
     ("exporters",),
     ("verify", "search"),
-    ("calibration", "choices"),
+    ("calibration", "choices", "pricing"),
     ("report", "workbench", "demo", "plots"),
     ("console",),
     ("pipeline", "compare", "tables"),

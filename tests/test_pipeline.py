@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from exporting import (
+    ESTIMATE,
     DigitNet,
     digits,
     export,
@@ -94,17 +95,6 @@ def run_file(folder: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.nda
 
 def layer(outcome: pipeline.Outcome, name: str) -> manifests.LayerRecord:
     return next(record for record in outcome.manifest.layers if record.name == name)
-
-
-ESTIMATE = """
-[estimate]
-gmacs_per_s = { fp32 = 10.0, int8 = 40.0 }
-gb_per_s = 10.0
-floor_us = 5.0
-channel_tile = 16
-error_pct = 20.0
-sources = ["a data sheet"]
-"""
 
 
 # What is asked for is what is built

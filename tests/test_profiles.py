@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from exporting import ESTIMATE
 from pydantic import ValidationError
 
 from hirelc_deploy.cost.estimate import EstimatedPrices
@@ -113,16 +114,6 @@ def test_the_flags_of_this_processor_choose_a_width():
 
 
 # -- devices that are not at hand ----------------------------------------------------------------------------
-
-ESTIMATE = """
-[estimate]
-gmacs_per_s = { fp32 = 10.0, int8 = 40.0 }
-gb_per_s = 10.0
-floor_us = 5.0
-channel_tile = 16
-error_pct = 20.0
-sources = ["a data sheet"]
-"""
 
 
 def test_an_estimate_needs_its_numbers(own: Path) -> None:

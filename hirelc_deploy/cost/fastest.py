@@ -14,13 +14,14 @@ import numpy as np
 
 from hirelc_deploy.cost.latency import STATE_VALUES, Factor, Latency
 from hirelc_deploy.cost.network import State
+from hirelc_deploy.errors import UserError
 from hirelc_deploy.policy import Compute
 
 LARGEST_TABLE = 2**22
 """Entries that one elimination may need; a network that is less of a chain than any seen would need more."""
 
 
-class TooEntangledError(Exception):
+class TooEntangledError(UserError):
     """More layers decide together than a table can hold."""
 
 
@@ -44,9 +45,8 @@ def fastest(
     Raises TooEntangledError where no table could hold the choice.
     """
     network = latency.network
-    policy_counts = {group: network.counts[group].index(counts[group]) for group in network.counts}
     values: dict[str, tuple[object, ...]] = {**network.computes, **{s.name: STATE_VALUES for s in network.states}}
-    tables = [_at(latency, factor, policy_counts) for factor in factors]
+    tables = [_Table(*factor) for factor in latency.at(factors, counts)]
     tables += [_defining(state, values) for state in network.states]
     tables += [
         _Table((layer,), np.where([c in able for c in network.computes[layer]], 0.0, np.inf))
@@ -55,12 +55,6 @@ def fastest(
     tables += [_tied(pair, values) for pair in network.alike]
     chosen = _minimise(tables, values)
     return {layer: network.computes[layer][chosen[layer]] for layer in network.computes}
-
-
-def _at(latency: Latency, factor: Factor, counts: Mapping[str, int]) -> _Table:
-    """A factor with its channels fixed."""
-    inputs, outputs = (latency.position(channels, counts) for channels in (factor.inputs, factor.outputs))
-    return _Table(factor.variables, factor.table_us[..., inputs, outputs])
 
 
 def _defining(state: State, values: Mapping[str, tuple[object, ...]]) -> _Table:
@@ -89,7 +83,10 @@ def _minimise(tables: list[_Table], values: Mapping[str, tuple[object, ...]]) ->
         variable = min(sorted(left), key=lambda name: _size(_scope(tables, name), values))
         scope = _scope(tables, variable)
         if _size(scope, values) > LARGEST_TABLE:
-            raise TooEntangledError(f"{len(scope)} decisions meet at {variable}")
+            raise TooEntangledError(
+                f"what is fastest cannot be told: {len(scope)} decisions meet at {variable}",
+                fix="say what layers compute in: compute=int8 or compute=fp32",
+            )
         total = np.zeros([len(values[name]) for name in scope])
         for table in (table for table in tables if variable in table.variables):
             total = total + _spread(table, scope)

@@ -74,6 +74,11 @@ class Kernel:
         found = [operand.shape for operand in self.operands if operand.role == "w" and len(operand.shape) > 1]
         return found[0] if self.op in LAYERS and found else None
 
+    @property
+    def reads_first(self) -> bool:
+        """Whether a layer's weight has its inputs on the first axis: that of a Linear which is not transposed."""
+        return self.op == "MatMul" or (self.op == "Gemm" and "transB=1" not in self.attributes)
+
     @cached_property
     def groups(self) -> int:
         found = re.search(r"\bgroup=(\d+)", self.attributes)
@@ -88,7 +93,7 @@ class Kernel:
         """(in, out): of a layer, those of its weight; of an image operator, both those that it reads; else (1, 1)."""
         shape = self.weight
         if shape is not None:
-            if self.op == "MatMul" or (self.op == "Gemm" and "transB=1" not in self.attributes):
+            if self.reads_first:
                 return shape[-2], shape[-1]
             if self.op == "Gemm":
                 return shape[1], shape[0]
@@ -132,7 +137,7 @@ class Kernel:
         return replace(self, attributes=attributes, operands=tuple(changed))
 
     def _weight_for(self, shape: tuple[int, ...], inputs: int, outputs: int) -> tuple[int, ...]:
-        if self.op == "MatMul" or (self.op == "Gemm" and "transB=1" not in self.attributes):
+        if self.reads_first:
             return (inputs, outputs)
         if self.op == "Gemm":
             return (outputs, inputs)
@@ -221,12 +226,13 @@ def _operand(text: str) -> Operand:
     if found is None:
         raise ValueError(f"{text!r} is no operand: x:1x64x28x28, w:64 or [1,-1]")
     if found["values"] is not None:
-        return Operand("w", values=tuple(_number(value) for value in found["values"].split(",") if value))
+        return Operand("w", values=tuple(number_of(value) for value in found["values"].split(",") if value))
     role: Role = "x" if found["role"] == "x" else "w"
     return Operand(role, tuple(int(size) for size in found["dims"].split("x") if size))
 
 
-def _number(text: str) -> float | int:
+def number_of(text: str) -> float | int:
+    """The inverse of `number_text`.  Raises ValueError for a text that is no number."""
     return float(text) if any(mark in text for mark in ".einf") else int(text)
 
 

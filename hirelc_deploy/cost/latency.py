@@ -128,11 +128,13 @@ class Latency:
         each = [self.us(decisions, self.factors({kind: 1.0})) for kind in self.kinds]
         return np.stack(each, axis=1) if each else np.zeros((len(decisions), 0))
 
-    def position(self, channels: Channels, counts: Mapping[str, int]) -> int:
-        """Where numbers of channels stand in a factor's table, for counts by their position."""
-        row = np.array([[counts[group] for group in self.groups]], np.int32).reshape(1, len(self.groups))
-        decided = _Decided(self._decides, Decisions(np.zeros((1, len(self.layers)), np.int16), row))
-        return int(np.ravel(decided.position(channels))[0])
+    def at(self, factors: Sequence[Factor], counts: Mapping[str, int]) -> list[tuple[tuple[str, ...], np.ndarray]]:
+        """Factors where these counts of units stay: their variables, and microseconds over those alone."""
+        decided = _Decided(self._decides, self.decisions([Policy({}, counts)]))
+        places = [[int(np.ravel(decided.position(c))[0]) for c in (f.inputs, f.outputs)] for f in factors]
+        return [
+            (f.variables, f.table_us[..., read, written]) for f, (read, written) in zip(factors, places, strict=True)
+        ]
 
     def _where(self, term: Term, scope: tuple[str, ...], table_us: np.ndarray) -> np.ndarray:
         """The term's table over the variables of its conditions: zeros where they do not hold."""

@@ -7,7 +7,7 @@ a tensor comes from integer kernels, whether it is held in blocks of channels.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal as OneOf
 
 from hirelc_deploy.cost.kernel import Kernel
@@ -81,3 +81,7 @@ class Network:
     terms: tuple[Term, ...]
     alike: tuple[tuple[str, str], ...] = ()
     """Pairs of layers that share a weight: they compute alike."""
+
+    def with_counts(self, keep: Mapping[str, int]) -> "Network":
+        """The same where the counts of units are decided already; groups that `keep` does not name stay whole."""
+        return replace(self, counts={group: (keep.get(group, total),) for group, total in self.totals.items()})

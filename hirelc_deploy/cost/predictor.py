@@ -12,7 +12,7 @@ from hirelc_deploy.cost.correction import Artifact, Correction, fit
 from hirelc_deploy.cost.fastest import fastest
 from hirelc_deploy.cost.latency import Decisions, Factor, Latency, Prices
 from hirelc_deploy.cost.network import Network
-from hirelc_deploy.cost.prices import MeasuredPrices
+from hirelc_deploy.cost.prices import MeasuredPrices, times_of
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.policy import Compute, Policy
 from hirelc_deploy.profiles._table import Row
@@ -45,13 +45,13 @@ class Predictor:
         cls, network: Network, rows: Sequence[Row], artifacts: Sequence[Artifact], *, threads: int
     ) -> "Predictor":
         """Raises UserError if there is no row for so many threads, or one that names no kernel."""
-        mine = [row for row in rows if row.threads == threads]
-        if not mine:
+        times_us = times_of(rows, threads=threads)
+        if not times_us:
             raise UserError(
                 f"the target's table has no latencies for {threads} threads",
                 fix=f"measure them: hirelc-deploy profile --threads {threads}",
             )
-        return cls(network, MeasuredPrices.of(mine, threads=threads), artifacts)
+        return cls(network, MeasuredPrices(times_us), artifacts)
 
     def foretell(self, policies: Sequence[Policy]) -> Foretold:
         return self.of(self.latency.decisions(policies))

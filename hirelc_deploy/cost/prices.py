@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -47,25 +48,25 @@ class MeasuredPrices:
     def __init__(self, times_us: Mapping[Kernel, float]) -> None:
         if not times_us:
             raise ValueError("a table without rows knows no times")
-        points: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
+        self._times_us = times_us
+        self._points: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
         for kernel, us in times_us.items():
-            points[kernel.family].append((*kernel.channels, us))
-        self._families = {family: Surface(found) for family, found in points.items()}
-        self._rooflines = _rooflines(times_us)
+            self._points[kernel.family].append((*kernel.channels, us))
+        self._surfaces: dict[str, Surface] = {}
         self.unknown: set[str] = set()
         """Families that were asked for and never measured."""
 
     @classmethod
     def of(cls, rows: Iterable[Row], *, threads: int = 1) -> "MeasuredPrices":
         """Raises UserError for a row that names no kernel."""
-        return cls({kernel_of(row): row.p50_us for row in rows if row.threads == threads})
+        return cls(times_of(rows, threads=threads))
 
     def __call__(self, kernel: Kernel) -> float:
         """Microseconds."""
         return self.estimate(kernel).us
 
     def estimate(self, kernel: Kernel) -> Estimate:
-        family = self._families.get(kernel.family)
+        family = self._surface(kernel.family)
         if family is not None:
             inputs, outputs = kernel.channels
             known = family.known.get((inputs, outputs))
@@ -77,18 +78,28 @@ class MeasuredPrices:
 
     def grid(self, kernel: Kernel, inputs: Sequence[int], outputs: Sequence[int]) -> np.ndarray:
         """Microseconds for all of these channels, (inputs, outputs); none may be zero."""
-        family = self._families.get(kernel.family)
+        family = self._surface(kernel.family)
         if family is not None:
             return family.grid(inputs, outputs)
         return np.array([[self(kernel.with_channels(i, o)) for o in outputs] for i in inputs])
 
     def errors(self, kernel: Kernel, inputs: Sequence[int], outputs: Sequence[int]) -> np.ndarray:
         """How well those are known: relative, one standard deviation."""
-        family = self._families.get(kernel.family)
+        family = self._surface(kernel.family)
         if family is None:
             return np.full((len(inputs), len(outputs)), self._roofline(kernel).error)
         known = [[(i, o) in family.known for o in outputs] for i in inputs]
         return np.where(known, 0.0, family.error)
+
+    def _surface(self, family: str) -> "Surface | None":
+        """Made when it is first asked for: a table holds many more families than one network has."""
+        if family not in self._surfaces and family in self._points:
+            self._surfaces[family] = Surface(self._points[family])
+        return self._surfaces.get(family)
+
+    @cached_property
+    def _rooflines(self) -> dict[str, "_Roofline"]:
+        return _rooflines(self._times_us)
 
     def _roofline(self, kernel: Kernel) -> Estimate:
         roofline = self._rooflines.get(kind_of(kernel)) or self._rooflines[""]
@@ -104,6 +115,11 @@ def kernel_of(row: Row) -> Kernel:
             f"a table has a row about {row.op} {row.operands} {row.compute}: {error}",
             fix="mend or delete it; `hirelc-deploy profile` measures it again",
         ) from error
+
+
+def times_of(rows: Iterable[Row], *, threads: int) -> dict[Kernel, float]:
+    """Microseconds by kernel, of a table's rows for so many threads.  Raises UserError for a row without a kernel."""
+    return {kernel_of(row): row.p50_us for row in rows if row.threads == threads}
 
 
 class Surface:

@@ -24,7 +24,7 @@ def main() -> None:
         import numpy
         import onnxruntime
     except ImportError as error:
-        result = {"error": "missing", "what": error.name or str(error), "python": sys.executable}
+        result = {"missing": error.name or str(error), "python": sys.executable}
     else:
         result = ACTIONS[job["action"]](job, numpy, onnxruntime)
     Path("result.json").write_text(json.dumps(result))

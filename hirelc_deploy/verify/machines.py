@@ -18,8 +18,8 @@ class Where:
 
     runtime: str
     """Its name and version."""
-    flags: str
-    """The CPU's, as far as they decide which kernels run, with + between."""
+    flags: tuple[str, ...]
+    """The CPU's, as far as they decide which kernels run, sorted."""
     power_mode: str
     threads: int
 
@@ -44,8 +44,7 @@ class Here:
 
     def __init__(self, runtime: Runtime, *, threads: int) -> None:
         self.runtime = runtime
-        flags = "+".join(relevant_flags())
-        self.where = Where(f"{runtime.name} {runtime.version()}", flags, power_mode() or "", threads)
+        self.where = Where(f"{runtime.name} {runtime.version()}", relevant_flags(), power_mode() or "", threads)
 
     def answers(self, requests: Sequence[Request]) -> list[Any]:
         return [self._answer(request) for request in requests]

@@ -16,9 +16,9 @@ import numpy as np
 
 from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.cost.needs import Family, Place, neglect
-from hirelc_deploy.cost.prices import kernel_of
-from hirelc_deploy.cpu import RELEVANT_FLAGS, cpu_flags
-from hirelc_deploy.exporters._base import KernelFile, KernelMaker, NoKernelError, Request, Runtime
+from hirelc_deploy.cost.prices import times_of
+from hirelc_deploy.cpu import RELEVANT_FLAGS
+from hirelc_deploy.exporters._base import KernelFile, KernelMaker, NoKernelError, Request
 from hirelc_deploy.profiles import Tables, Target, tables_of
 from hirelc_deploy.profiles._table import Row, read_table, write_table
 from hirelc_deploy.verify import timing
@@ -56,15 +56,10 @@ class Sample:
     runs: int
 
 
-def tables_here(name_or_path: str, target: Target, runtime: Runtime) -> Tables:
-    """Where the latencies of a target lie: those of its CPU, with the runtime that is installed here."""
-    flags = sorted(target.flags(cpu_flags()) & RELEVANT_FLAGS)
-    return tables_of(name_or_path, runtime=f"{runtime.name} {runtime.version()}", flags=flags)
-
-
-def known_us(tables: Tables, *, threads: int) -> dict[Kernel, float]:
-    """What the tables of a target have for so many threads."""
-    return {kernel_of(row): row.p50_us for row in tables.rows() if row.threads == threads}
+def tables_at(name_or_path: str, target: Target, where: Where) -> Tables:
+    """Where the latencies of a target lie: those of its own CPU, or of the machine's where it names none."""
+    flags = sorted(target.flags(frozenset(where.flags)) & RELEVANT_FLAGS)
+    return tables_of(name_or_path, runtime=where.runtime, flags=flags)
 
 
 def makers(kernels: Sequence[Kernel], machine: Machine) -> dict[Kernel, KernelMaker | NoKernelError]:
@@ -185,7 +180,7 @@ def profile(
     family, with the reason.
     """
     rows = read_table(tables.own)
-    times_us = known_us(tables, threads=machine.where.threads)
+    times_us = times_of(tables.rows(), threads=machine.where.threads)
     anchor_us = times_us.get(ANCHOR)
     deadline = None if seconds is None else time.monotonic() + seconds
     refused: dict[str, str] = {}
@@ -256,6 +251,6 @@ def _row(sample: Sample, where: Where) -> Row:
         runs=sample.runs,
         date=datetime.now(UTC).date().isoformat(),
         runtime=where.runtime,
-        flags=where.flags,
+        flags="+".join(where.flags),
         power_mode=where.power_mode,
     )

@@ -27,15 +27,8 @@ from hirelc_deploy.verify.machines import WARMUP_RUNS, Where
 SSH_VARIABLE = "HIRELC_DEPLOY_SSH"
 """A command to use instead of `ssh`, such as `ssh -F FILE`."""
 
-OPTIONS = (
-    "-o",
-    "BatchMode=yes",
-    "-o",
-    "ConnectTimeout=10",
-    "-o",
-    "ServerAliveInterval=15",
-    "-o",
-    "ServerAliveCountMax=3",
+OPTIONS = shlex.split(
+    "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=3",
 )
 """Nobody is there to type a password; a device that says nothing for 45 s is gone.  Host keys are checked as always."""
 
@@ -78,21 +71,15 @@ class Remote:
         folder: str,
         python: str,
         ssh: Sequence[str],
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Made by `connected`.  Raises UserError if the device cannot be reached or lacks what is needed."""
         self.runtime = runtime
-        self._host, self._ssh, self._sleep = host, ssh, sleep
+        self._host, self._ssh = host, ssh
         self._folder, self._python = folder, python
-        about = json.loads(self._job({"action": "about"})["result.json"])
-        flags = sorted(flags_of_cpuinfo(about["cpuinfo"]) & RELEVANT_FLAGS)
+        about, _ = self._job({"action": "about"})
+        flags = tuple(sorted(flags_of_cpuinfo(about["cpuinfo"]) & RELEVANT_FLAGS))
         self.version: str = about["runtime"]
-        self.where = Where(f"{runtime.name} {self.version}", "+".join(flags), about["power_mode"], threads)
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """The CPU's, as far as they decide which kernels run."""
-        return tuple(self.where.flags.split("+")) if self.where.flags else ()
+        self.where = Where(f"{runtime.name} {self.version}", flags, about["power_mode"], threads)
 
     def answers(self, requests: Sequence[Request]) -> list[Any]:
         files: dict[str, bytes] = {}
@@ -104,8 +91,8 @@ class Remote:
             else:
                 files[f"{i}.npz"] = _npz(request.inputs)
                 asked.append({"file": f"{i}.onnx", "names": list(request.names), "inputs": f"{i}.npz"})
-        back = self._job({"action": "answers", "requests": asked}, files)
-        return [_answer(each, back) for each in json.loads(back["result.json"])["answers"]]
+        result, back = self._job({"action": "answers", "requests": asked}, files)
+        return [_answer(each, back) for each in result["answers"]]
 
     def timed(self, files: Sequence[KernelFile], rounds: int) -> list[timing.Timing]:
         sent: dict[str, bytes] = {}
@@ -119,14 +106,16 @@ class Remote:
             "rounds": rounds,
             "visit_ms": timing.VISIT_MS,
         }
-        result = json.loads(self._job(job, sent)["result.json"])
+        result, _ = self._job(job, sent)
         return [
             timing.Timing(tuple(timing.Visit(tuple(wall_ms), cpu_ms) for wall_ms, cpu_ms in visits))
             for visits in result["rounds"]
         ]
 
-    def _job(self, job: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> dict[str, bytes]:
-        """Do a job on the device; the files that it wrote, by name."""
+    def _job(
+        self, job: Mapping[str, Any], files: Mapping[str, bytes] | None = None
+    ) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """Do a job on the device; its result, and the files that it wrote by name."""
         runner = (resources.files("hirelc_deploy.verify") / "_runner.py").read_bytes()
         sent = _tar({"job.json": json.dumps(job).encode(), "runner.py": runner, **(files or {})})
         # a folder for the job alone: what an attempt that broke off has left is not read
@@ -134,28 +123,18 @@ class Remote:
             f"cd {shlex.quote(self._folder)} && rm -rf job && mkdir job && cd job && tar -xf - && "
             f"{shlex.quote(self._python)} runner.py && rm -f *.onnx *.npz runner.py job.json && tar -cf - ."
         )
-        packed = attempts(lambda: _call(self._ssh, self._host, command, sent), self._host, self._sleep)
-        back = _untar(packed)
-        if b'"error"' in back["result.json"][:20]:
-            self._refuse(json.loads(back["result.json"]))
-        return back
-
-    def _refuse(self, result: Mapping[str, str]) -> None:
-        raise UserError(
-            f"{self._host} has no {result['what']} for {result['python']}",
-            fix=f"install it there: {result['python']} -m pip install onnxruntime numpy",
-        )
+        back = _untar(attempts(lambda: _call(self._ssh, self._host, command, sent), self._host))
+        result = json.loads(back["result.json"])
+        if "missing" in result:
+            raise UserError(
+                f"{self._host} has no {result['missing']} for {result['python']}",
+                fix=f"install it there: {result['python']} -m pip install onnxruntime numpy",
+            )
+        return result, back
 
 
 @contextmanager
-def connected(
-    host: str,
-    runtime: Runtime,
-    *,
-    threads: int,
-    python: str = "python3",
-    sleep: Callable[[float], None] = time.sleep,
-) -> Iterator[Remote]:
+def connected(host: str, runtime: Runtime, *, threads: int, python: str = "python3") -> Iterator[Remote]:
     """A device, with a folder of its own there that is removed at the end.
 
     Raises UserError if it cannot be reached, if its key is not the known one, or if it lacks Python or the runtime.
@@ -163,10 +142,9 @@ def connected(
     if host.startswith("-"):
         raise UserError(f"{host!r} is no host", fix="write user@device, or a name of ~/.ssh/config")
     ssh = [*shlex.split(os.environ.get(SSH_VARIABLE, "ssh")), *OPTIONS]
-    made = attempts(lambda: _call(ssh, host, "mktemp -d", b""), host, sleep)
-    folder = made.decode().strip()
+    folder = attempts(lambda: _call(ssh, host, "mktemp -d", b""), host).decode().strip()
     try:
-        yield Remote(host, runtime, threads=threads, folder=folder, python=python, ssh=ssh, sleep=sleep)
+        yield Remote(host, runtime, threads=threads, folder=folder, python=python, ssh=ssh)
     finally:
         _clean(ssh, host, folder)
 
@@ -176,7 +154,7 @@ def _clean(ssh: Sequence[str], host: str, folder: str) -> None:
     subprocess.run([*ssh, host, f"rm -rf {shlex.quote(folder)}"], capture_output=True, check=False)
 
 
-def attempts(call: Callable[[], bytes], host: str, sleep: Callable[[float], None]) -> bytes:
+def attempts(call: Callable[[], bytes], host: str, sleep: Callable[[float], None] = time.sleep) -> bytes:
     """What the call gives, tried again where the connection broke.  Raises UserError once that does not help."""
     for attempt in range(ATTEMPTS):
         try:
