@@ -2,6 +2,7 @@
 
     python benchmarks/latency_prediction.py profile wide resnet18 mobilenetv2 vit   what the table lacks for them
     python benchmarks/latency_prediction.py measure wide resnet18 mobilenetv2 vit   files of random policies, timed
+    python benchmarks/latency_prediction.py budgets resnet18                        tables that less time was spent on
     python benchmarks/latency_prediction.py judge                                   errors, with correction and without
 
 Random policies: every layer any compute and a storage that needs no search for its values, every prune group any
@@ -40,10 +41,11 @@ from hirelc_deploy.cost.correction import Artifact, Correction, fit
 from hirelc_deploy.cost.latency import Decisions
 from hirelc_deploy.cost.needs import families
 from hirelc_deploy.cost.predictor import Predictor
-from hirelc_deploy.cost.prices import MeasuredPrices
+from hirelc_deploy.cost.prices import MeasuredPrices, kernel_of
 from hirelc_deploy.exporters._base import NoKernelError, Session
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.profiles import Tables, load_target
+from hirelc_deploy.profiles._table import write_table
 from hirelc_deploy.rundir import RunFolder
 from hirelc_deploy.search.space import SearchSpace
 from hirelc_deploy.task import ArraySource, Classification
@@ -60,6 +62,8 @@ PIXELS = 224
 POLICIES = 60
 SIDE_BY_SIDE = 6
 SECONDS = 4.0
+BUDGETS_S = (15.0, 30.0, 60.0, None)
+"""For profiling; None is all that interpolation asks for."""
 SLOW_FORMATS = ("codebook", "vector", "shared_vector", "log", "float")
 """Whose values are searched for; how weights are stored changes no latency (benchmarks/number_formats.py)."""
 
@@ -175,6 +179,37 @@ def measure(network: str, out: Path, policies: int) -> dict[str, Any]:
         }
 
 
+def budgets(network: str, out: Path, measured_us: Sequence[float]) -> list[dict[str, Any]]:
+    """Errors on the files that were measured, told from tables that so much time was spent on, each made anew."""
+    anchor = [row for row in Tables(TABLE, TABLE).rows() if kernel_of(row) == profiling.ANCHOR and row.threads == 1]
+    rows = []
+    with bench_of(network, out) as bench:
+        chosen = random_policies(bench.space, len(measured_us))
+        for seconds in BUDGETS_S:
+            path = out / network / "table.csv"
+            write_table(path, anchor)  # times of all tables are in the same units
+            tables = Tables(path, path)
+            wanted = families(bench.network)
+            began = time.monotonic()
+            with console.progress(f"{network}: {seconds or 'any'} s", len(wanted)) as advance:
+                profiling.profile(wanted, tables, Here(bench.runtime, threads=1), seconds=seconds, advance=advance)
+            spent_s = time.monotonic() - began
+            predictor = Predictor.of_table(bench.network, tables.rows(), [], threads=1)
+            artifacts = [predictor.artifact(policy, us / 1000) for policy, us in zip(chosen, measured_us, strict=True)]
+            rows.append(
+                {
+                    "budget_s": seconds,
+                    "spent_s": spent_s,
+                    "kernels": len(tables.rows()),
+                    "families_without_a_row": len(predictor.unknown),
+                    "table alone": errors(Correction(), artifacts[1::2]),
+                    "corrected by half": errors(fit(artifacts[::2]), artifacts[1::2]),
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
 def _arrays(predictor: Predictor, policies: Sequence[Policy]) -> tuple[np.ndarray, np.ndarray]:
     decisions = predictor.latency.decisions(policies)
     return decisions.computes, decisions.counts
@@ -247,6 +282,13 @@ kernel that is timed in the same rounds.
 """
 
 
+SPENT = """## What profiling for less time costs
+
+Tables of `{network}`'s kernels made anew, each in the time given to `profile --max-time`, the last until
+interpolation asks for nothing more; the files are those of above.
+"""
+
+
 def page(record: Mapping[str, Any]) -> str:
     """docs/latency.md, from the result file."""
     columns = ("mape_pct", "within_5_pct", "within_10_pct", "spearman", "worst_pct")
@@ -264,9 +306,26 @@ def page(record: Mapping[str, Any]) -> str:
         ),
     )
     taken_on = record["machine"]
+    spent = "".join(
+        f"\n{SPENT.format(network=name)}\n"
+        + markdown(
+            ("seconds", "kernels", "mean error, %: table alone", "corrected by half", "Spearman"),
+            (
+                (
+                    f"{row['spent_s']:.0f}",
+                    str(row["kernels"]),
+                    f"{row['table alone']['mape_pct']:.3g}",
+                    f"{row['corrected by half']['mape_pct']:.3g}",
+                    f"{row['corrected by half']['spearman']:.3g}",
+                )
+                for row in rows
+            ),
+        )
+        for name, rows in record.get("budgets", {}).items()
+    )
     return (
         f"{INTRODUCTION}\nCPU: {taken_on['cpu']} ({', '.join(taken_on['flags'])}), onnxruntime "
-        f"{taken_on['packages']['onnxruntime']}.\n\n{markdown(head, rows)}\n{speed}"
+        f"{taken_on['packages']['onnxruntime']}.\n\n{markdown(head, rows)}\n{speed}{spent}"
     )
 
 
@@ -281,7 +340,7 @@ def main() -> None:
     hasten()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     steps = parser.add_subparsers(dest="step", required=True)
-    for name in ("profile", "measure", "judge"):
+    for name in ("profile", "measure", "budgets", "judge"):
         step = steps.add_parser(name)
         step.add_argument("--out", type=Path, default=OUT)
         if name != "judge":
@@ -293,6 +352,11 @@ def main() -> None:
         profile(options.networks, options.out, options.seconds)
         return
     record: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"networks": {}}
+    if options.step == "budgets":
+        for network in options.networks:
+            measured_us = [row["measured_us"] for row in record["networks"][network]["artifacts"]]
+            record.setdefault("budgets", {})[network] = budgets(network, options.out, measured_us)
+            save(record, RESULT)
     if options.step == "measure":
         record["machine"] = machine()
         for network in options.networks:

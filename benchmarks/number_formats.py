@@ -212,7 +212,8 @@ in the same way (`python benchmarks/against_onnxruntime.py`).
 LARGE = """## Large networks
 
 Random weights, so nothing is scored (`python benchmarks/large_models.py`).  Loading is the CPU time of a process of its
-own; its peak is over that of a process that loads nothing.
+own, the median of 15 in turns and the one that the machine disturbed least; its peak is over that of a process that
+loads nothing.
 """
 
 

@@ -111,6 +111,16 @@ class KernelMaker(Protocol):
     def file(self, copies: int) -> KernelFile: ...
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """What a fresh process needs for one file."""
+
+    memory_bytes: int
+    """Peak of loading and running, over what the process held before it loaded."""
+    load_ms: float
+    """By the wall, the first time."""
+
+
 class Runtime(Protocol):
     """One runtime, on the machine that it is called on."""
 
@@ -179,6 +189,10 @@ class Runtime(Protocol):
 
     def load(self, path: Path, *, threads: int) -> Session:
         """Load a file at the optimisation level that is deployed.  Raises UserError if it cannot be loaded."""
+        ...
+
+    def footprint(self, path: Path, inputs: Arrays, *, threads: int) -> Footprint | None:
+        """Memory and load time of a file in a process of its own; None where the system does not tell them."""
         ...
 
     def runs_as(self, path: Path, tensors: Mapping[str, str], *, threads: int) -> dict[str, str | None]:

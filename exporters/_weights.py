@@ -153,12 +153,16 @@ class _Tables:
 def _bank(members: Sequence[tuple[int, Weight]], tensor: Constant, tables: _Tables, nodes: Nodes) -> dict[int, Decoded]:
     first = members[0][1]
     bits = first.packed.code_bits
-    codes = np.concatenate([weight.packed.codes for _, weight in members])
+    ordered = {i: _as_read(weight) for i, weight in members}
+    codes = np.concatenate([weight.packed.codes if ordered[i] is None else ordered[i] for i, weight in members])
     stored = [tensor(plane) for plane in split(codes, bits)]
     value = join(stored, bits, nodes)
     early = not first.packed.tables
+    together = len(members) > 1
     if early:
-        value = _typed(_unpack(first, value, {}, nodes), first, nodes)
+        value = _unpack(first, value, {}, nodes)
+        if together:
+            value = _typed(value, first, nodes)
     sizes = [len(weight.packed.codes) for _, weight in members]
     filling = padded(sum(sizes), bits) - sum(sizes)
     pieces = _split(value, [*sizes, filling] if filling else sizes, nodes)
@@ -167,10 +171,11 @@ def _bank(members: Sequence[tuple[int, Weight]], tensor: Constant, tables: _Tabl
         integers, table_bytes = piece, 0
         if not early:
             own, table_bytes = tables.of(weight)
-            integers = _typed(_unpack(weight, piece, own, nodes), weight, nodes)
+            integers = _unpack(weight, piece, own, nodes)
+        shaped = _in_shape(integers, weight, nodes) if ordered[i] is None else _shaped(integers, weight.shape, nodes)
         found[i] = Decoded(
-            _in_shape(integers, weight, nodes),
-            _in_words(weight) + (f", {len(members)} layers together" if len(members) > 1 else ""),
+            shaped if early and together else _typed(shaped, weight, nodes),
+            _in_words(weight) + (f", {len(members)} layers together" if together else ""),
             plane_bytes(len(weight.packed.codes), bits) + table_bytes + weight.packed.scale.nbytes,
         )
     return found
@@ -198,7 +203,10 @@ def _unpack(weight: Weight, codes: ir.Value, tables: dict[str, ir.Value], nodes:
 
 
 def _typed(integers: ir.Value, weight: Weight, nodes: Nodes) -> ir.Value:
-    """int8 for the operators that compute with integers; they are cast where they are few."""
+    """int8 for the operators that compute with integers.
+
+    Cast last, since each node copies its tensor when a session loads, or early if one node serves many small layers.
+    """
     return integers if weight.is_integer else nodes.op("Cast", integers, to=int(ir.DataType.FLOAT))
 
 
@@ -211,13 +219,20 @@ def _split(value: ir.Value, sizes: Sequence[int], nodes: Nodes) -> Sequence[ir.V
     return producer.outputs
 
 
+def _as_read(weight: Weight) -> np.ndarray | None:
+    """Its codes in the operator's own order, where they have one: nothing is transposed when a session loads."""
+    storage = weight.precision.storage
+    return load_format(storage.format).as_read(weight.packed, storage, weight.shape, weight.axis)
+
+
+def _shaped(integers: ir.Value, shape: Sequence[int], nodes: Nodes) -> ir.Value:
+    return nodes.op("Reshape", integers, nodes.constant(np.array(shape, np.int64)))
+
+
 def _in_shape(integers: ir.Value, weight: Weight, nodes: Nodes) -> ir.Value:
-    """From rows, one output channel each, to the operator's shape."""
+    """From rows, one output channel each, to the shape of an operator that has its channels on another axis."""
     rest = [size for a, size in enumerate(weight.shape) if a != weight.axis]
-    by_channel = np.array([weight.shape[weight.axis], *rest], np.int64)
-    shaped = nodes.op("Reshape", integers, nodes.constant(by_channel))
-    if weight.axis == 0:
-        return shaped
+    shaped = _shaped(integers, [weight.shape[weight.axis], *rest], nodes)
     order = list(range(1, len(weight.shape)))
     order.insert(weight.axis, 0)
     return nodes.op("Transpose", shaped, perm=order)

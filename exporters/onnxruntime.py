@@ -19,6 +19,7 @@ from hirelc_deploy.exporters._base import Arrays, Exported, KernelFile, Rounding
 from hirelc_deploy.exporters._calibrate import Histogram, Method, Range, range_of
 from hirelc_deploy.exporters._compact import drop_unused, share, shorten, to_bytes
 from hirelc_deploy.exporters._float import FloatGraph, float_graph, weight_of
+from hirelc_deploy.exporters._footprint import footprint
 from hirelc_deploy.exporters._plan import Plan, plan
 from hirelc_deploy.exporters._qdq import output_axis, place, rounded
 from hirelc_deploy.kernels._base import INT8_MAX, Grid
@@ -158,6 +159,7 @@ class OnnxRuntime:
         """Layer -> `int8`, `int8_dynamic`, `fp32` or None, read from the graph that the session has optimised."""
         return computes(onnx.load(path).graph, optimised(path, threads=threads), tensors)
 
+    footprint = staticmethod(footprint)
     network = staticmethod(_lower.network)
     kernel_steps = staticmethod(_kernels.kernel_steps)
     answer = staticmethod(_kernels.answer)

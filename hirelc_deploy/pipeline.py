@@ -136,6 +136,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             notes=(
                 *(f"{left.name}: {left.reason}" for left in network.left_out),
                 *([written.note] if written.note else []),
+                *bench.notes_on_latency(policy),
                 *bench.notes_on_rounding(policy),
             ),
         )
@@ -324,7 +325,12 @@ def _judged(folder: Path, manifest: Manifest, *, allow_estimates: bool) -> Outco
 
 def _predicted(choice: Choice) -> Predicted:
     best = choice.best
-    return Predicted(size_bytes=best.figures.size_bytes, accuracy=best.score, latency_ms=best.figures.latency_ms)
+    return Predicted(
+        size_bytes=best.figures.size_bytes,
+        accuracy=best.score,
+        latency_ms=best.figures.latency_ms,
+        memory_bytes=best.figures.memory_bytes,
+    )
 
 
 def _task_record(task: "Task", spec: str) -> manifests.TaskRecord:

@@ -48,7 +48,7 @@ class Row:
 
 def rows(manifest: Manifest) -> tuple[Row, ...]:
     """Every figure of an artifact, and then the checks that have no figure of their own."""
-    figures = (_size(manifest), _latency(manifest), _accuracy(manifest), *_gains(manifest))
+    figures = (_size(manifest), _latency(manifest), _accuracy(manifest), *_gains(manifest), *_needs(manifest))
     shown = {row.check.name for row in figures if row.check is not None}
     unit = manifest.task.unit
     others = (
@@ -163,6 +163,25 @@ def _gains(manifest: Manifest) -> tuple[Row, ...]:
         _row(manifest, "drop", "drop", after=drop),
         *agreement,
     )
+
+
+def _needs(manifest: Manifest) -> tuple[Row, ...]:
+    """What a process needs beside time to run."""
+    predicted, before, after = manifest.predicted, manifest.baseline, manifest.measured
+    if after.memory_bytes is None or after.load_ms is None:
+        return ()
+    elsewhere = _unless_measured(after.basis.latency)
+    memory = _row(
+        manifest,
+        "peak memory" + elsewhere,
+        "memory_bytes",
+        before=text.quantity("memory_bytes", before.memory_bytes, ""),
+        after=text.size(after.memory_bytes),
+        predicted=text.quantity("memory_bytes", predicted.memory_bytes, "") if predicted.memory_bytes else "",
+        measured=text.size(after.memory_bytes) + _off_pct(manifest.error.memory_pct),
+    )
+    load = Row("load" + elsewhere, text.quantity("load_ms", before.load_ms, ""), text.milliseconds(after.load_ms))
+    return memory, load
 
 
 def _agreement(manifest: Manifest) -> Row:

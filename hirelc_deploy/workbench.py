@@ -61,6 +61,8 @@ GRID = "grid/"
 
 TAYLOR_BATCHES = 8
 PREDICTION_SECONDS = 1.0
+NAMED = 3
+"""Kernels in a note that many could stand in."""
 """Spent on timing one policy's file beside the baseline."""
 
 
@@ -344,13 +346,16 @@ class Workbench:
     @contextmanager
     def loaded(self, files: Mapping[str, "Exported"]) -> "Iterator[dict[str, Session]]":
         """Files by name, ready to run until the end of the block."""
+        with self._on_disk(files) as paths:
+            yield {name: self.runtime.load(path, threads=self._threads) for name, path in paths.items()}
+
+    @contextmanager
+    def _on_disk(self, files: Mapping[str, "Exported"]) -> "Iterator[dict[str, Path]]":
         with tempfile.TemporaryDirectory() as folder:
-            sessions = {}
-            for name, file in files.items():
-                path = Path(folder) / f"{name}{self.runtime.suffix}"
-                path.write_bytes(file.data)
-                sessions[name] = self.runtime.load(path, threads=self._threads)
-            yield sessions
+            paths = {name: Path(folder) / f"{name}{self.runtime.suffix}" for name in files}
+            for name, path in paths.items():
+                path.write_bytes(files[name].data)
+            yield paths
 
     @cached_property
     def _original_graph(self) -> Any:
@@ -391,6 +396,18 @@ class Workbench:
     def _rounding_badly(self) -> frozenset[str]:
         """The layers whose inputs 8 bits do not hold."""
         return frozenset(layer for layer, error in self.rounding_errors.inputs.items() if error > ROUNDS_BADLY)
+
+    def notes_on_latency(self, policy: Policy) -> tuple[str, ...]:
+        """For people: the kernels that no table of a device has which is not this machine."""
+        if self.pricing.is_device:
+            return ()
+        unknown = sorted(self.pricing.predictor(self.network.with_counts(policy.keep)).unknown)
+        if not unknown:
+            return ()
+        return (
+            f"the table of {self.target.name} lacks {len(unknown)} of the kernels that the network can become, and "
+            f"a roofline answered for them: {'; '.join(unknown[:NAMED])}{' …' if len(unknown) > NAMED else ''}",
+        )
 
     def notes_on_rounding(self, policy: Policy) -> tuple[str, ...]:
         """For people: the activations of int8 layers that 8 bits do not hold, and what became of them."""
@@ -520,8 +537,9 @@ class Workbench:
         if not self.pricing.is_device:
             before, after = (self._foretold_ms(each) for each in (Policy({}, {}), policy))
             return {"size_bytes": self.predicted_bytes(policy), "latency_ms": after, "speedup": before / after}
-        with self.loaded({"baseline": self.write_baseline(), "policy": self.draft(policy)}) as sessions:
-            times = timing.interleave(sessions, example(self.task, self._batch), seconds=PREDICTION_SECONDS)
+        draft, inputs = self.draft(policy), example(self.task, self._batch)
+        with self.loaded({"baseline": self.write_baseline(), "policy": draft}) as sessions:
+            times = timing.interleave(sessions, inputs, seconds=PREDICTION_SECONDS)
         clock = timing.clock_for(self._threads)
         speedup = timing.ratio(times["baseline"], times["policy"], clock=clock)
         return {
@@ -529,7 +547,14 @@ class Workbench:
             # one thread's CPU time is its wall clock on an idle machine, and close to that on a busy one
             "latency_ms": times["policy"].p50_ms(clock),
             "speedup": speedup.value,
+            "memory_bytes": self._memory_bytes(draft),
         }
+
+    def _memory_bytes(self, file: "Exported") -> int | None:
+        """Peak of a process that loads and runs a file; None where the system does not tell it."""
+        with self._on_disk({"file": file}) as paths:
+            found = self.runtime.footprint(paths["file"], example(self.task, self._batch), threads=self._threads)
+        return None if found is None else found.memory_bytes
 
 
 def _has_integers(policy: Policy) -> bool:

@@ -10,7 +10,7 @@ agree on is the `Grid`: what `fit` has found for one weight and fine-tuning may 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
@@ -81,13 +81,17 @@ class Nodes:
         """`constant` gives an initializer, the same one for equal arrays."""
         self.made: list[ir.Node] = []
         self.constant = constant
+        self._known: dict[Hashable, ir.Value] = {}
 
     def op(self, kind: str, *inputs: "ir.Value", outputs: int = 1, **attributes: int | str | list[int]) -> "ir.Value":
-        """Append a node and return its (first) output."""
+        """The (first) output of a node, which is appended unless there is the same one: layers share their tables."""
         import onnx_ir as ir
 
-        self.made.append(ir.node(kind, inputs, attributes, num_outputs=outputs))
-        return self.made[-1].outputs[0]
+        key = (kind, inputs, outputs, tuple((name, str(value)) for name, value in sorted(attributes.items())))
+        if key not in self._known:
+            self.made.append(ir.node(kind, inputs, attributes, num_outputs=outputs))
+            self._known[key] = self.made[-1].outputs[0]
+        return self._known[key]
 
 
 class Format(ABC):
@@ -143,6 +147,13 @@ class Format(ABC):
 
         Without tables the codes may be those of several weights below LARGE, one behind the other.
         """
+
+    def as_read(self, packed: Packed, storage: Storage, shape: tuple[int, ...], axis: int) -> "np.ndarray | None":
+        """The codes in the order in which an operator reads a weight of this shape, its channels on `axis`.
+
+        None where that is no order of theirs: neighbours in a row have one code, or share a table.
+        """
+        return packed.codes if axis == 0 else None
 
     def quantise(self, rows: "Tensor", grid: Grid, storage: Storage, *, largest: int) -> "Tensor":
         """The weights on the grid, as a file decodes them: one product of two float32 each."""

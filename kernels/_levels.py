@@ -94,7 +94,7 @@ class Levels(Format):
         together = codes_in_one(rows.numel(), storage.bits)
         codes = self.nearest(_in_steps(rows, grid), levels).reshape(-1, together).numpy()
         return Packed(
-            codes=(codes << _places(storage.bits, together)).sum(1).astype(code_type(together * storage.bits)),
+            codes=_merged(codes, storage.bits),
             code_bits=together * storage.bits,
             tables=tables,
             scale=grid["scale"].detach().numpy().reshape(scale_shape(len(rows), storage.granularity)),
@@ -122,6 +122,15 @@ class Levels(Format):
         # there is no product of int8 in ONNX Runtime
         wide = [nodes.op("Cast", x, to=int(ir.DataType.INT32)) for x in (grouped, columns)]
         return nodes.op("Cast", nodes.op("Mul", *wide), to=int(ir.DataType.INT8))
+
+    def as_read(self, packed: Packed, storage: Storage, shape: tuple[int, ...], axis: int) -> "np.ndarray | None":
+        if axis == 0 or "multiplier" in packed.tables:
+            return super().as_read(packed, storage, shape, axis)
+        together = codes_in_one(packed.integers.size, storage.bits)
+        places = _places(storage.bits, together)
+        each = (packed.codes[:, None] >> places) & (2**storage.bits - 1)
+        moved = np.moveaxis(each.reshape(shape[axis], *np.delete(shape, axis)), 0, axis)
+        return _merged(moved.reshape(-1, together), storage.bits)
 
     def _table(self, levels: "ir.Value | None", storage: Storage, together: int, nodes: Nodes) -> "ir.Value":
         """What a code stands for: one level, or as many as it holds codes, (codes, together)."""
@@ -248,6 +257,12 @@ def _in_byte(bits: int) -> int:
 def _places(bits: int, together: int) -> np.ndarray:
     """The first bit of each code within one that holds several."""
     return bits * np.arange(together)
+
+
+def _merged(codes: np.ndarray, bits: int) -> np.ndarray:
+    """One code of each row of them, (rows, together): the first in the lowest bits."""
+    together = codes.shape[1]
+    return (codes << _places(bits, together)).sum(1).astype(code_type(together * bits))
 
 
 def _digits(bits: int, together: int) -> np.ndarray:

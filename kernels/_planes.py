@@ -1,4 +1,4 @@
-"""Codes of 1 to 16 bits as bytes: planes of 8, 4, 2 and 1 bits, each of which fills its bytes.
+"""Codes of 1 to 16 bits as planes of 16, 8, 4, 2 and 1 bits, each of which fills its bytes.
 
 A 3-bit code has its upper two bits in one plane and the lowest in another.  A byte holds the bits of codes that lie a
 fixed distance apart, so that one shift of all bytes by several amounts gives all codes in order.
@@ -19,12 +19,14 @@ WIDTHS = (4, 2, 1)
 
 def planes(bits: int) -> tuple[int, ...]:
     """The widths that make up a code, highest bits first: 3 = 2 + 1, 12 = 8 + 4."""
+    if bits == 16:
+        return (16,)
     return (8, *planes(bits - 8)) if bits >= 8 else tuple(width for width in WIDTHS if bits & width)
 
 
 def padded(codes: int, bits: int) -> int:
     """The number of codes with those that fill up the last byte of each plane."""
-    together = 8 // min(planes(bits))
+    together = max(8 // min(planes(bits)), 1)
     return -(-codes // together) * together
 
 
@@ -34,7 +36,9 @@ def plane_bytes(codes: int, bits: int) -> int:
 
 
 def split(codes: np.ndarray, bits: int) -> list[np.ndarray]:
-    """The planes of codes (n,), which are uint8, or uint16 above 8 bits; each is uint8 (bytes,)."""
+    """The planes of codes (n,), which are uint8, or uint16 above 8 bits; each is uint8 (bytes,), or uint16 (codes,)."""
+    if bits == 16:  # one cast when it is read, where two bytes would be cast, multiplied and added
+        return [codes]
     filled = np.zeros(padded(len(codes), bits), codes.dtype)
     filled[: len(codes)] = codes
     below = bits

@@ -294,3 +294,22 @@ def test_a_table_that_layers_share_is_in_the_file_once() -> None:
     with one_layer.encoded(one_layer.CODES):
         grows = file_bytes(all_of_them) - file_bytes(one)
     assert grows < (layers - 1) * (codes_bytes + 64 * 4 + 300)  # a book has 2,048
+
+
+def test_large_weights_read_one_table_that_is_made_once() -> None:
+    """A table of all 16-bit codes is 256 KB, and takes two milliseconds to make."""
+    initializers: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+
+    def constant(array: np.ndarray) -> ir.Value:
+        key = (array.dtype.name, array.shape, array.tobytes())
+        return initializers.setdefault(key, ir.Value(const_value=ir.Tensor(np.ascontiguousarray(array))))
+
+    shapes = [((256, 400), 0), ((300, 256), 1), ((256, 512), 0)]
+    weights = [blank(*shape, Precision(Storage("int", 4, PerChannel()), Compute.FP32)) for shape in shapes]
+    nodes, values = decode(weights, constant, constant)
+    assert {value.encoding for value in values} == {"16-bit codes of 4 weights"}
+    looked_up = [node for node in nodes if node.op_type == "Gather"]
+    assert len(looked_up) == len(weights)
+    assert len({node.inputs[0] for node in looked_up}) == 1
+    assert sum(node.op_type == "Expand" for node in nodes) == 2
+    assert all(node.op_type != "Transpose" for node in nodes), "codes lie in the order in which operators read them"

@@ -34,8 +34,9 @@ from hirelc_deploy.compress.importance import scores
 from hirelc_deploy.compress.prune import prune
 from hirelc_deploy.cost.predictor import read_artifacts
 from hirelc_deploy.errors import ExitStatus, UserError
+from hirelc_deploy.exporters._footprint import STATUS
 from hirelc_deploy.policy import FP32, INT8, Policy
-from hirelc_deploy.profiles._table import read_table
+from hirelc_deploy.profiles._table import read_table, write_table
 from hirelc_deploy.task import ArraySource, Batch
 from hirelc_deploy.verify import accuracy, judge, manifest as manifests
 from hirelc_deploy.verify.measure import Measurement
@@ -135,6 +136,7 @@ def test_a_device_that_is_only_estimated_says_so_wherever_its_latency_stands(rec
     assert (outcome.status, outcome.manifest.verdict) == (ExitStatus.UNVERIFIED, "unverified")
     measured = outcome.manifest.measured
     assert measured.basis.latency == "estimate"
+    assert not any("roofline" in note for note in outcome.manifest.notes), "all of it is estimated"
     assert measured.latency_ms is not None
     assert measured.latency_ms.p50 == pytest.approx(outcome.manifest.predicted.latency_ms)
     assert main(["gate", str(outcome.folder), "--allow-estimates"]) == ExitStatus.OK
@@ -144,6 +146,36 @@ def test_a_device_that_is_only_estimated_says_so_wherever_its_latency_stands(rec
     assert again.status == ExitStatus.UNVERIFIED
     assert again.manifest.measured.latency_ms == measured.latency_ms, "this machine is not the device"
     assert not target.with_suffix(".csv").exists(), "nothing of this machine is the device's"
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="this system does not tell a process its peak")
+def test_memory_is_told_measured_and_limited(artifact: pipeline.Outcome) -> None:
+    manifest = artifact.manifest
+    figures = (manifest.predicted.memory_bytes, manifest.baseline.memory_bytes, manifest.measured.memory_bytes)
+    assert all(figure is not None and 10_000 < figure < 1 << 28 for figure in figures)
+    assert manifest.error.memory_pct is not None
+    assert manifest.measured.load_ms is not None
+    assert main(["gate", str(artifact.folder), "--max-memory", "256MiB"]) == ExitStatus.OK
+    assert main(["gate", str(artifact.folder), "--max-memory", "10KB"]) == ExitStatus.BUDGET_MISSED
+    assert "peak memory" in (artifact.folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_kernels_that_the_table_of_another_cpu_lacks_are_named(tmp_path: Path) -> None:
+    here = Path(quick_target(tmp_path))
+    settings = {"recipe": "keep=50%,compute=fastest"}
+    export(tmp_path / "here", DigitNet(8), digits(), target=str(here), **settings)  # measures what it needs
+    there = tmp_path / "there.toml"
+    there.write_text(here.read_text() + '\n[cpu]\nflags = ["nowhere"]\n')
+    rows = read_table(here.with_suffix(".csv"))
+    write_table(there.with_suffix(".csv"), rows)
+    outcome = export(tmp_path / "known", DigitNet(8), digits(), target=str(there), **settings)
+    assert outcome.status == ExitStatus.UNVERIFIED
+    assert not any("roofline" in note for note in outcome.manifest.notes)
+    write_table(there.with_suffix(".csv"), [row for row in rows if row.op not in ("Gemm", "ReduceMean")])
+    outcome = export(tmp_path / "unknown", DigitNet(8), digits(), target=str(there), **settings)
+    (note,) = [note for note in outcome.manifest.notes if "roofline" in note]
+    assert "the table of quick lacks" in note
+    assert "Gemm" in note
 
 
 def test_without_limits_integrity_is_judged_and_nothing_is_traded(tmp_path: Path) -> None:

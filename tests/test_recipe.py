@@ -276,7 +276,7 @@ def test_with_few_evaluations_the_widest_that_fits_is_tried_first() -> None:
 
 
 def test_a_limit_that_cannot_be_predicted_does_not_rule_everything_out() -> None:
-    """Nobody predicts memory: it is judged when the file is measured, and the others are searched for all the same."""
+    """Not every system tells memory: it is judged when the file is measured, and the others are searched for."""
     bench = Bench()
     assert chosen(Budget(drop=2.3, memory_bytes=1_000_000), bench) == (8, "int8")
     assert chosen(Budget(size_bytes=10, memory_bytes=1_000_000), Bench()) == (2, "int8")

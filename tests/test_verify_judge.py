@@ -180,6 +180,17 @@ def test_memory_that_nobody_measured_is_unverified() -> None:
     assert judge(Budget(memory_bytes=10**9), measured(), [layer()], of_the_file=[]).word == "unverified"
 
 
+@pytest.mark.parametrize(("limit", "word"), [(900, "pass"), (899, "fail")])
+def test_memory_is_judged_by_its_peak(limit: int, word: str) -> None:
+    verdict = judge(Budget(memory_bytes=limit), measured(memory_bytes=900, load_ms=3.0), [layer()], of_the_file=[])
+    assert verdict.word == word
+
+
+def test_memory_on_another_machine_passes_no_limit() -> None:
+    verdict = judge(Budget(memory_bytes=900), estimated(memory_bytes=800), [layer()], of_the_file=[])
+    assert verdict.word == "unverified"
+
+
 def test_layers_that_run_otherwise_are_named() -> None:
     wrong = [layer(f"conv{i}", runs_as="fp32") for i in range(5)]
     check = runs_as_check([layer("stem"), *wrong, layer("head", runs_as=None)])

@@ -113,7 +113,8 @@ def search(
     times milliseconds, and the first that holds the drop wins.  With other limits only, the rungs that keep them
     are evaluated, the dearest first, as it likely scores best, and the best score wins.  Without any limit there
     is nothing to trade: full width, INT8.  If no rung keeps all limits, the one that misses by the least is
-    returned.  `evaluations` is a maximum.  A limit on what cannot be predicted (memory) is left to the measurement.
+    returned.  `evaluations` is a maximum.  A limit on what is not predicted (memory, on some systems) is left to the
+    measurement.
     """
     rungs = ladder(space)
     if not budget.given:

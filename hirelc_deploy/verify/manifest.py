@@ -93,6 +93,8 @@ class Baseline(Record):
     size_bytes: int
     accuracy: Figure | None
     latency_ms: Percentiles | None
+    memory_bytes: int | None = None
+    load_ms: Figure | None = None
 
 
 class Predicted(Record):
@@ -102,6 +104,7 @@ class Predicted(Record):
     accuracy: Figure | None
     """On the search split."""
     latency_ms: Figure | None
+    memory_bytes: int | None = None
 
 
 class MeasuredBasis(Record):
@@ -128,6 +131,9 @@ class Measured(Record):
     """Percent of equal decisions; None where outputs are no decisions."""
     basis: MeasuredBasis
     memory_bytes: int | None = None
+    """Peak of a process that loads and runs the file, over what it held before; None where the system hides it."""
+    load_ms: Figure | None = None
+    """Wall clock, in that process."""
 
 
 class PredictionError(Record):
@@ -138,6 +144,7 @@ class PredictionError(Record):
     accuracy_points: Figure | None
     agreement: Figure | None = None
     """Percent of equal decisions of the simulated network and the file, on the search split."""
+    memory_pct: Figure | None = None
 
     @classmethod
     def between(cls, predicted: Predicted, measured: Measured, *, agreement: float | None = None) -> "PredictionError":
@@ -146,6 +153,7 @@ class PredictionError(Record):
             latency_pct=_excess_pct(predicted.latency_ms, p50(measured.latency_ms)),
             accuracy_points=_difference(predicted.accuracy, measured.accuracy_search),
             agreement=agreement,
+            memory_pct=_excess_pct(predicted.memory_bytes, measured.memory_bytes),
         )
 
 

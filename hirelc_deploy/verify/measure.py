@@ -1,8 +1,9 @@
 """One artifact measured beside its baseline: bytes, milliseconds, and scores of the files themselves."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -55,6 +56,7 @@ def measure(
     clock = timing.clock_for(threads)
     speedup = timing.ratio(times["baseline"], times["artifact"], clock=clock, seed=seed)
     sizes = {name: path.stat().st_size for name, path in paths.items()}
+    needs = {name: _needs(runtime, path, example(task, batch), threads) for name, path in paths.items()}
 
     searched, search_targets = accuracy.outputs(sessions["artifact"], task.search)
     outputs, targets = accuracy.side_by_side(sessions, task.test)
@@ -64,6 +66,7 @@ def measure(
             size_bytes=sizes["baseline"],
             accuracy=compared.before,
             latency_ms=Percentiles.model_validate(times["baseline"].latency_ms()),
+            **needs["baseline"],
         ),
         measured=Measured(
             size_bytes=sizes["artifact"],
@@ -77,6 +80,7 @@ def measure(
             drop_ci95=compared.drop_ci95,
             agreement=compared.agreement,
             basis=MeasuredBasis(size="measured", accuracy="measured", latency="measured"),
+            **needs["artifact"],
         ),
         runs_as=runtime.runs_as(paths["artifact"], tensors, threads=threads),
         clock=clock,
@@ -99,6 +103,12 @@ def foretold(seen: Measurement, baseline_ms: float, artifact_ms: float) -> Measu
         "basis": {"size": "measured", "accuracy": "simulated", "latency": "estimate"},
     }
     return Measurement.model_validate(figures | {"p50_ms": artifact_ms})
+
+
+def _needs(runtime: "Runtime", path: Path, inputs: "Arrays", threads: int) -> dict[str, Any]:
+    """Memory and load time, as both records of the manifest have them."""
+    found = runtime.footprint(path, inputs, threads=threads)
+    return {} if found is None else asdict(found)
 
 
 def example(task: "Task", batch: int) -> "Arrays":

@@ -83,5 +83,6 @@ _FORMATS: dict[str, Callable[[float], str]] = {
     "compression": times,
     "size_bytes": size,
     "memory_bytes": size,
+    "load_ms": milliseconds,
     "size on disk": "{:.0f} bytes".format,
 }
