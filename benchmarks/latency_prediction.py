@@ -2,6 +2,7 @@
 
     python benchmarks/latency_prediction.py profile wide resnet18 mobilenetv2 vit   what the table lacks for them
     python benchmarks/latency_prediction.py measure wide resnet18 mobilenetv2 vit   files of random policies, timed
+    python benchmarks/latency_prediction.py price wide resnet18 mobilenetv2 vit     those files again, by a newer table
     python benchmarks/latency_prediction.py budgets resnet18                        tables that less time was spent on
     python benchmarks/latency_prediction.py judge                                   errors, with correction and without
 
@@ -160,23 +161,33 @@ class Reading:
 def measure(network: str, out: Path, policies: int) -> dict[str, Any]:
     """Time files of random policies, and price the same policies; what was measured before is not again."""
     with bench_of(network, out) as bench:
-        predictor = predictor_of(bench)
         chosen = random_policies(bench.space, policies)
-        rows: list[dict[str, Any]] = []
+        measured_us: list[float] = []
         for start in range(0, len(chosen), SIDE_BY_SIDE):
             some = chosen[start : start + SIDE_BY_SIDE]
-            measured_us = bench.run.step(f"latency/{start}", partial(_timed, bench, some))
-            for policy, us in zip(some, measured_us, strict=True):
-                rows.append(asdict(predictor.artifact(policy, us / 1000)))
-            print(f"{network} {len(rows)}/{len(chosen)}", flush=True)
-        many = Decisions(*(np.repeat(each, 1000, axis=0) for each in _arrays(predictor, chosen)))
-        began = time.process_time()
-        predictor.of(many)
-        return {
-            "policies_per_second": len(many) / (time.process_time() - began),
-            "families_without_a_row": sorted(predictor.unknown),
-            "artifacts": rows,
-        }
+            measured_us += bench.run.step(f"latency/{start}", partial(_timed, bench, some))
+            print(f"{network} {len(measured_us)}/{len(chosen)}", flush=True)
+        return _priced(bench, measured_us)
+
+
+def price(network: str, out: Path, measured_us: Sequence[float]) -> dict[str, Any]:
+    """Price the policies of files that were measured before from the table as it is now."""
+    with bench_of(network, out) as bench:
+        return _priced(bench, measured_us)
+
+
+def _priced(bench: Workbench, measured_us: Sequence[float]) -> dict[str, Any]:
+    predictor = predictor_of(bench)
+    chosen = random_policies(bench.space, len(measured_us))
+    artifacts = [predictor.artifact(policy, us / 1000) for policy, us in zip(chosen, measured_us, strict=True)]
+    many = Decisions(*(np.repeat(each, 1000, axis=0) for each in _arrays(predictor, chosen)))
+    began = time.process_time()
+    predictor.of(many)
+    return {
+        "policies_per_second": len(many) / (time.process_time() - began),
+        "families_without_a_row": sorted(predictor.unknown),
+        "artifacts": [asdict(artifact) for artifact in artifacts],
+    }
 
 
 def budgets(network: str, out: Path, measured_us: Sequence[float]) -> list[dict[str, Any]]:
@@ -340,7 +351,7 @@ def main() -> None:
     hasten()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     steps = parser.add_subparsers(dest="step", required=True)
-    for name in ("profile", "measure", "budgets", "judge"):
+    for name in ("profile", "measure", "price", "budgets", "judge"):
         step = steps.add_parser(name)
         step.add_argument("--out", type=Path, default=OUT)
         if name != "judge":
@@ -352,10 +363,13 @@ def main() -> None:
         profile(options.networks, options.out, options.seconds)
         return
     record: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"networks": {}}
-    if options.step == "budgets":
+    if options.step in ("price", "budgets"):
         for network in options.networks:
             measured_us = [row["measured_us"] for row in record["networks"][network]["artifacts"]]
-            record.setdefault("budgets", {})[network] = budgets(network, options.out, measured_us)
+            if options.step == "price":
+                record["networks"][network] = price(network, options.out, measured_us)
+            else:
+                record.setdefault("budgets", {})[network] = budgets(network, options.out, measured_us)
             save(record, RESULT)
     if options.step == "measure":
         record["machine"] = machine()
