@@ -126,9 +126,9 @@ def random_policies(space: SearchSpace, count: int) -> list[Policy]:
     return found
 
 
-def predictor_of(bench: Workbench) -> Predictor:
-    """From the table alone: no artifact corrects it, and nothing is measured now."""
-    return Predictor.of_table(bench.network, Tables(TABLE, TABLE).rows(), [], threads=1)
+def predictor_of(bench: Workbench, table: Path) -> Predictor:
+    """From a table alone: no artifact corrects it, and nothing is measured now."""
+    return Predictor.of_table(bench.network, Tables(table, table).rows(), [], threads=1)
 
 
 # -- steps ---------------------------------------------------------------------------------------------------
@@ -177,17 +177,20 @@ def price(network: str, out: Path, measured_us: Sequence[float]) -> dict[str, An
 
 
 def _priced(bench: Workbench, measured_us: Sequence[float]) -> dict[str, Any]:
-    predictor = predictor_of(bench)
+    predictor = predictor_of(bench, TABLE)
     chosen = random_policies(bench.space, len(measured_us))
-    artifacts = [predictor.artifact(policy, us / 1000) for policy, us in zip(chosen, measured_us, strict=True)]
     many = Decisions(*(np.repeat(each, 1000, axis=0) for each in _arrays(predictor, chosen)))
     began = time.process_time()
     predictor.of(many)
     return {
         "policies_per_second": len(many) / (time.process_time() - began),
         "families_without_a_row": sorted(predictor.unknown),
-        "artifacts": [asdict(artifact) for artifact in artifacts],
+        "artifacts": [asdict(artifact) for artifact in _artifacts(predictor, chosen, measured_us)],
     }
+
+
+def _artifacts(predictor: Predictor, policies: Sequence[Policy], measured_us: Sequence[float]) -> list[Artifact]:
+    return [predictor.artifact(policy, us / 1000) for policy, us in zip(policies, measured_us, strict=True)]
 
 
 def budgets(network: str, out: Path, measured_us: Sequence[float]) -> list[dict[str, Any]]:
@@ -205,8 +208,8 @@ def budgets(network: str, out: Path, measured_us: Sequence[float]) -> list[dict[
             with console.progress(f"{network}: {seconds or 'any'} s", len(wanted)) as advance:
                 profiling.profile(wanted, tables, Here(bench.runtime, threads=1), seconds=seconds, advance=advance)
             spent_s = time.monotonic() - began
-            predictor = Predictor.of_table(bench.network, tables.rows(), [], threads=1)
-            artifacts = [predictor.artifact(policy, us / 1000) for policy, us in zip(chosen, measured_us, strict=True)]
+            predictor = predictor_of(bench, path)
+            artifacts = _artifacts(predictor, chosen, measured_us)
             rows.append(
                 {
                     "budget_s": seconds,

@@ -8,7 +8,7 @@ decoded values never depend on it.  Everything here is folded into constants by 
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -41,6 +41,8 @@ class Weight:
     packed: Packed
     shares: Hashable = None
     """Weights for which this is the same have the same shared tables; with None a weight has its own."""
+    is_as_read: bool = False
+    """Whether the codes lie as the operator reads them, and not row behind row."""
 
     @property
     def is_integer(self) -> bool:
@@ -151,31 +153,29 @@ class _Tables:
 
 
 def _bank(members: Sequence[tuple[int, Weight]], tensor: Constant, tables: _Tables, nodes: Nodes) -> dict[int, Decoded]:
+    members = [(i, _as_read(weight)) for i, weight in members]
     first = members[0][1]
     bits = first.packed.code_bits
-    ordered = {i: _as_read(weight) for i, weight in members}
-    codes = np.concatenate([weight.packed.codes if ordered[i] is None else ordered[i] for i, weight in members])
+    codes = np.concatenate([weight.packed.codes for _, weight in members])
     stored = [tensor(plane) for plane in split(codes, bits)]
     value = join(stored, bits, nodes)
-    early = not first.packed.tables
-    together = len(members) > 1
-    if early:
-        value = _unpack(first, value, {}, nodes)
-        if together:
-            value = _typed(value, first, nodes)
+    is_one = len(members) == 1
+    at_once = not is_one and not first.packed.tables
+    if at_once:
+        value = _typed(_unpack(first, value, {}, nodes), first, nodes)
     sizes = [len(weight.packed.codes) for _, weight in members]
     filling = padded(sum(sizes), bits) - sum(sizes)
     pieces = _split(value, [*sizes, filling] if filling else sizes, nodes)
     found = {}
     for (i, weight), piece in zip(members, pieces, strict=False):  # the filling is nobody's
         integers, table_bytes = piece, 0
-        if not early:
+        if not at_once:
             own, table_bytes = tables.of(weight)
             integers = _unpack(weight, piece, own, nodes)
-        shaped = _in_shape(integers, weight, nodes) if ordered[i] is None else _shaped(integers, weight.shape, nodes)
+        shaped = _in_shape(integers, weight, nodes)
         found[i] = Decoded(
-            shaped if early and together else _typed(shaped, weight, nodes),
-            _in_words(weight) + (f", {len(members)} layers together" if together else ""),
+            shaped if at_once else _typed(shaped, weight, nodes),
+            _in_words(weight) + ("" if is_one else f", {len(members)} layers together"),
             plane_bytes(len(weight.packed.codes), bits) + table_bytes + weight.packed.scale.nbytes,
         )
     return found
@@ -219,10 +219,13 @@ def _split(value: ir.Value, sizes: Sequence[int], nodes: Nodes) -> Sequence[ir.V
     return producer.outputs
 
 
-def _as_read(weight: Weight) -> np.ndarray | None:
-    """Its codes in the operator's own order, where they have one: nothing is transposed when a session loads."""
+def _as_read(weight: Weight) -> Weight:
+    """With its codes in the operator's own order, if they can be: nothing is transposed when a session loads."""
+    if weight.axis == 0:  # rows are that order
+        return weight
     storage = weight.precision.storage
-    return load_format(storage.format).as_read(weight.packed, storage, weight.shape, weight.axis)
+    codes = load_format(storage.format).as_read(weight.packed, storage, weight.shape, weight.axis)
+    return weight if codes is None else replace(weight, packed=replace(weight.packed, codes=codes), is_as_read=True)
 
 
 def _shaped(integers: ir.Value, shape: Sequence[int], nodes: Nodes) -> ir.Value:
@@ -230,7 +233,9 @@ def _shaped(integers: ir.Value, shape: Sequence[int], nodes: Nodes) -> ir.Value:
 
 
 def _in_shape(integers: ir.Value, weight: Weight, nodes: Nodes) -> ir.Value:
-    """From rows, one output channel each, to the shape of an operator that has its channels on another axis."""
+    """From rows, one output channel each, or from the operator's own order, to the operator's shape."""
+    if weight.axis == 0 or weight.is_as_read:
+        return _shaped(integers, weight.shape, nodes)
     rest = [size for a, size in enumerate(weight.shape) if a != weight.axis]
     shaped = _shaped(integers, [weight.shape[weight.axis], *rest], nodes)
     order = list(range(1, len(weight.shape)))

@@ -177,7 +177,7 @@ def _needs(manifest: Manifest) -> tuple[Row, ...]:
         "memory_bytes",
         before=text.quantity("memory_bytes", before.memory_bytes, ""),
         after=text.size(after.memory_bytes),
-        predicted=text.quantity("memory_bytes", predicted.memory_bytes, "") if predicted.memory_bytes else "",
+        predicted=text.quantity("memory_bytes", predicted.memory_bytes, ""),
         measured=text.size(after.memory_bytes) + _off_pct(manifest.error.memory_pct),
     )
     load = Row("load" + elsewhere, text.quantity("load_ms", before.load_ms, ""), text.milliseconds(after.load_ms))

@@ -40,7 +40,7 @@ from hirelc_deploy.kernels._base import Grid
 from hirelc_deploy.policy import INT8, Compute, Policy, Precision
 from hirelc_deploy.pricing import Pricing
 from hirelc_deploy.search.space import Evaluation
-from hirelc_deploy.verify import accuracy, timing
+from hirelc_deploy.verify import accuracy, text, timing
 from hirelc_deploy.verify.machines import Here
 from hirelc_deploy.verify.measure import Measurement, example, foretold
 from hirelc_deploy.verify.profiling import tables_at
@@ -61,8 +61,6 @@ GRID = "grid/"
 
 TAYLOR_BATCHES = 8
 PREDICTION_SECONDS = 1.0
-NAMED = 3
-"""Kernels in a note that many could stand in."""
 """Spent on timing one policy's file beside the baseline."""
 
 
@@ -347,7 +345,10 @@ class Workbench:
     def loaded(self, files: Mapping[str, "Exported"]) -> "Iterator[dict[str, Session]]":
         """Files by name, ready to run until the end of the block."""
         with self._on_disk(files) as paths:
-            yield {name: self.runtime.load(path, threads=self._threads) for name, path in paths.items()}
+            yield self._sessions(paths)
+
+    def _sessions(self, paths: "Mapping[str, Path]") -> "dict[str, Session]":
+        return {name: self.runtime.load(path, threads=self._threads) for name, path in paths.items()}
 
     @contextmanager
     def _on_disk(self, files: Mapping[str, "Exported"]) -> "Iterator[dict[str, Path]]":
@@ -406,7 +407,7 @@ class Workbench:
             return ()
         return (
             f"the table of {self.target.name} lacks {len(unknown)} of the kernels that the network can become, and "
-            f"a roofline answered for them: {'; '.join(unknown[:NAMED])}{' …' if len(unknown) > NAMED else ''}",
+            f"a roofline answered for them: {text.listed(unknown)}",
         )
 
     def notes_on_rounding(self, policy: Policy) -> tuple[str, ...]:
@@ -537,9 +538,10 @@ class Workbench:
         if not self.pricing.is_device:
             before, after = (self._foretold_ms(each) for each in (Policy({}, {}), policy))
             return {"size_bytes": self.predicted_bytes(policy), "latency_ms": after, "speedup": before / after}
-        draft, inputs = self.draft(policy), example(self.task, self._batch)
-        with self.loaded({"baseline": self.write_baseline(), "policy": draft}) as sessions:
-            times = timing.interleave(sessions, inputs, seconds=PREDICTION_SECONDS)
+        inputs = example(self.task, self._batch)
+        with self._on_disk({"baseline": self.write_baseline(), "policy": self.draft(policy)}) as paths:
+            times = timing.interleave(self._sessions(paths), inputs, seconds=PREDICTION_SECONDS)
+            needs = self.runtime.footprint(paths["policy"], inputs, threads=self._threads)
         clock = timing.clock_for(self._threads)
         speedup = timing.ratio(times["baseline"], times["policy"], clock=clock)
         return {
@@ -547,14 +549,8 @@ class Workbench:
             # one thread's CPU time is its wall clock on an idle machine, and close to that on a busy one
             "latency_ms": times["policy"].p50_ms(clock),
             "speedup": speedup.value,
-            "memory_bytes": self._memory_bytes(draft),
+            "memory_bytes": None if needs is None else needs.memory_bytes,
         }
-
-    def _memory_bytes(self, file: "Exported") -> int | None:
-        """Peak of a process that loads and runs a file; None where the system does not tell it."""
-        with self._on_disk({"file": file}) as paths:
-            found = self.runtime.footprint(paths["file"], example(self.task, self._batch), threads=self._threads)
-        return None if found is None else found.memory_bytes
 
 
 def _has_integers(policy: Policy) -> bool:

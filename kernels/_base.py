@@ -13,11 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from hirelc_deploy.kernels._planes import plane_bytes
+from hirelc_deploy.kernels._planes import code_type, plane_bytes
 from hirelc_deploy.policy import Compute, Granularity, PerTensor, Storage
 
 if TYPE_CHECKING:
@@ -151,9 +151,9 @@ class Format(ABC):
     def as_read(self, packed: Packed, storage: Storage, shape: tuple[int, ...], axis: int) -> "np.ndarray | None":
         """The codes in the order in which an operator reads a weight of this shape, its channels on `axis`.
 
-        None where that is no order of theirs: neighbours in a row have one code, or share a table.
+        None where only rows have an order: neighbours in them have one code, or share a table.
         """
-        return packed.codes if axis == 0 else None
+        return None
 
     def quantise(self, rows: "Tensor", grid: Grid, storage: Storage, *, largest: int) -> "Tensor":
         """The weights on the grid, as a file decodes them: one product of two float32 each."""
@@ -181,11 +181,6 @@ class Format(ABC):
             scale=np.zeros(layout.scale, np.float32),
             integers=np.zeros((channels, columns), np.int8),
         )
-
-
-def code_type(bits: int) -> type[np.unsignedinteger[Any]]:
-    """Of an array of codes with so many bits."""
-    return np.uint8 if bits <= 8 else np.uint16
 
 
 def largest_integer(compute: Compute, largest: int) -> int:

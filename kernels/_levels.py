@@ -14,11 +14,11 @@ from hirelc_deploy.kernels._base import (
     Layout,
     Nodes,
     Packed,
-    code_type,
     floored,
     scale_shape,
     scaled_alike,
 )
+from hirelc_deploy.kernels._planes import code_type, in_byte
 from hirelc_deploy.policy import Granularity, PerChannel, PerGroup, Storage
 
 if TYPE_CHECKING:
@@ -124,8 +124,8 @@ class Levels(Format):
         return nodes.op("Cast", nodes.op("Mul", *wide), to=int(ir.DataType.INT8))
 
     def as_read(self, packed: Packed, storage: Storage, shape: tuple[int, ...], axis: int) -> "np.ndarray | None":
-        if axis == 0 or "multiplier" in packed.tables:
-            return super().as_read(packed, storage, shape, axis)
+        if "multiplier" in packed.tables:
+            return None
         together = codes_in_one(packed.integers.size, storage.bits)
         places = _places(storage.bits, together)
         each = (packed.codes[:, None] >> places) & (2**storage.bits - 1)
@@ -136,8 +136,8 @@ class Levels(Format):
         """What a code stands for: one level, or as many as it holds codes, (codes, together)."""
         import onnx_ir as ir
 
-        in_byte = min(together, _in_byte(storage.bits))
-        digits = _digits(storage.bits, in_byte)
+        per_byte = min(together, in_byte(storage.bits))
+        digits = _digits(storage.bits, per_byte)
         if levels is None:
             known = self.levels(storage, {}, largest=INT8_MAX).numpy().astype(np.int8)
             known = np.pad(known, (0, 2**storage.bits - len(known)))  # a code that is never used stands for 0
@@ -146,7 +146,7 @@ class Levels(Format):
             return levels
         else:
             table = nodes.op("Gather", levels, nodes.op("Cast", nodes.constant(digits), to=int(ir.DataType.INT32)))
-        return table if together == in_byte else _twice(table, len(digits), in_byte, nodes)
+        return table if together == per_byte else _twice(table, len(digits), per_byte, nodes)
 
     def part(self, grid: Grid, columns: slice) -> Grid:
         if "multiplier" not in grid:
@@ -246,12 +246,7 @@ def codes_in_one(weights: int, bits: int) -> int:
     """
     if weights < LARGE or bits == 8:
         return 1
-    return next((together for together in (2 * _in_byte(bits), _in_byte(bits)) if weights % together == 0), 1)
-
-
-def _in_byte(bits: int) -> int:
-    """How many codes a byte holds whole."""
-    return 8 // bits or 1
+    return next((together for together in (2 * in_byte(bits), in_byte(bits)) if weights % together == 0), 1)
 
 
 def _places(bits: int, together: int) -> np.ndarray:

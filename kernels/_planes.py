@@ -5,7 +5,7 @@ fixed distance apart, so that one shift of all bytes by several amounts gives al
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,19 +14,27 @@ if TYPE_CHECKING:
 
     from hirelc_deploy.kernels._base import Nodes
 
-WIDTHS = (4, 2, 1)
+WIDTHS = (16, 8, 4, 2, 1)
 
 
 def planes(bits: int) -> tuple[int, ...]:
     """The widths that make up a code, highest bits first: 3 = 2 + 1, 12 = 8 + 4."""
-    if bits == 16:
-        return (16,)
-    return (8, *planes(bits - 8)) if bits >= 8 else tuple(width for width in WIDTHS if bits & width)
+    return tuple(width for width in WIDTHS if bits & width)
+
+
+def code_type(bits: int) -> type[np.unsignedinteger[Any]]:
+    """Of an array of codes with so many bits."""
+    return np.uint8 if bits <= 8 else np.uint16
+
+
+def in_byte(width: int) -> int:
+    """How many codes, or parts of codes, a byte holds whole; a wider one lies alone."""
+    return max(8 // width, 1)
 
 
 def padded(codes: int, bits: int) -> int:
     """The number of codes with those that fill up the last byte of each plane."""
-    together = max(8 // min(planes(bits)), 1)
+    together = in_byte(min(planes(bits)))
     return -(-codes // together) * together
 
 
@@ -36,9 +44,10 @@ def plane_bytes(codes: int, bits: int) -> int:
 
 
 def split(codes: np.ndarray, bits: int) -> list[np.ndarray]:
-    """The planes of codes (n,), which are uint8, or uint16 above 8 bits; each is uint8 (bytes,), or uint16 (codes,)."""
-    if bits == 16:  # one cast when it is read, where two bytes would be cast, multiplied and added
-        return [codes]
+    """The planes of codes (n,), which are of their `code_type`; a plane is so of its width.
+
+    16 bits are one plane: it is read by one cast, where two bytes would be cast, multiplied and added.
+    """
     filled = np.zeros(padded(len(codes), bits), codes.dtype)
     filled[: len(codes)] = codes
     below = bits
@@ -46,8 +55,8 @@ def split(codes: np.ndarray, bits: int) -> list[np.ndarray]:
     for width in planes(bits):
         below -= width
         part = (filled >> below) & (2**width - 1)
-        by_shift = part.astype(np.uint8).reshape(8 // width, -1) << _shifts(width)
-        stored.append(np.bitwise_or.reduce(by_shift, axis=0).astype(np.uint8))
+        by_shift = part.astype(code_type(width)).reshape(in_byte(width), -1) << _shifts(width)
+        stored.append(np.bitwise_or.reduce(by_shift, axis=0).astype(code_type(width)))
     return stored
 
 

@@ -2,11 +2,13 @@
 
 import functools
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +32,9 @@ QUICK_TARGET = (
     .replace("min_seconds = 2.5", "min_seconds = 0.05")
 )
 """This machine, timed for a moment: the figures are noise, and no test here reads them."""
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process the peak of its memory")
+"""There the tests run whatever its files look like: that nothing is told is a test of its own."""
 
 ESTIMATE = """
 [estimate]

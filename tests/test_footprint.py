@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from exporting import needs_linux
 from onnx import TensorProto, helper, numpy_helper
 
 from hirelc_deploy.errors import UserError
@@ -29,7 +30,7 @@ def product(path: Path, columns: int) -> Path:
     return path
 
 
-@pytest.mark.skipif(not _footprint.STATUS.exists(), reason="this system does not tell a process its peak")
+@needs_linux
 def test_the_weights_are_in_the_peak(tmp_path: Path) -> None:
     columns = 8192
     small, large = (footprint(product(tmp_path / f"{each}.onnx", each), INPUTS, threads=1) for each in (16, columns))

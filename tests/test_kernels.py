@@ -16,8 +16,8 @@ from torch import Tensor
 from hirelc_deploy import graph, kernels
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.kernels import format_names, load_format
-from hirelc_deploy.kernels._base import INT8_MAX, LARGE, SCALE_FLOOR, Nodes, Packed, code_type, from_rows, rows_of
-from hirelc_deploy.kernels._planes import join, padded, plane_bytes, split
+from hirelc_deploy.kernels._base import INT8_MAX, LARGE, SCALE_FLOOR, Nodes, Packed, from_rows, rows_of
+from hirelc_deploy.kernels._planes import code_type, join, padded, plane_bytes, split
 from hirelc_deploy.policy import Compute, PerChannel, PerTensor, Precision, Storage
 
 STORAGES = [storage for name in format_names() for storage in one_layer.storages(name)]

@@ -18,6 +18,7 @@ from exporting import (
     DigitNet,
     digits,
     export,
+    needs_linux,
     policy_of,
     quick_target,
     random_task,
@@ -34,7 +35,6 @@ from hirelc_deploy.compress.importance import scores
 from hirelc_deploy.compress.prune import prune
 from hirelc_deploy.cost.predictor import read_artifacts
 from hirelc_deploy.errors import ExitStatus, UserError
-from hirelc_deploy.exporters._footprint import STATUS
 from hirelc_deploy.policy import FP32, INT8, Policy
 from hirelc_deploy.profiles._table import read_table, write_table
 from hirelc_deploy.task import ArraySource, Batch
@@ -148,7 +148,7 @@ def test_a_device_that_is_only_estimated_says_so_wherever_its_latency_stands(rec
     assert not target.with_suffix(".csv").exists(), "nothing of this machine is the device's"
 
 
-@pytest.mark.skipif(not STATUS.exists(), reason="this system does not tell a process its peak")
+@needs_linux
 def test_memory_is_told_measured_and_limited(artifact: pipeline.Outcome) -> None:
     manifest = artifact.manifest
     figures = (manifest.predicted.memory_bytes, manifest.baseline.memory_bytes, manifest.measured.memory_bytes)

@@ -103,9 +103,9 @@ def runs_as_check(layers: Sequence[LayerRecord]) -> Check:
     unread = [f"{layer.name} cannot be read" for layer in left if layer.runs_as is None]
     limit = f"all {len(left)}"
     if wrong:
-        return Check(RUNS_AS, limit, _listed(wrong), False)
+        return Check(RUNS_AS, limit, text.listed(wrong), False)
     if unread:
-        return Check(RUNS_AS, limit, _listed(unread), None)
+        return Check(RUNS_AS, limit, text.listed(unread), None)
     return Check(RUNS_AS, limit, limit, True)
 
 
@@ -166,8 +166,3 @@ def _basis_of(measured: Measured) -> Mapping[str, Basis]:
         "memory_bytes": basis.latency,  # taken on the same machine
         "drop": basis.accuracy,
     }
-
-
-def _listed(items: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return "; ".join(items[:most]) + more

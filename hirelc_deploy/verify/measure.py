@@ -52,11 +52,12 @@ def measure(
     """
     paths = {"baseline": folder / BASELINE_FILE, "artifact": folder / file}
     sessions = {name: runtime.load(path, threads=threads) for name, path in paths.items()}
-    times = timing.interleave(sessions, example(task, batch), warmup=warmup, seconds=seconds)
+    inputs = example(task, batch)
+    times = timing.interleave(sessions, inputs, warmup=warmup, seconds=seconds)
     clock = timing.clock_for(threads)
     speedup = timing.ratio(times["baseline"], times["artifact"], clock=clock, seed=seed)
     sizes = {name: path.stat().st_size for name, path in paths.items()}
-    needs = {name: _needs(runtime, path, example(task, batch), threads) for name, path in paths.items()}
+    needs = {name: _needs(runtime, path, inputs, threads) for name, path in paths.items()}
 
     searched, search_targets = accuracy.outputs(sessions["artifact"], task.search)
     outputs, targets = accuracy.side_by_side(sessions, task.test)

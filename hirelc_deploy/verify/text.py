@@ -1,7 +1,7 @@
 """Figures as people read them, with their units; the figure's name decides the unit."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 from hirelc_deploy.budget import AT_LEAST, NOT_SLOWER, Budget, Check
@@ -46,6 +46,12 @@ def quantity(name: str, value: Shown, unit: str) -> str:
     if name == "drop":
         return points(value, unit)
     return _FORMATS[name](value) if name in _FORMATS else f"{value:g}"
+
+
+def listed(items: Sequence[str], most: int = 3) -> str:
+    """The first few, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return "; ".join(items[:most]) + more
 
 
 def limit(check: Check, unit: str) -> str:
