@@ -233,10 +233,10 @@ def test_factors_are_found_again() -> None:
 
 
 def test_one_artifact_moves_all_kinds_alike() -> None:
-    """What is left to one of them is not known from a single sum."""
+    """What is left to one of them is not known from a single sum, and a single artifact is not believed whole."""
     correction = fit([Artifact({"Conv int8": 500.0, "Conv fp32": 500.0}, 1200.0)])
     assert correction.factors["Conv int8"] == pytest.approx(correction.factors["Conv fp32"])
-    assert told(correction, Artifact({"Conv int8": 500.0, "Conv fp32": 500.0}, 0.0)) == pytest.approx(1200, rel=0.02)
+    assert told(correction, Artifact({"Conv int8": 500.0, "Conv fp32": 500.0}, 0.0)) == pytest.approx(1200, rel=0.03)
 
 
 def test_a_kind_that_no_artifact_had_is_corrected_like_all() -> None:

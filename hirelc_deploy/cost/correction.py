@@ -10,11 +10,18 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.optimize import lsq_linear
 
-STIFFNESS = 0.02
-"""How many artifacts it takes to move a factor away from what all artifacts together say: with few, hardly; the weight
-of a factor's deviation against relative errors of the latency."""
+NOISE = 0.04
+"""Relative error of a latency that is due to nothing that is fitted, one standard deviation."""
 
-SMALLEST_FACTOR, LARGEST_FACTOR = 0.3, 3.0
+COMMON_SPREAD, KIND_SPREAD = 0.1, 0.1
+"""How far from one the factor of all kinds is believed to lie before an artifact is seen, and how far each kind's from
+that.  A kind that no artifact has stays at the common factor: three artifacts in int8 say little of fp32."""
+
+FIXED_SPREAD_US = 30.0
+"""Of a session's own work."""
+
+SMALLEST, LARGEST = -0.5, 2.0
+"""A factor's distance from one, and a kind's from the common one, stays between these."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Artifact:
 
 
 def fit(artifacts: Sequence[Artifact]) -> Correction:
-    """The correction with the smallest squared relative errors, held near one factor for all (ridge regression).
+    """The likeliest correction: relative errors of NOISE, and factors as they are believed to be (ridge regression).
 
     Without artifacts nothing is corrected.
     """
@@ -57,21 +64,16 @@ def fit(artifacts: Sequence[Artifact]) -> Correction:
     kinds = sorted({kind for artifact in artifacts for kind in artifact.parts_us})
     parts = np.array([[artifact.parts_us.get(kind, 0.0) for kind in kinds] for artifact in artifacts])
     measured = np.array([artifact.measured_us for artifact in artifacts])
-    common = float(np.median(measured / parts.sum(axis=1)))
-    share = (parts / measured[:, None]).mean(axis=0)
-    # columns: a factor a kind, then the fixed part in units of the smallest artifact
-    smallest = float(measured.min())
-    design = np.column_stack([parts, np.full(len(measured), smallest)]) / measured[:, None]
-    stiff = np.sqrt(STIFFNESS * len(artifacts)) * np.diag([*np.sqrt(np.maximum(share, 1e-3)), 1.0])
-    target = np.concatenate([np.ones(len(measured)), stiff @ np.array([common] * len(kinds) + [0.0])])
-    bounds = (
-        [SMALLEST_FACTOR * common] * len(kinds) + [0.0],
-        [LARGEST_FACTOR * common] * len(kinds) + [1.0],
-    )
-    solved = lsq_linear(np.vstack([design, stiff]), target, bounds).x
+    told = parts.sum(axis=1)
+    # unknowns: each kind's distance from the common factor, that one's from 1, and the fixed part
+    seen = np.column_stack([parts, told, np.ones(len(measured))]) / measured[:, None] / NOISE
+    believed = np.diag([*[1 / KIND_SPREAD] * len(kinds), 1 / COMMON_SPREAD, 1 / FIXED_SPREAD_US])
+    target = np.concatenate([(1 - told / measured) / NOISE, np.zeros(len(believed))])
+    bounds = ([SMALLEST] * (len(kinds) + 1) + [0.0], [LARGEST] * (len(kinds) + 1) + [np.inf])
+    *apart, common, fixed_us = lsq_linear(np.vstack([seen, believed]), target, bounds).x
     return Correction(
-        fixed_us=float(solved[-1] * smallest),
-        factors={kind: float(factor) for kind, factor in zip(kinds, solved, strict=False)},
-        other=common,
+        fixed_us=float(fixed_us),
+        factors={kind: float(1 + common + each) for kind, each in zip(kinds, apart, strict=True)},
+        other=float(1 + common),
         artifacts=len(artifacts),
     )
