@@ -42,10 +42,13 @@ class Calibration:
     def few(self) -> Iterator[dict[str, Tensor]]:
         """The first of them, in small batches."""
         entries = sum(math.prod(array.shape[1:]) for array in self._task.example.values())
-        examples = max(FEW_BATCH, min(FEW_EXAMPLES, FEW_ENTRIES // entries))
+        yield from self.first(max(FEW_BATCH, min(FEW_EXAMPLES, FEW_ENTRIES // entries)), FEW_BATCH)
+
+    def first(self, examples: int, batch: int) -> Iterator[dict[str, Tensor]]:
+        """So many of them or a few more, in batches of at most `batch`."""
         for whole in map(as_tensors, self._arrays(examples)):
-            for start in range(0, len(next(iter(whole.values()))), FEW_BATCH):
-                yield {name: tensor[start : start + FEW_BATCH] for name, tensor in whole.items()}
+            for start in range(0, len(next(iter(whole.values()))), batch):
+                yield {name: tensor[start : start + batch] for name, tensor in whole.items()}
 
     def _arrays(self, examples: int) -> Iterator["Inputs"]:
         seen = 0

@@ -7,7 +7,7 @@ from hirelc_deploy.config import nearest
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.graph.shapes import check_keep
 from hirelc_deploy.kernels import every_storage, load_format
-from hirelc_deploy.policy import FP32, INT8, PRUNE_FIRST, Compute, Policy, Precision
+from hirelc_deploy.policy import FP32, INT8, PRUNE_FIRST, QUANTIZE_FIRST, Compute, Policy, Precision
 from hirelc_deploy.search.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -73,9 +73,10 @@ def completed(policy: Policy, graph: "ModelGraph", target: "Target") -> Policy:
                     f"the policy stores {layer.name} as {asked[0]} and {twin} as {asked[1]}, and they share one weight",
                     fix="give both the same precision",
                 )
-    if policy.order != PRUNE_FIRST:
+    if policy.order not in (PRUNE_FIRST, QUANTIZE_FIRST):
         raise UserError(
-            f"the policy's order is {' then '.join(policy.order)}", fix=f"there is {' then '.join(PRUNE_FIRST)}"
+            f"the policy's order is {' then '.join(policy.order)}",
+            fix=f"there is {' then '.join(PRUNE_FIRST)}, and {' then '.join(QUANTIZE_FIRST)}",
         )
     return replace(
         policy,

@@ -105,6 +105,7 @@ INT8 = Precision(Storage("int", 8, PerChannel()), Compute.INT8)
 
 Step = Literal["prune", "quantize"]
 PRUNE_FIRST: tuple[Step, ...] = ("prune", "quantize")
+QUANTIZE_FIRST: tuple[Step, ...] = ("quantize", "prune")
 
 
 @dataclass(frozen=True)

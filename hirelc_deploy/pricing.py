@@ -1,13 +1,16 @@
 """What a target's tables say of a network's latency: measured on this machine where it is the target."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
+from hirelc_deploy.cost.correction import Artifact
 from hirelc_deploy.cost.estimate import EstimatedPrices
 from hirelc_deploy.cost.needs import families
 from hirelc_deploy.cost.predictor import Predictor, add_artifact, read_artifacts
 from hirelc_deploy.cost.prices import times_of
 from hirelc_deploy.cpu import cpu_flags
+from hirelc_deploy.profiles._table import Row
 from hirelc_deploy.verify import profiling
 
 if TYPE_CHECKING:
@@ -37,11 +40,25 @@ class Pricing:
         Kernels that no table has are measured first, where this machine is the target.  Raises UserError where it is
         not and nothing is known of the target.
         """
-        if self.is_device:
-            wanted = families(network)
-            with self._progress("measuring kernels", len(wanted)) as advance:
-                profiling.profile(wanted, self._tables, self._machine, seconds=seconds, advance=advance)
-        return self._known(network)
+        self._measure(network, seconds)
+        return self._told(network, self._known())
+
+    def known(self, network: "Network") -> dict[str, Any]:
+        """All that is known of the target, kernels that no table had measured, as plain data.
+
+        Tables grow, and every export corrects them: a run that is to be repeated keeps what it went by.
+        """
+        self._measure(network, None)
+        known = self._known()
+        return {
+            "rows": [list(astuple(row)) for row in known.rows],
+            "artifacts": [asdict(artifact) for artifact in known.artifacts],
+        }
+
+    def told_by(self, network: "Network", known: Mapping[str, Any], more: Sequence[Artifact] = ()) -> Predictor:
+        """The latency of the network's policies by what was `known`, and corrected by some artifacts more."""
+        artifacts = [*(Artifact(**each) for each in known["artifacts"]), *more]
+        return self._told(network, _Known([Row(*each) for each in known["rows"]], artifacts))
 
     def unit(self) -> float | None:
         """By what a time of this moment is multiplied to be in units of the tables; None where those are empty."""
@@ -52,15 +69,31 @@ class Pricing:
 
         Returns whether it was learned from.
         """
-        predictor = self._known(network)
+        predictor = self._told(network, self._known())
         if predictor.unknown:
             return False
         add_artifact(self._tables.own, predictor.artifact(policy, latency_ms))
         return True
 
-    def _known(self, network: "Network") -> Predictor:
-        rows = self._tables.rows()
-        if not rows and self._target.estimate is not None:
+    def _measure(self, network: "Network", seconds: float | None) -> None:
+        """What no table has, where this machine is the target."""
+        if self.is_device:
+            wanted = families(network)
+            with self._progress("measuring kernels", len(wanted)) as advance:
+                profiling.profile(wanted, self._tables, self._machine, seconds=seconds, advance=advance)
+
+    def _known(self) -> "_Known":
+        return _Known(self._tables.rows(), read_artifacts(self._tables.own))
+
+    def _told(self, network: "Network", known: "_Known") -> Predictor:
+        if not known.rows and self._target.estimate is not None:
             return Predictor(network, EstimatedPrices(self._target.estimate))
-        artifacts = read_artifacts(self._tables.own)
-        return Predictor.of_table(network, rows, artifacts, threads=self._machine.where.threads)
+        return Predictor.of_table(network, known.rows, known.artifacts, threads=self._machine.where.threads)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Of a target."""
+
+    rows: Sequence[Row]
+    artifacts: Sequence[Artifact]

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,6 +30,9 @@ T = TypeVar("T")
 BATCH = 128
 EXAMPLE = 8  # examples in `Task.example`: more than one shows that the batch axis is free, many make a trace slow
 SEARCH_FRACTION = 0.1
+
+LEAST_VARIANCE = 1e-12
+"""Of an output that is constant."""
 
 
 def stratified_holdout(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -237,6 +241,23 @@ class Task(ABC):
         """How often two models decide alike, in percent; None where outputs are no decisions."""
         return None
 
+    def divergence(self, outputs: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> float:
+        """How far a model's outputs are from the original's, 0 where they are the same, on the same examples.
+
+        The mean square of the difference in units of the original's variance, averaged over outputs of floats.
+        """
+        floats = [name for name, each in original.items() if each.is_floating_point()]
+        if not floats:
+            raise UserError(
+                "the model's outputs are integers, which are near one another or not",
+                fix="let it return what they are made from (logits)",
+            )
+        terms = [
+            F.mse_loss(outputs[n], original[n]) / original[n].var(correction=0).clamp(min=LEAST_VARIANCE)
+            for n in floats
+        ]
+        return float(torch.stack(terms).mean())
+
     def holdout(self, train: Source, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """The train examples that stay and those that become the search split: a plain random cut."""
         return stratified_holdout(np.zeros(len(train)), SEARCH_FRACTION, seed)
@@ -310,6 +331,11 @@ class Classification(Task):
     def agreement(self, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
         """Percent of equal decisions."""
         return float(100 * np.mean(self._logits(a).argmax(1) == self._logits(b).argmax(1)))
+
+    def divergence(self, outputs: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> float:
+        """Kullback-Leibler divergence of the classes' probabilities, in nats an example."""
+        now, before = (F.log_softmax(self._logits(each), 1) for each in (outputs, original))
+        return float(F.kl_div(now, before, reduction="none", log_target=True).sum(1).mean())
 
     def holdout(self, train: Source, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """A cut with the same share of every class, where an example has one label."""

@@ -20,16 +20,13 @@ from hirelc_deploy.compress.batchnorm import NORMS
 from hirelc_deploy.compress.simulate import Simulation, StoredWeight
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.graph import forward
-from hirelc_deploy.task import Batches, Inputs, Task
+from hirelc_deploy.task import LEAST_VARIANCE, Batches, Inputs, Task
 
 CACHE_BYTES = 1 << 30
 """Outputs of the original up to this size are kept in memory; larger ones are computed in every step."""
 
 CHECKPOINT_SECONDS = 30.0
 """What a killed run loses at most."""
-
-LEAST_VARIANCE = 1e-12
-"""Of an output that is constant."""
 
 WARM_UP = 0.1
 """Part of the steps in which the rate rises."""

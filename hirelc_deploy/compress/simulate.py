@@ -252,6 +252,21 @@ def _folding(norm: nn.Module, layer: nn.Module) -> Tensor:
     return along_channels(channel_factor(norm), layer)
 
 
+def put_on_unfolded(
+    model: nn.Module, precisions: Mapping[str, Precision], grids: Mapping[str, Grid], *, largest: int, norms: Pairs
+) -> None:
+    """Replace each weight by the value on its grid, of a model whose norms are not folded yet.
+
+    Once they are, the weight is what is stored.
+    """
+    modules = dict(model.named_modules())
+    with simulated(model, precisions, grids, largest=largest, norms=norms), torch.no_grad():
+        on_grid = {name: modules[name].weight.detach().clone() for name in grids if name in modules}
+    with torch.no_grad():
+        for name, weight in on_grid.items():
+            modules[name].get_parameter("weight").copy_(weight)
+
+
 @contextmanager
 def simulated(
     model: nn.Module,
