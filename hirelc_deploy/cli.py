@@ -67,6 +67,100 @@ AllowEstimates = Annotated[
         rich_help_panel=LIMITS,
     ),
 ]
+TargetName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="The device: a name from `targets`, or FILE.toml. Required.", rich_help_panel=INPUT
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        help="What builds the network: FILE.py:callable, package.module:callable, timm:NAME, torchvision:NAME or "
+        "hf:FOLDER. Required.",
+        rich_help_panel=INPUT,
+    ),
+]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Its trained weights: .safetensors, .pt or .pth. Left out, the network is taken as it is built.",
+        rich_help_panel=INPUT,
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        help="Training and test data: digits, FILE.npz, a folder of images, or FILE.py:callable that returns a "
+        "Task. Required.",
+        rich_help_panel=INPUT,
+    ),
+]
+Kernels = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Number formats of your own, one file a format.", rich_help_panel=CHOICE),
+]
+Order = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ORDER",
+        help="prune-first (default): channels go, then formats are trained. quantize-first: formats are trained on the "
+        "whole network, then channels go, by its quantised weights. auto: the weaker perturbation first.",
+        rich_help_panel=CHOICE,
+    ),
+]
+Importance = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MEASURE",
+        help="Which channels go first: those with the smallest weights, l2 (default), or the smallest effect on "
+        "the loss, taylor.",
+        rich_help_panel=CHOICE,
+    ),
+]
+EvaluationCount = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Try at most N candidates. Default: 32 in a search, as many as needed for recipe.",
+        rich_help_panel=TUNING,
+    ),
+]
+Epochs = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Epochs of fine-tuning (default 4); 0 trains nothing.", rich_help_panel=TUNING),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Of everything that is drawn at random (default 0).", rich_help_panel=TUNING),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Threads of the measured inference (default 1).", rich_help_panel=RUN),
+]
+Batch = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Examples of the measured inference (default 1).", rich_help_panel=RUN),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where to write the artifact (default out/export).", rich_help_panel=RUN),
+]
+Resume = Annotated[
+    bool | None,
+    typer.Option("--resume", help="Go on with the run in DIR that was interrupted.", rich_help_panel=RUN),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.toml",
+        help="Read these options from a file, by the same names; the command line wins.",
+        rich_help_panel=RUN,
+    ),
+]
 Artifact = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact folder, as `export` writes it.")]
 
 
@@ -88,38 +182,10 @@ def _common(
 @app.command(epilog=EXIT_STATUSES)
 def export(
     context: typer.Context,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="The device: a name from `targets`, or FILE.toml. Required.", rich_help_panel=INPUT
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SPEC",
-            help="What builds the network: FILE.py:callable, package.module:callable, timm:NAME, torchvision:NAME or "
-            "hf:FOLDER. Required.",
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Its trained weights: .safetensors, .pt or .pth. Left out, the network is taken as it is built.",
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SPEC",
-            help="Training and test data: digits, FILE.npz, a folder of images, or FILE.py:callable that returns a "
-            "Task. Required.",
-            rich_help_panel=INPUT,
-        ),
-    ] = None,
+    target: TargetName = None,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    data: Data = None,
     max_latency: MaxLatency = None,
     min_speedup: MinSpeedup = None,
     max_size: MaxSize = None,
@@ -130,7 +196,8 @@ def export(
         str | None,
         typer.Option(
             metavar="METHOD",
-            help="What chooses channels and formats. recipe (default) tries uniform recipes, smallest change first.",
+            help="What chooses channels and formats: recipe (default) tries uniform recipes, smallest change first; "
+            "hierarchical, greedy, knapsack, evolution and random search layer by layer.",
             rich_help_panel=CHOICE,
         ),
     ] = None,
@@ -150,27 +217,11 @@ def export(
             metavar="FILE", help="Build the policy of a policy.json, without a search.", rich_help_panel=CHOICE
         ),
     ] = None,
-    kernels: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Number formats of your own, one file a format.", rich_help_panel=CHOICE),
-    ] = None,
-    importance: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MEASURE",
-            help="Which channels go first: those with the smallest weights, l2 (default), or the smallest effect on "
-            "the loss, taylor.",
-            rich_help_panel=CHOICE,
-        ),
-    ] = None,
-    evaluations: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Try at most N candidates. Default: as many as needed.", rich_help_panel=TUNING),
-    ] = None,
-    epochs: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Epochs of fine-tuning (default 4); 0 trains nothing.", rich_help_panel=TUNING),
-    ] = None,
+    kernels: Kernels = None,
+    order: Order = None,
+    importance: Importance = None,
+    evaluations: EvaluationCount = None,
+    epochs: Epochs = None,
     post_training: Annotated[
         str | None,
         typer.Option(
@@ -180,34 +231,12 @@ def export(
             rich_help_panel=TUNING,
         ),
     ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Of everything that is drawn at random (default 0).", rich_help_panel=TUNING),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Threads of the measured inference (default 1).", rich_help_panel=RUN),
-    ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Examples of the measured inference (default 1).", rich_help_panel=RUN),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where to write the artifact (default out/export).", rich_help_panel=RUN),
-    ] = None,
-    resume: Annotated[
-        bool | None,
-        typer.Option("--resume", help="Go on with the run in DIR that was interrupted.", rich_help_panel=RUN),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.toml",
-            help="Read these options from a file, by the same names; the command line wins.",
-            rich_help_panel=RUN,
-        ),
-    ] = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    batch: Batch = None,
+    out: Out = None,
+    resume: Resume = None,
+    config: Config = None,
 ) -> ExitStatus:
     """Compress a trained network for a device, write the file, and measure it."""
     from hirelc_deploy.config import export_settings
@@ -268,6 +297,49 @@ def gate(
     if junit is not None:
         write_atomic(junit, formats.junit(verdict, suite=name, unit=unit).encode())
     return verdict.status
+
+
+@app.command()
+def compare(
+    context: typer.Context,
+    target: TargetName = None,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    data: Data = None,
+    max_latency: MaxLatency = None,
+    min_speedup: MinSpeedup = None,
+    max_size: MaxSize = None,
+    max_drop: MaxDrop = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="METHODS", help="Whatever is to be compared, with commas between.", rich_help_panel=CHOICE
+        ),
+    ] = "hierarchical,recipe,greedy,knapsack,evolution,random",
+    seeds: Annotated[int, typer.Option(metavar="N", help="Runs of each method.", rich_help_panel=TUNING)] = 1,
+    kernels: Kernels = None,
+    order: Order = None,
+    importance: Importance = None,
+    evaluations: EvaluationCount = None,
+    epochs: Epochs = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    batch: Batch = None,
+    out: Out = None,
+    resume: Resume = None,
+    config: Config = None,
+) -> ExitStatus:
+    """Let methods search side by side, with the same evaluations, and write one table and one plot into DIR."""
+    from hirelc_deploy.config import export_settings
+
+    given = {name: value for name, value in context.params.items() if name not in ("config", "methods", "seeds")}
+    settings = export_settings(given, config)
+
+    from hirelc_deploy import compare as comparing, console
+
+    names = [name.strip() for name in methods.split(",")]
+    console.show(comparing.rich_table(comparing.compare(settings, names, seeds)))
+    return ExitStatus.OK
 
 
 @app.command()

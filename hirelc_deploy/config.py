@@ -18,8 +18,9 @@ MS_PER_UNIT = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3, "min": 6e4}
 BYTES_PER_UNIT = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([^\W\d]*)\s*")
 
-SEARCHES = ("recipe",)
+SEARCHES = ("recipe", "hierarchical", "greedy", "knapsack", "evolution", "random")
 """What can choose a policy; each name is something that exists."""
+ORDERS = ("prune-first", "quantize-first", "auto")
 IMPORTANCES = ("l2", "taylor")
 POST_TRAINING_STEPS = ("statistics", "equalise", "feed-back", "biases")
 """What is done to weights that are not fine-tuned: BatchNorm's statistics are estimated again, channels are scaled so
@@ -104,10 +105,12 @@ class ExportSettings:
     """A policy file instead of a search."""
     kernels: Path | None = None
     """A folder with number formats of the user's own."""
+    order: str = "prune-first"
+    """Whether channels go first or formats come first; auto lets the step that perturbs the network less go first."""
     importance: str = "l2"
     allow_estimates: bool = False
     evaluations: int | None = None
-    """At most so many; None lets the method decide."""
+    """At most so many; None is EVALUATIONS for a search, and as many as a recipe needs."""
     epochs: int = 4
     """Of fine-tuning; 0 is post-training only."""
     post_training: tuple[str, ...] | None = None
@@ -121,7 +124,7 @@ class ExportSettings:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("search", SEARCHES), ("importance", IMPORTANCES)):
+        for name, choices in (("search", SEARCHES), ("order", ORDERS), ("importance", IMPORTANCES)):
             _require_one_of(name, getattr(self, name), choices)
         for name in ("evaluations", "threads", "batch"):
             require_at_least(1, name, getattr(self, name))
@@ -131,6 +134,11 @@ class ExportSettings:
             raise UserError(
                 f"post-training says how weights are corrected that are not fine-tuned, and epochs is {self.epochs}",
                 fix="give epochs 0 as well, or leave post-training out",
+            )
+        if self.search != "recipe" and not self.epochs and self.recipe is None and self.policy is None:
+            raise UserError(
+                f"epochs is 0, and the evaluations of search {self.search} are trained",
+                fix="leave epochs out, or give search recipe, which can do without",
             )
         if self.recipe is not None and self.policy is not None:
             raise UserError("recipe and policy are both given", fix="each says what to build: give one of them")
@@ -211,6 +219,7 @@ OPTIONS: Mapping[str, Option] = {
     "recipe": Option("recipe", _text),
     "policy": Option("policy", _path),
     "kernels": Option("kernels", _path),
+    "order": Option("order", _text),
     "importance": Option("importance", _text),
     "allow_estimates": Option("allow_estimates", _flag),
     "evaluations": Option("evaluations", _whole),

@@ -4,8 +4,10 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +32,14 @@ from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.exporters import load_runtime
-from hirelc_deploy.policy import Policy
+from hirelc_deploy.policy import PRUNE_FIRST, QUANTIZE_FIRST, Policy, Step
+from hirelc_deploy.posing import Posing
 from hirelc_deploy.profiles import Target, load_target
 from hirelc_deploy.rundir import RunFolder, write_atomic
-from hirelc_deploy.search import recipe as recipes
-from hirelc_deploy.search.space import Choice
+from hirelc_deploy.search import methods, recipe as recipes
+from hirelc_deploy.search.finish import finish
+from hirelc_deploy.search.problem import Evaluations, Spent
+from hirelc_deploy.search.space import Choice, Evaluation
 from hirelc_deploy.task import check_labels
 from hirelc_deploy.verify import judge, manifest as manifests
 from hirelc_deploy.verify.accuracy import Outputs
@@ -53,6 +58,9 @@ if TYPE_CHECKING:
 
 POLICY_FILE = "policy.json"
 RUN_FOLDER = "run"
+
+EVALUATIONS = 32
+"""Of a search, where no number was given."""
 
 DECIDES_NOTHING = frozenset({"out", "resume", "model", "data", "checkpoint", "target", "policy", "kernels"})
 """Settings that are no part of a run's identity, or that are part of it by their contents."""
@@ -74,22 +82,11 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
     their names in the manifest.  Raises UserError for whatever the user can mend; what was computed until then
     stays in the run folder.
     """
-    budget = _budget(settings)
-    if settings.kernels is not None:
-        kernels.add_folder(settings.kernels)
-    target = load_target(settings.target)
+    budget = budget_of(settings)
     asked_for = _asked_for(settings)
-    task = task or datasets.load_task(settings.data, seed=settings.seed)
-    trained = checkpoint.of(model, settings.model) if model else checkpoint.load(settings.model, settings.checkpoint)
-    network = graph.trace(trained.model, task.example)
-    _check_labels(trained, task)
-    # whatever can be refused was refused before a run begins: a mistake, once mended, begins in a clean folder
-    given = _given(asked_for, network, target)
-    with RunFolder.open(
-        settings.out / RUN_FOLDER, _fingerprint(settings, target, task, trained, given), settings.resume
-    ) as run:
+    with opened(settings, asked_for, model=model, task=task) as (bench, trained, given):
+        run, task, target, network = bench.run, bench.task, bench.target, bench.graph
         began = time.monotonic()
-        bench = _workbench(settings, target, task, trained, network, run)
         choice = _choose(settings, budget, bench, asked_for, given)
         seconds = run.step("seconds of search", lambda: time.monotonic() - began)
         policy = choice.best.policy
@@ -141,6 +138,31 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             ),
         )
         return _judged(settings.out, manifest, allow_estimates=settings.allow_estimates)
+
+
+@contextmanager
+def opened(
+    settings: ExportSettings,
+    asked_for: Policy | recipes.Recipe | None = None,
+    *,
+    model: "nn.Module | None" = None,
+    task: "Task | None" = None,
+) -> "Iterator[tuple[Workbench, Checkpoint, Policy | None]]":
+    """Everything that the settings name, loaded and checked, its run folder held: the workbench, the checkpoint, and
+    the policy that `asked_for` comes to, None if that has to be searched or measured for."""
+    if settings.kernels is not None:
+        kernels.add_folder(settings.kernels)
+    target = load_target(settings.target)
+    task = task or datasets.load_task(settings.data, seed=settings.seed)
+    trained = checkpoint.of(model, settings.model) if model else checkpoint.load(settings.model, settings.checkpoint)
+    network = graph.trace(trained.model, task.example)
+    _check_labels(trained, task)
+    # whatever can be refused was refused before a run begins: a mistake, once mended, begins in a clean folder
+    given = _given(asked_for, network, target)
+    with RunFolder.open(
+        settings.out / RUN_FOLDER, _fingerprint(settings, target, task, trained, given), settings.resume
+    ) as run:
+        yield _workbench(settings, target, task, trained, network, run), trained, given
 
 
 def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" = None) -> Outcome:
@@ -260,10 +282,52 @@ def _choose(
         console.note(f"left as it is: {left.name}: {left.reason}")
     if given is None and isinstance(asked_for, recipes.Recipe):
         given = asked_for.policy(bench.space, bench.fastest_computes(asked_for.counts(bench.space)))
+    ordered = partial(_ordered, settings.order, bench, budget)
     if given is not None:
-        evaluation = bench.evaluate(given)
+        evaluation = bench.evaluate(given if settings.policy is not None else ordered(given))
         return Choice(evaluation, (evaluation,))
-    return recipes.search(bench.space, budget, bench.predict, bench.evaluate, evaluations=settings.evaluations)
+    if settings.search == "recipe":
+        return recipes.search(
+            bench.space,
+            budget,
+            bench.predict,
+            lambda policy: bench.evaluate(ordered(policy)),
+            evaluations=settings.evaluations,
+        )
+    return _searched(settings, budget, bench)
+
+
+def _searched(settings: ExportSettings, budget: Budget, bench: Workbench) -> Choice:
+    """What a method finds with its evaluations, the best few of them finished."""
+    problem = Posing(bench, budget).problem()
+    limit = settings.evaluations or EVALUATIONS
+    with console.progress("searching", limit) as advance:
+        seen = Evaluations(problem, limit, lambda each: advance(describe(each, bench.task.unit)), console.note)
+        with suppress(Spent):
+            methods.load(settings.search)(problem, seen, seed=settings.seed)
+    return finish(problem, seen.seen, lambda policy: bench.evaluate(_ordered(settings.order, bench, budget, policy)))
+
+
+def _ordered(order: str, bench: Workbench, budget: Budget, policy: Policy) -> Policy:
+    """The policy with the steps in the order that was asked for.  A policy from a file has its own."""
+    if order == "auto":
+        if not policy.keep or not policy.precisions:
+            return policy
+        found: list[Step] = bench.run.step(
+            f"order/{policy.digest()}", lambda: list(Posing(bench, budget).strengths(policy).weaker_first)
+        )
+        return replace(policy, order=tuple(found))
+    return replace(policy, order=PRUNE_FIRST if order == "prune-first" else QUANTIZE_FIRST)
+
+
+def describe(evaluation: Evaluation, unit: str) -> str:
+    """An evaluation in a few words: what it costs, and what it loses."""
+    figures = evaluation.figures
+    assert figures.size_bytes is not None
+    return (
+        f"{figures.size_bytes / 1e3:.1f} KB, {figures.speedup:.2f} x faster, drop {figures.drop:.2f} {unit} "
+        "before it is finished"
+    )
 
 
 def _method(settings: ExportSettings) -> str:
@@ -324,13 +388,20 @@ def _judged(folder: Path, manifest: Manifest, *, allow_estimates: bool) -> Outco
 
 
 def _predicted(choice: Choice) -> Predicted:
+    """What was believed before the file was there: of a search its tables' latency, not that of a draft."""
     best = choice.best
+    told = next((each.figures for each in choice.evaluations if _alike(each.policy, best.policy)), best.figures)
     return Predicted(
-        size_bytes=best.figures.size_bytes,
+        size_bytes=told.size_bytes,
         accuracy=best.score,
-        latency_ms=best.figures.latency_ms,
+        latency_ms=told.latency_ms,
         memory_bytes=best.figures.memory_bytes,
     )
+
+
+def _alike(one: Policy, other: Policy) -> bool:
+    """Whether they make the same file but for what training leaves: the order is not looked at."""
+    return one.precisions == other.precisions and one.keep == other.keep
 
 
 def _task_record(task: "Task", spec: str) -> manifests.TaskRecord:
@@ -343,7 +414,8 @@ def _task_record(task: "Task", spec: str) -> manifests.TaskRecord:
     )
 
 
-def _budget(settings: ExportSettings) -> Budget:
+def budget_of(settings: ExportSettings) -> Budget:
+    """The limits that were given."""
     return Budget(
         latency_ms=settings.max_latency_ms,
         speedup=settings.min_speedup,

@@ -1,8 +1,10 @@
 """Latency over channels, drawn from a target's table alone: where the cliffs are."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.cost.prices import kernel_of
@@ -56,6 +58,21 @@ def draw(target: str, found: Mapping[str, Mapping[Compute, Line]], path: Path) -
             f"the table of {target} has no convolution with {FEWEST_POINTS} channel counts",
             fix="measure a network first: hirelc-deploy profile --target … --model …",
         )
+    shapes = list(found)[:MOST_PANELS]
+    with panels(path, len(shapes), f"{target}: latency of convolutions") as drawn:
+        for panel, shape in zip(drawn, shapes, strict=True):
+            for compute, line in found[shape].items():
+                panel.plot(*zip(*line, strict=True), marker=".", label=str(compute))
+            panel.set(title=shape, xlabel="output channels", ylabel="p50, us")
+            panel.legend()
+
+
+@contextmanager
+def panels(path: Path, count: int, title: str, *, height: float = 3.2) -> Iterator[list[Any]]:
+    """So many panels, two in a row, to be drawn in; the image is written at the end, its kind by the suffix.
+
+    Raises UserError where there is no matplotlib, or no writer for the suffix.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -63,18 +80,13 @@ def draw(target: str, found: Mapping[str, Mapping[Compute, Line]], path: Path) -
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    shapes = list(found)[:MOST_PANELS]
-    rows = -(-len(shapes) // 2)
-    figure, panels = pyplot.subplots(rows, 2, figsize=(11, 3.2 * rows), squeeze=False, layout="constrained")
-    for panel, shape in zip(panels.flat, shapes, strict=False):
-        for compute, line in found[shape].items():
-            panel.plot(*zip(*line, strict=True), marker=".", label=str(compute))
-        panel.set(title=shape, xlabel="output channels", ylabel="p50, us")
-        panel.legend()
-    for panel in panels.flat[len(shapes) :]:
-        panel.axis("off")
-    figure.suptitle(f"{target}: latency of convolutions")
+    rows = -(-count // 2)
+    figure, grid = pyplot.subplots(rows, 2, figsize=(11, height * rows), squeeze=False, layout="constrained")
     try:
+        yield list(grid.flat[:count])
+        for panel in grid.flat[count:]:
+            panel.axis("off")
+        figure.suptitle(title)
         figure.savefig(path)
     except ValueError as error:  # a suffix that it has no writer for
         raise UserError(f"{path.name} cannot be drawn: {error}", fix="name a .png, .svg or .pdf") from error

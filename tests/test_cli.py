@@ -115,7 +115,7 @@ def test_options_come_from_a_file_as_well(pipeline, tmp_path):
         (["export", "--epochs"], "--epochs", "hirelc-deploy --help"),
         ([*EXPORT, "--max-latency", "5"], "max-latency: '5' is a time without a unit", "5ms"),
         (["export", "--data", "digits", "--target", "host"], "model is missing", "--model"),
-        ([*EXPORT, "--search", "greedy"], "search is 'greedy'", "recipe"),
+        ([*EXPORT, "--search", "annealing"], "search is 'annealing'", "recipe"),
         ([*EXPORT, "--config", "none.toml"], "none.toml does not exist", "path"),
     ],
 )

@@ -148,8 +148,8 @@ def test_steps_of_post_training_are_read(text, steps):
 
 def test_a_method_that_does_not_exist_is_refused_with_those_that_do():
     with pytest.raises(UserError) as refused:
-        ExportSettings(**REQUIRED, search="hierarchical")
-    assert "recipe" in refused.value.fix
+        ExportSettings(**REQUIRED, search="hierarchicall")
+    assert "did you mean hierarchical?" in refused.value.fix
 
 
 def test_a_file_that_is_missing_or_no_toml_is_refused(tmp_path):

@@ -28,15 +28,19 @@ LAYERS = (
     ("verify", "search"),
     ("calibration", "choices", "pricing"),
     ("report", "workbench", "demo", "plots"),
-    ("console",),
-    ("pipeline", "compare", "tables"),
+    ("console", "posing"),
+    ("pipeline", "tables"),
+    ("compare",),
     ("cli",),
     ("__main__",),
 )
 """Lowest first, by the first name below `hirelc_deploy`; the empty one is the package itself."""
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 
-HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "transformers", "matplotlib", "PIL", "sklearn", "torch_pruning")
+HEAVY = (
+    *("torch", "onnx", "onnxruntime", "onnxscript", "transformers", "matplotlib", "PIL", "sklearn", "torch_pruning"),
+    *("stable_baselines3", "gymnasium", "pymoo"),
+)
 
 SAYS_WHAT_IS_LOADED = f"""
 import json, sys

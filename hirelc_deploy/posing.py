@@ -1,0 +1,402 @@
+"""A network on its target as a problem for a search: what can be chosen, what it costs, what it does to the outputs.
+
+Everything that takes long is a step of the run folder, so that a search that was killed goes on with the same figures.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hirelc_deploy.budget import Budget, Figures
+from hirelc_deploy.compress.inputs import energies
+from hirelc_deploy.compress.ordering import Strength, Strengths, silenced, spectral_change, weights
+from hirelc_deploy.compress.sensitivity import Perturbations, fisher, rounds_alike
+from hirelc_deploy.cost.latency import Decisions
+from hirelc_deploy.cost.size import Positions, SizePredictor
+from hirelc_deploy.graph.calling import tensors
+from hirelc_deploy.kernels import load_format
+from hirelc_deploy.policy import Compute, PerChannel, Policy, Precision, Storage
+from hirelc_deploy.search.problem import (
+    GroupVariable,
+    LayerFacts,
+    LayerVariable,
+    Prices,
+    Problem,
+    Rows,
+    Sensitivity,
+    Variable,
+    policy_of,
+)
+from hirelc_deploy.search.recipe import FASTEST, Recipe
+from hirelc_deploy.search.space import Evaluation
+
+if TYPE_CHECKING:
+    from hirelc_deploy.cost.predictor import Predictor
+    from hirelc_deploy.graph.model_graph import Layer
+    from hirelc_deploy.workbench import Workbench
+
+RECIPE_BITS = (8, 6, 4, 3, 2)
+"""Of a recipe's weights."""
+
+RECIPE_KEEP_PERCENT = (100.0, 75.0, 62.5, 50.0, 37.5, 25.0, 18.75, 12.5)
+
+TIMED_KEEP_PERCENT = (100.0, 50.0, 25.0)
+"""Of the recipes whose files correct the predicted latency."""
+
+LOOKED_AT, LOOKED_AT_BATCH = 256, 64
+"""Train examples on which single choices are tried."""
+
+FISHER_BATCHES = 8
+
+COUNTS_TRIED = 8
+"""Of each group; what lies between is interpolated."""
+
+SIZE_SAMPLES = 160
+"""Files whose size is told exactly; the additive prediction is fitted to them."""
+
+MENU_LAYERS = 3
+"""The largest ones: what their weights are stored in is most of a file."""
+
+LEAST_GAIN = 0.4
+"""A storage is offered if its squared error is less by this part than that of each smaller one; a bit makes it a
+quarter."""
+
+
+class Posing:
+    """The problem that one workbench's network is."""
+
+    def __init__(self, bench: "Workbench", budget: Budget) -> None:
+        self._bench = bench
+        self._budget = budget
+        self._graph = bench.graph
+
+    def problem(self) -> Problem:
+        """Measures what is not known yet."""
+        graph, bench = self._graph, self._bench
+        return Problem(
+            variables=self.variables,
+            blocks={block.name: block.layers for block in graph.blocks},
+            budget=self._budget,
+            before=self.before,
+            costs=self.costs,
+            sensitivity=self.sensitivity,
+            layers={layer.name: LayerFacts(layer.macs, layer.parameters) for layer in graph.layers},
+            evaluate=self.evaluate,
+            recipes=self.recipes,
+            score_error=score_error(bench.original_score, bench.task.search.examples, bench.task.unit),
+        )
+
+    # -- what can be chosen ----------------------------------------------------------------------------------
+
+    @cached_property
+    def variables(self) -> tuple[Variable, ...]:
+        """Layers first, in the order of the forward pass, then groups."""
+        space, graph = self._bench.space, self._graph
+        layers = [
+            LayerVariable(name, self._options(name), (graph.block_of[name],), graph.layer[name].shares_weight_with)
+            for name in space.layers
+        ]
+        groups = [
+            GroupVariable(f"units of {group.name}", space.groups[group.name], group.blocks, group.name)
+            for group in graph.groups
+        ]
+        return (*layers, *groups)
+
+    def _options(self, layer: str) -> tuple[Precision, ...]:
+        """Of layers that share a weight what all of them may take, in one order."""
+        space, together = self._bench.space, {layer, *self._graph.layer[layer].shares_weight_with}
+        first, *others = (name for name in space.layers if name in together)
+        return tuple(
+            option
+            for option in space.layers[first]
+            if self._is_offered(first, option)
+            and all(option in space.layers[name] and self._is_offered(name, option) for name in others)
+        )
+
+    def _is_offered(self, layer: str, option: Precision) -> bool:
+        if option.storage.is_float:
+            return True
+        return option.storage in self.menu and option.compute in self._bench.computes_allowed(layer)
+
+    @cached_property
+    def menu(self) -> frozenset[Storage]:
+        """Storages that are the best of their size in the largest layers, and those of recipes.
+
+        Formats whose tables all layers share are left out: what such a table costs depends on how many read it.
+        """
+        found = self._bench.run.step("search/menu", self._menu)
+        known = {str(option.storage): option.storage for each in self._bench.space.layers.values() for option in each}
+        return frozenset(known[name] for name in found)
+
+    def _menu(self) -> list[str]:
+        space = self._bench.space
+        layers = sorted(self._graph.layers, key=lambda layer: layer.parameters)[-MENU_LAYERS:]
+        in_common = {
+            o.storage: o
+            for o in space.layers[layers[0].name]
+            if o.compute is Compute.FP32 and all(o in space.layers[layer.name] for layer in layers)
+        }
+        size, error = {}, {}
+        with self._bench.progress("rounding weights", len(in_common)) as advance:
+            for storage, option in in_common.items():
+                if not storage.is_float and not load_format(storage.format).shared:
+                    size[storage] = sum(_packed_bytes(layer, storage) for layer in layers)
+                    error[storage] = math.prod(self.perturbations.error(layer.name, option) for layer in layers)
+                advance(str(storage))
+        found: list[Storage] = []
+        for storage in sorted(size, key=lambda s: (size[s], error[s])):
+            # from small to large: each has to be more exact than all that are smaller
+            if all(error[storage] < (1 - LEAST_GAIN) ** len(layers) * error[smaller] for smaller in found):
+                found.append(storage)
+        return sorted({str(s) for s in found} | {str(Storage("int", bits, PerChannel())) for bits in RECIPE_BITS})
+
+    @cached_property
+    def recipes(self) -> dict[str, Policy]:
+        """Uniform recipes by name, each policy once."""
+        space = self._bench.space
+        offered = {option.compute for each in space.layers.values() for option in each}
+        computes: list[Compute | None] = [Compute.FP32, *([Compute.INT8] if Compute.INT8 in offered else []), None]
+        found: dict[str, Policy] = {}
+        known: set[str] = set()
+        for keep in RECIPE_KEEP_PERCENT:
+            fastest = self._fastest(Recipe(keep, None).counts(space))
+            for bits in RECIPE_BITS:
+                for compute in computes:
+                    recipe = Recipe(keep, compute, f"int{bits}")
+                    policy = self._offered(self._recipe_policy(recipe, fastest))
+                    if policy.digest() not in known:
+                        known.add(policy.digest())
+                        found[str(recipe).replace("None", FASTEST)] = policy
+        return found
+
+    def _recipe_policy(self, recipe: Recipe, fastest: Mapping[str, Compute]) -> Policy:
+        return recipe.policy(self._bench.space, fastest)
+
+    def _offered(self, policy: Policy) -> Policy:
+        """The policy with integers left to the layers whose inputs 8 bits hold."""
+        options = {v.name: v.options for v in self.variables if isinstance(v, LayerVariable)}
+        return Policy(
+            {
+                name: each if each in options[name] else Precision(each.storage, Compute.FP32)
+                for name, each in policy.precisions.items()
+            },
+            policy.keep,
+        )
+
+    def _fastest(self, counts: Mapping[str, int]) -> Mapping[str, Compute]:
+        allowed = {layer: self._bench.computes_allowed(layer) for layer in self._bench.space.layers}
+        return self.predictor.fastest(counts, allowed)
+
+    # -- what it costs ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def predictor(self) -> "Predictor":
+        """Latencies of all policies; kernels that no table has are measured now, where this is the target.
+
+        There some files of this very network correct the sum over kernels as well.
+        """
+        bench = self._bench
+        known = bench.run.step("search/table", lambda: bench.pricing.known(bench.network))
+        told = bench.pricing.told_by(bench.network, known)
+        if not bench.pricing.is_device or told.unknown:
+            return told
+        policies = self._timed_policies()
+        times_ms: list[float] | None = bench.run.step("search/times", lambda: bench.times_ms(policies))
+        if times_ms is None:
+            return told
+        pairs = zip(policies, times_ms, strict=True)
+        own = [told.artifact(policy, latency_ms) for policy, latency_ms in pairs]
+        return bench.pricing.told_by(bench.network, known, own)
+
+    def _timed_policies(self) -> list[Policy]:
+        """Uniform ones, wide and narrow, in each compute."""
+        space = self._bench.space
+        offered = {option.compute for each in space.layers.values() for option in each}
+        return [
+            self._offered(Recipe(keep, compute, "int8").policy(space))
+            for keep in TIMED_KEEP_PERCENT
+            for compute in (Compute.FP32, Compute.INT8)
+            if compute in offered
+        ]
+
+    @cached_property
+    def before(self) -> Figures:
+        """Of the network as it was trained."""
+        return Figures(
+            latency_ms=float(self.predictor.foretell([Policy({}, {})]).ms[0]),
+            speedup=1.0,
+            size_bytes=len(self._bench.write_baseline().data),
+            drop=0.0,
+        )
+
+    @cached_property
+    def costs(self) -> "TableCosts":
+        return TableCosts(self.variables, self.predictor, self.sizes)
+
+    @cached_property
+    def sizes(self) -> SizePredictor:
+        precisions, counts = options_of(self.variables)
+        random = np.random.default_rng(0)
+        rows = np.stack([random.integers([len(v.options) for v in self.variables]) for _ in range(SIZE_SAMPLES)])
+        rows[0] = [variable.as_trained for variable in self.variables]
+        policies = [policy_of(self.variables, row) for row in rows]
+        exact: list[int] = self._bench.run.step("search/sizes", lambda: self._exact_sizes(policies))
+        return SizePredictor(self._graph, precisions, counts, positions(self.variables, rows), exact)
+
+    def _exact_sizes(self, policies: Sequence[Policy]) -> list[int]:
+        found = []
+        with self._bench.progress("sizes of files", len(policies)) as advance:
+            for policy in policies:
+                found.append(self._bench.predicted_bytes(policy))
+                advance("")
+        return found
+
+    # -- what it does ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def perturbations(self) -> Perturbations:
+        bench = self._bench
+        batches = bench.look_at(LOOKED_AT, LOOKED_AT_BATCH)
+        model = bench.folded()
+        met = energies(model, bench.space.layers, batches)
+        return Perturbations(model, batches, met, bench.task.divergence, largest=bench.largest)
+
+    @cached_property
+    def sensitivity(self) -> Sensitivity:
+        found = self._bench.run.step("search/sensitivity", self._sensitivity)
+        return Sensitivity({name: np.array(each) for name, each in found["damage"].items()}, found["fisher"])
+
+    def _sensitivity(self) -> dict[str, Any]:
+        bench, graph = self._bench, self._graph
+        information = fisher(
+            bench.model,
+            graph,
+            [
+                (tensors(inputs), torch.as_tensor(target))
+                for (inputs, target), _ in zip(bench.task.train, range(FISHER_BATCHES), strict=False)
+            ],
+            bench.task.loss,
+        )
+        by_block = {
+            block.name: sum(information[layer] * graph.layer[layer].parameters for layer in block.layers)
+            for block in graph.blocks
+        }
+        with bench.progress("sensitivity", len(self.variables)) as advance:
+            damage = {}
+            for variable in self.variables:
+                each = self._of_layer(variable) if isinstance(variable, LayerVariable) else self._of_group(variable)
+                damage[variable.name] = each
+                advance(variable.name)
+        return {"damage": damage, "fisher": by_block}
+
+    def _of_layer(self, variable: LayerVariable) -> list[float]:
+        largest = self._bench.largest
+        of_storage: dict[Any, float] = {}
+        of_input: dict[Compute, float] = {Compute.FP32: 0.0}
+        found = []
+        for option in variable.options:
+            if option.storage.is_float:
+                found.append(0.0)
+                continue
+            key = rounds_alike(option, largest)
+            if key not in of_storage:
+                of_storage[key] = self.perturbations.of_storage(variable.name, option)
+            if option.compute not in of_input:
+                of_input[option.compute] = self.perturbations.of_input(variable.name, option.compute, option.storage)
+            found.append(of_storage[key] + of_input[option.compute])
+        return found
+
+    def _of_group(self, variable: GroupVariable) -> list[float]:
+        """Fewer units never do less; between counts that are tried the logarithm is interpolated."""
+        counts = variable.options
+        tried = sorted({int(i) for i in np.linspace(0, len(counts) - 2, min(COUNTS_TRIED, len(counts) - 1)).round()})
+        seen = [self.perturbations.of_model(self._bench.cut_to({variable.in_policy: counts[i]})) for i in tried]
+        falling = np.minimum.accumulate(np.maximum(seen, np.finfo(np.float32).tiny))
+        between = np.exp(np.interp(range(len(counts) - 1), tried, np.log(falling)))
+        return [*between.tolist(), 0.0]
+
+    def strengths(self, policy: Policy) -> Strengths:
+        """How far pruning alone and formats alone move the network that was trained."""
+        bench, graph, looking = self._bench, self._graph, self.perturbations
+        model = bench.folded()
+        before = weights(model, graph)
+        kept = bench.kept(policy.keep)
+        pruned = Strength(
+            looking.of_model(bench.cut_to(policy.keep)), spectral_change(before, silenced(model, graph, kept))
+        )
+        with looking.stored(policy.precisions) as rounded:
+            return Strengths(
+                prune=pruned,
+                quantize=Strength(looking.of_model(rounded), spectral_change(before, weights(rounded, graph))),
+            )
+
+    # -- the expensive step ----------------------------------------------------------------------------------
+
+    def evaluate(self, policy: Policy) -> Evaluation:
+        """Made real on a copy, shortly trained and scored on the search split (`Workbench.recovered_score`)."""
+        bench = self._bench
+        score = bench.recovered_score(policy)
+        ms = float(self.predictor.foretell([policy]).ms[0])
+        assert self.before.latency_ms is not None
+        figures = Figures(
+            latency_ms=ms,
+            speedup=self.before.latency_ms / ms,
+            size_bytes=bench.predicted_bytes(policy),
+            drop=bench.task.drop(bench.original_score, score),
+        )
+        return Evaluation(policy, figures, score)
+
+
+class TableCosts:
+    """Prices of rows: tables of kernels, and sizes that add up."""
+
+    def __init__(self, variables: Sequence[Variable], predictor: "Predictor", sizes: SizePredictor) -> None:
+        self._variables = variables
+        self._predictor = predictor
+        self._sizes = sizes
+        layers = {v.name: i for i, v in enumerate(variables) if isinstance(v, LayerVariable)}
+        groups = {v.in_policy: i for i, v in enumerate(variables) if isinstance(v, GroupVariable)}
+        precisions, _ = options_of(variables)
+        network = predictor.latency.network
+        self._layers = [layers[name] for name in predictor.latency.layers]
+        self._groups = [groups[name] for name in predictor.latency.groups]
+        self._computes = [
+            np.array([network.computes[name].index(o.compute) for o in precisions[name]])
+            for name in predictor.latency.layers
+        ]
+
+    def __call__(self, rows: Rows) -> Prices:
+        computes = np.stack([of[rows[:, i]] for of, i in zip(self._computes, self._layers, strict=True)], axis=1)
+        told = self._predictor.of(Decisions(computes.astype(np.int16), rows[:, self._groups].astype(np.int32)))
+        return Prices(self._sizes(positions(self._variables, rows)), told.ms)
+
+
+def _packed_bytes(layer: "Layer", storage: Storage) -> int:
+    channels, *rest = layer.weight_shape
+    return load_format(storage.format).packed_bytes(channels, math.prod(rest), storage)
+
+
+def options_of(variables: Sequence[Variable]) -> tuple[dict[str, Sequence[Precision]], dict[str, Sequence[int]]]:
+    """Those of layers and those of groups, by name."""
+    return (
+        {v.name: v.options for v in variables if isinstance(v, LayerVariable)},
+        {v.in_policy: v.options for v in variables if isinstance(v, GroupVariable)},
+    )
+
+
+def positions(variables: Sequence[Variable], rows: Rows) -> Positions:
+    """Rows as sizes are told of them."""
+    columns = list(zip(variables, rows.T, strict=True))
+    return Positions(
+        {v.name: column for v, column in columns if isinstance(v, LayerVariable)},
+        {v.in_policy: column for v, column in columns if isinstance(v, GroupVariable)},
+    )
+
+
+def score_error(score: float, examples: int, unit: str) -> float:
+    """Standard error of a score: of a share in percent it is known; of others it is taken as nothing."""
+    return 100 * math.sqrt(score / 100 * (1 - score / 100) / examples) if unit == "%" and 0 <= score <= 100 else 0.0

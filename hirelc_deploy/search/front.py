@@ -1,0 +1,39 @@
+"""What was found, as a front: policies that no other one beats in drop, bytes and milliseconds at once."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from pymoo.indicators.hv import HV
+from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
+
+from hirelc_deploy.budget import Figures
+from hirelc_deploy.search.space import Evaluation
+
+
+def points(evaluations: Sequence[Evaluation], before: Figures) -> np.ndarray:
+    """(evaluations, 3): drop in the score's unit, log of bytes and of milliseconds against the original's."""
+    assert before.size_bytes
+    assert before.latency_ms
+    rows = []
+    for each in (evaluation.figures for evaluation in evaluations):
+        assert each.drop is not None
+        assert each.size_bytes is not None
+        assert each.latency_ms is not None
+        rows.append(
+            (each.drop, np.log(each.size_bytes / before.size_bytes), np.log(each.latency_ms / before.latency_ms))
+        )
+    return np.array(rows, float).reshape(-1, 3)
+
+
+def front(places: np.ndarray) -> np.ndarray:
+    """Positions of the points that none is better than; the lower, the better."""
+    if not len(places):
+        return np.zeros(0, int)
+    found: np.ndarray = NonDominatedSorting().do(places, only_non_dominated_front=True)
+    return np.sort(found)
+
+
+def hypervolume(places: np.ndarray, reference: Sequence[float] | np.ndarray) -> float:
+    """The volume between the points and a reference that is worse than them; points beyond it count nothing."""
+    inside = places[(places < np.asarray(reference)).all(1)]
+    return float(HV(ref_point=np.asarray(reference))(inside)) if len(inside) else 0.0

@@ -1,0 +1,324 @@
+"""The hierarchical search: agents propose, a surrogate prices, real evaluations decide (HiReLC, arXiv 2606.26002).
+
+    hand recipes are evaluated
+    repeat: the surrogate is fitted to all evaluations
+            high-level agents learn what to allot, low-level agents what to make of it, in turn
+            their proposals are refined, the most promising and least alike are evaluated
+            votes are weighted by what each agent's proposals earned, budgets that were missed weigh more
+
+Agents play for goals that vary about the user's own, so that one search finds a front and not one point of it.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hirelc_deploy.policy import Policy
+from hirelc_deploy.search.agents import Agent, HighGame, LowGame
+from hirelc_deploy.search.board import Board, Games, Goals
+from hirelc_deploy.search.council import Council
+from hirelc_deploy.search.front import front, hypervolume, points
+from hirelc_deploy.search.goal import Goal, Multipliers, reference
+from hirelc_deploy.search.problem import Evaluations, Prices, Problem, Rows
+from hirelc_deploy.search.proposals import pick, pick_for, refined
+from hirelc_deploy.search.space import Evaluation
+from hirelc_deploy.search.surrogate import Surrogate
+
+RECIPES = 4
+"""Hand recipes that are evaluated first, at most, and at most a third of all."""
+
+A_CYCLE = 4
+"""Evaluations between two rounds of learning."""
+
+FOR_THE_GOAL = 2
+"""Of them, those that are picked for the user's goal alone; the others for the front about it."""
+
+HARD = Multipliers(100.0, 100.0, 100.0)
+"""Of a pick for the goal: what misses a budget is not wanted."""
+
+HIGH_AGENTS = ("ppo", "ppo", "a2c")
+HIGH_STEPS, LOW_STEPS = 8_000, 40_000
+"""Steps of the board that each agent learns from in a cycle."""
+
+PROPOSALS = 256
+"""Games whose policies compete for an evaluation, in each cycle: by votes, and as many by single agents."""
+
+DROP_OCTAVES = (-2.0, 1.0)
+"""Goals of drop, as powers of two times the user's."""
+
+DOUBT_BELOW = 0.4
+"""A rank correlation of the surrogate with new evaluations from which on it is trusted half."""
+
+NOTHING_GAINED, PATIENCE = 1e-3, 4
+"""Part of the hypervolume that a cycle has to add, and cycles without that, before the search ends early."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the search is made of; each can be left out to see what it adds."""
+
+    hierarchy: bool = True
+    """Without: low-level agents alone, shares natural, widths across blocks drawn from the recipes."""
+    fisher: bool = True
+    surrogate: bool = True
+    """Without: rewards by additive damage, scaled to the evaluations by one number."""
+    vote: bool = True
+    """Without: one high-level agent."""
+    latency: bool = True
+    """Without: latency is not in the reward."""
+    refinement: bool = True
+    agents: bool = True
+    """Without: proposals are drawn at random, and refined."""
+
+
+def search(
+    problem: Problem,
+    evaluations: Evaluations,
+    *,
+    seed: int,
+    parts: Parts = Parts(),  # frozen
+) -> None:
+    """Evaluate until nothing is left or nothing is gained.  Raises Spent where that is in the middle of something."""
+    with _randomness_of_its_own(seed):
+        _Search(problem, evaluations, seed=seed, parts=parts).run()
+
+
+@contextmanager
+def _randomness_of_its_own(seed: int) -> Iterator[None]:
+    """Stable-baselines3 seeds the generators of torch, numpy and Python, which others draw from as well."""
+    of_numpy, of_python = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(of_numpy)
+            random.setstate(of_python)
+
+
+class _Search:
+    def __init__(self, problem: Problem, evaluations: Evaluations, *, seed: int, parts: Parts) -> None:
+        self._problem = problem
+        self._evaluations = evaluations
+        self._parts = parts
+        self._random = np.random.default_rng(seed)
+        self._goal = Goal.of(problem.budget, problem.before)
+        self._reference = reference(self._goal)
+        self._multipliers = Multipliers()
+        self._surrogate = Surrogate(problem, seed=seed, learned=parts.surrogate)
+        self._doubt = 1.0
+        self._board = Board(problem, corrected_by_fisher=parts.fisher)
+        low = LowGame(self._board, self._worth, self._draw, self._allot)
+        self._low = Agent("ppo", low, seed=seed)
+        names = HIGH_AGENTS if parts.vote else HIGH_AGENTS[:1]
+        high = [HighGame(self._board, self._worth, self._draw, self._decide) for _ in names]
+        self._council = Council(
+            self._board,
+            [Agent(name, game, seed=seed + 1 + i) for i, (name, game) in enumerate(zip(names, high, strict=True))],
+        )
+
+    def run(self) -> None:
+        self._evaluate_recipes()
+        volumes = [self._volume()]
+        cycle = 0
+        while self._evaluations.left:
+            cycle += 1
+            self._surrogate.fit(self._evaluations.seen)
+            if self._parts.agents:
+                self._learn()
+            rows, origins = self._proposals()
+            chosen = self._chosen(rows)
+            if not chosen:
+                self._evaluations.note("no policy is left that the surrogate would try: the search ends")
+                return
+            told = self._surrogate(rows[chosen]).mean
+            seen = self._evaluations.of_rows(rows[chosen])
+            self._learn_from(seen, told, [origins[i] for i in chosen])
+            volumes.append(self._volume())
+            self._evaluations.note(f"cycle {cycle}: {len(self._evaluations.seen)} evaluations, {self._summary()}")
+            if len(volumes) > PATIENCE and volumes[-1] <= (1 + NOTHING_GAINED) * volumes[-1 - PATIENCE]:
+                self._evaluations.note(f"nothing was gained in {PATIENCE} cycles: the search ends")
+                return
+
+    # -- learning --------------------------------------------------------------------------------------------
+
+    def _learn(self) -> None:
+        if self._parts.hierarchy:
+            for agent in self._council.agents:
+                agent.learn(HIGH_STEPS)
+        self._low.learn(LOW_STEPS)
+
+    def _worth(self, games: Games) -> np.ndarray:
+        return self._reward(games.rows, games.goals)
+
+    def _reward(self, rows: Rows, goals: Goals) -> np.ndarray:
+        prices = self._problem.costs(rows)
+        if not self._parts.latency:
+            prices = Prices(prices.size_bytes, np.full(len(rows), self._goal.latency_ms_before))
+        return goals.goal(self._goal).reward(self._drop(rows), prices, self._multipliers)
+
+    def _drop(self, rows: Rows) -> np.ndarray:
+        """As the surrogate tells it, with its uncertainty counted half: what is hardly known is not hoped for."""
+        told = self._surrogate(rows)
+        return told.mean + 0.5 * self._doubt * told.deviation
+
+    def _draw(self, count: int) -> Goals:
+        octaves = self._random.uniform(*DROP_OCTAVES, count)
+        return Goals(self._goal.drop_max * 2**octaves, self._random.random(count))
+
+    def _allot(self, games: Games) -> None:
+        """What low-level agents find when a game begins."""
+        if self._parts.hierarchy:
+            self._council.vote(games, explore=True)
+        else:
+            self._widths_of_recipes(games)
+
+    def _widths_of_recipes(self, games: Games) -> None:
+        """Without a level above, groups that span blocks are as wide as in some recipe."""
+        recipes = np.stack([self._problem.row(policy) for policy in self._problem.recipes.values()])
+        drawn = recipes[self._random.integers(len(recipes), size=len(games))]
+        for i, variable in enumerate(self._problem.variables):
+            if len(variable.blocks) > 1:
+                games.rows[:, i] = drawn[:, i]
+
+    def _decide(self, games: Games) -> None:
+        """The low-level agents play."""
+        for block in range(len(self._board.blocks)):
+            moves = self._low.move(self._board.see_low(games, block), explore=True)
+            self._board.play_low(games, block, moves)
+
+    # -- proposing -------------------------------------------------------------------------------------------
+
+    def _proposals(self) -> tuple[Rows, list[int | None]]:
+        """Policies, and the high-level agent that proposed each alone, None where it was voted."""
+        rows, goals, origins = [], [], []
+        everyone: list[int | None] = [None]
+        if self._parts.hierarchy and len(self._council.agents) > 1:
+            everyone += range(len(self._council.agents))
+        for origin in everyone:
+            games = self._board.begin(self._draw(PROPOSALS if origin is None else PROPOSALS // 2))
+            if not self._parts.agents:
+                games.rows = self._at_random(len(games))
+            else:
+                if origin is None:
+                    self._allot(games)
+                else:
+                    self._council.alone(origin, games, explore=True)
+                self._decide(games)
+            rows.append(games.rows)
+            goals.append(games.goals)
+            origins += [origin] * len(games)
+        # the best so far are proposals as well: what single changes gain there is worth as much
+        incumbents, near = self._incumbents()
+        rows.append(incumbents)
+        goals.append(near)
+        origins += [None] * len(incumbents)
+        every = np.concatenate(rows)
+        if self._parts.refinement:
+            each = Goals(*(np.concatenate([getattr(g, name) for g in goals]) for name in ("drop_max", "size_part")))
+            every = refined(self._problem, every, lambda tried: self._reward(tried, each), self._random)
+        return every, origins
+
+    def _at_random(self, count: int) -> Rows:
+        return self._problem.legal(self._random.integers(self._problem.sizes, size=(count, len(self._problem.sizes))))
+
+    def _incumbents(self) -> tuple[Rows, Goals]:
+        """Evaluated policies, some of them many times, for goals drawn about the drop that each has."""
+        seen = self._evaluations.seen
+        drawn = self._random.integers(len(seen), size=PROPOSALS)
+        rows = np.stack([self._problem.row(seen[i].policy) for i in drawn])
+        return rows, self._draw(PROPOSALS)
+
+    def _chosen(self, rows: Rows) -> list[int]:
+        known = {self._problem.row(each.policy).tobytes() for each in self._evaluations.seen}
+        fresh = np.array([i for i, row in enumerate(rows) if row.tobytes() not in known], int)
+        if not len(fresh):
+            return []
+        _, first = np.unique(rows[fresh], axis=0, return_index=True)
+        fresh = fresh[np.sort(first)]
+        prices, before = self._problem.costs(rows[fresh]), self._problem.before
+        told = self._surrogate(rows[fresh])
+        drops = told.mean + self._doubt * (told.members - told.mean)
+        sizes = np.log(prices.size_bytes / before.size_bytes)
+        latencies = np.log(prices.latency_ms / before.latency_ms)
+        places = np.stack([np.stack([drop, sizes, latencies], axis=1) for drop in drops])
+        worth = np.stack([self._goal.reward(drop, prices, HARD) for drop in drops])
+        seen = points(self._evaluations.seen, before)
+        chosen: list[int] = []
+        for turn in range(min(A_CYCLE, self._evaluations.left)):
+            if turn < FOR_THE_GOAL:
+                best = pick_for(worth, chosen, self._random)
+                picked = [] if best is None else [best]
+            else:
+                with_chosen = np.vstack([seen, *(places[:, i].mean(0)[None] for i in chosen)])
+                picked = [i for i in pick(places, with_chosen, self._reference, 1, self._random) if i not in chosen]
+            chosen += picked
+        return [int(fresh[i]) for i in chosen]
+
+    # -- evaluating ------------------------------------------------------------------------------------------
+
+    def _evaluate_recipes(self) -> None:
+        """Where the recipes reach the drop that is allowed, by halving: where the surrogate has to be good."""
+        ladder = recipe_ladder(self._problem)
+        mild, harsh = 0, len(ladder) - 1
+        for _ in range(max(1, min(RECIPES, self._evaluations.limit // 3))):
+            if mild > harsh:
+                return
+            middle = (mild + harsh) // 2
+            drop = self._evaluations.of(ladder[middle]).figures.drop
+            if drop is not None and drop <= self._goal.drop_max:
+                mild = middle + 1
+            else:
+                harsh = middle - 1
+
+    def _learn_from(self, seen: list[Evaluation], told: np.ndarray, origins: list[int | None]) -> None:
+        correlation = self._surrogate.judge(told[: len(seen)], seen)
+        if correlation is not None:
+            self._doubt = 2.0 if correlation < DOUBT_BELOW else 1.0
+            if self._doubt > 1:
+                self._evaluations.note(
+                    f"the surrogate ranked {len(seen)} new policies with a correlation of {correlation:.2f}: doubted"
+                )
+        rewards = self._goal.reward(
+            np.array([each.figures.drop for each in seen], float),
+            Prices(
+                np.array([each.figures.size_bytes for each in seen], float),
+                np.array([each.figures.latency_ms for each in seen], float),
+            ),
+            self._multipliers,
+        )
+        for reward, origin in zip(rewards, origins, strict=False):
+            if origin is not None:
+                self._council.earned(origin, float(reward))
+        best = seen[int(np.argmax(rewards))].figures
+        goal = self._goal
+        assert best.drop is not None
+        assert best.latency_ms is not None
+        assert best.size_bytes is not None
+        self._multipliers = self._multipliers.after(
+            drop_missed=best.drop > goal.drop_max,
+            latency_missed=goal.latency_ms_max is not None and best.latency_ms > goal.latency_ms_max,
+            size_missed=goal.size_bytes_max is not None and best.size_bytes > goal.size_bytes_max,
+        )
+
+    def _volume(self) -> float:
+        return hypervolume(points(self._evaluations.seen, self._problem.before), self._reference)
+
+    def _summary(self) -> str:
+        correlation = self._surrogate.rank_correlation
+        trusted = "" if correlation is None else f", surrogate's rank correlation {correlation:.2f}"
+        return f"hypervolume {self._volume():.3f}{trusted}"
+
+
+def recipe_ladder(problem: Problem) -> list[Policy]:
+    """Recipes worth an engineer's while, the dearest first: none smaller and faster does less damage."""
+    policies = list(problem.recipes.values())
+    rows = np.stack([problem.row(policy) for policy in policies])
+    prices = problem.costs(rows)
+    good = front(np.stack([problem.damage(rows).sum(1), prices.size_bytes, prices.latency_ms], axis=1))
+    cost = np.log(prices.size_bytes[good]) + np.log(prices.latency_ms[good])
+    return [policies[i] for i in good[np.argsort(-cost)]]

@@ -1,0 +1,229 @@
+"""What every method is handed: decisions as whole numbers, prices of many policies at once, and real evaluations.
+
+A policy is a row of whole numbers, one a variable: which of its options a layer or a prune group takes.  Rows are what
+methods work on, thousands at a time; only what is really evaluated becomes a `Policy`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+from hirelc_deploy.budget import Budget, Figures
+from hirelc_deploy.policy import Policy, Precision
+from hirelc_deploy.search.space import Evaluation
+
+Rows = np.ndarray
+"""Policies, (policies, variables): positions in the variables' options."""
+
+
+@dataclass(frozen=True)
+class LayerVariable:
+    """How one layer is stored and computed."""
+
+    name: str
+    options: tuple[Precision, ...]
+    """The first is the layer as it was trained."""
+    blocks: tuple[str, ...]
+    """The one block that it belongs to."""
+    together: tuple[str, ...] = ()
+    """Layers that share its weight, and so take the same option."""
+
+    @property
+    def as_trained(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class GroupVariable:
+    """How many units of one prune group stay."""
+
+    name: str
+    options: tuple[int, ...]
+    """Ascending; the last is all of them."""
+    blocks: tuple[str, ...]
+    """Those that it touches: with one, its agent decides; with several, the level above does."""
+    group: str = ""
+    """Its name in a policy, where that is not the variable's: a group may be called like a layer."""
+
+    @property
+    def in_policy(self) -> str:
+        return self.group or self.name
+
+    @property
+    def as_trained(self) -> int:
+        return len(self.options) - 1
+
+
+Variable = LayerVariable | GroupVariable
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What policies are told to cost, each (policies,)."""
+
+    size_bytes: np.ndarray
+    latency_ms: np.ndarray
+
+
+class Costs(Protocol):
+    """Prices rows, thousands in one call."""
+
+    def __call__(self, rows: Rows) -> Prices: ...
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What is known of the network's patience before anything was evaluated."""
+
+    damage: Mapping[str, np.ndarray]
+    """By variable, (options,): Kullback-Leibler divergence of the outputs in nats, that option alone being taken."""
+    fisher: Mapping[str, float]
+    """By block: mean squared gradient of the loss, times the weights there are."""
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What agents see of a layer."""
+
+    macs: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One network on one target under one budget."""
+
+    variables: tuple[Variable, ...]
+    blocks: Mapping[str, tuple[str, ...]]
+    """Layers by block, in the order of the forward pass."""
+    budget: Budget
+    before: Figures
+    """Of the network as it was trained, in fp32."""
+    costs: Costs
+    sensitivity: Sensitivity
+    layers: Mapping[str, LayerFacts]
+    evaluate: Callable[[Policy], Evaluation]
+    """The expensive step."""
+    recipes: Mapping[str, Policy] = field(default_factory=dict)
+    """What an engineer would try by hand, by name."""
+    score_error: float = 0.0
+    """Standard error of one score on the search split, in the score's unit."""
+
+    @cached_property
+    def position(self) -> Mapping[str, int]:
+        """Of each variable in a row."""
+        return {variable.name: i for i, variable in enumerate(self.variables)}
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """How many options each variable has, (variables,)."""
+        return np.array([len(variable.options) for variable in self.variables])
+
+    @cached_property
+    def as_trained(self) -> np.ndarray:
+        """The row that changes nothing, (variables,)."""
+        return np.array([variable.as_trained for variable in self.variables])
+
+    def row(self, policy: Policy) -> np.ndarray:
+        """A policy as a row.  What it leaves out stays as trained; ValueError for what no variable offers."""
+        return np.array([self._option(variable, policy) for variable in self.variables])
+
+    def policy(self, row: Sequence[int] | np.ndarray) -> Policy:
+        """A row as a policy."""
+        return policy_of(self.variables, row)
+
+    def legal(self, rows: Rows) -> Rows:
+        """Rows in which layers that share a weight take the option of the first of them."""
+        if not self._tied:
+            return rows
+        tied = rows.copy()
+        for first, others in self._tied.items():
+            for other in others:
+                tied[:, other] = tied[:, first]
+        return tied
+
+    def damage(self, rows: Rows) -> np.ndarray:
+        """Additive: what single options do to the outputs, (policies, variables), in nats."""
+        return np.stack([self.sensitivity.damage[v.name][rows[:, i]] for i, v in enumerate(self.variables)], axis=1)
+
+    @cached_property
+    def _tied(self) -> dict[int, tuple[int, ...]]:
+        found: dict[int, tuple[int, ...]] = {}
+        for i, variable in enumerate(self.variables):
+            if isinstance(variable, LayerVariable):
+                others = tuple(j for j in (self.position[name] for name in variable.together) if j > i)
+                if others:
+                    found[i] = others
+        return found
+
+    def _option(self, variable: Variable, policy: Policy) -> int:
+        if isinstance(variable, LayerVariable):
+            precision = policy.precisions.get(variable.name)
+            return variable.as_trained if precision is None else variable.options.index(precision)
+        count = policy.keep.get(variable.in_policy)
+        return variable.as_trained if count is None else variable.options.index(count)
+
+
+def policy_of(variables: Sequence[Variable], row: Sequence[int] | np.ndarray) -> Policy:
+    """What a row decides."""
+    pairs = list(zip(variables, row, strict=True))
+    return Policy(
+        {v.name: v.options[int(i)] for v, i in pairs if isinstance(v, LayerVariable)},
+        {v.in_policy: v.options[int(i)] for v, i in pairs if isinstance(v, GroupVariable)},
+    )
+
+
+class Spent(Exception):  # noqa: N818  # not an error: the method has had its evaluations
+    """No evaluation is left."""
+
+
+class Evaluations:
+    """The real evaluations of one run of a method: counted, never the same policy twice, in order."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        limit: int,
+        told: Callable[[Evaluation], None] = lambda _: None,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`told` hears of each new one; `note` takes what a method has to say to people."""
+        self.problem = problem
+        self.limit = limit
+        self.seen: list[Evaluation] = []
+        self.note = note
+        self._told = told
+        self._known: dict[str, Evaluation] = {}
+
+    @property
+    def left(self) -> int:
+        return self.limit - len(self.seen)
+
+    def __contains__(self, policy: Policy) -> bool:
+        return policy.digest() in self._known
+
+    def of(self, policy: Policy) -> Evaluation:
+        """The policy made real and scored; what is known already costs nothing.  Raises Spent."""
+        digest = policy.digest()
+        if digest not in self._known:
+            if self.left <= 0:
+                raise Spent
+            self._known[digest] = evaluation = self.problem.evaluate(policy)
+            self.seen.append(evaluation)
+            self._told(evaluation)
+        return self._known[digest]
+
+    def of_rows(self, rows: Rows) -> list[Evaluation]:
+        """Those of some rows, in order, as far as the limit goes: Spent is raised if there is not one of them left."""
+        found: list[Evaluation] = []
+        for row in rows:
+            try:
+                found.append(self.of(self.problem.policy(row)))
+            except Spent:
+                if not found:
+                    raise
+                break
+        return found

@@ -1,0 +1,179 @@
+"""The drop that an evaluation would see, told from those that were made, and how far that can be trusted.
+
+An ensemble: each member is fitted to a bootstrap of the evaluations, the mean is the prediction and the spread the
+uncertainty (Lakshminarayanan et al., 2017).  A member is the formula of additive sensitivity (`additive`), which is
+good for an order from the first evaluation on, times what a small network has learned of where that formula is wrong.
+The surrogate shapes rewards and says what to evaluate next; it decides nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from hirelc_deploy.search.additive import LEAST_DAMAGE, DropModel, alike, damages, fit, noise
+from hirelc_deploy.search.problem import GroupVariable, Problem, Rows
+from hirelc_deploy.search.space import Evaluation
+
+MEMBERS = 5
+HIDDEN = 16
+STEPS = 300
+RATE = 2e-2
+WEIGHT_DECAY = 0.1
+JITTER = 0.1
+"""Of the features while a network learns, in their standard deviations: between policies seen lie others."""
+
+TINY = 1e-6
+
+
+@dataclass(frozen=True)
+class Told:
+    """Drops of some policies in the score's unit, by member of the ensemble: (members, policies)."""
+
+    members: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        found: np.ndarray = self.members.mean(0)
+        return found
+
+    @property
+    def deviation(self) -> np.ndarray:
+        found: np.ndarray = self.members.std(0)
+        return found
+
+
+class Surrogate:
+    """Fitted anew in every cycle.  Same evaluations, same seed: same predictions."""
+
+    def __init__(self, problem: Problem, *, seed: int, learned: bool = True) -> None:
+        """Without `learned` it is the formula alone."""
+        self._problem = problem
+        self._seed = seed
+        self._learned = learned
+        self._noise = noise(problem)
+        self._blocks = [[i for i, v in enumerate(problem.variables) if v.blocks[0] == b] for b in problem.blocks]
+        self._kept = {
+            i: np.array(v.options) / v.options[-1]
+            for i, v in enumerate(problem.variables)
+            if isinstance(v, GroupVariable)
+        }
+        self._members: list[_Member] = []
+        self._seen = np.zeros((0, len(problem.variables)), int)
+        self.rank_correlation: float | None = None
+        """Of predictions with evaluations that were made after them; None before there are any."""
+
+    def fit(self, seen: Sequence[Evaluation]) -> None:
+        """Learn from evaluations: all of them, anew."""
+        random = np.random.default_rng(self._seed)
+        self._seen = np.stack([self._problem.row(each.policy) for each in seen])
+        logs = np.log(np.maximum([_drop(each) for each in seen], 0.0) + self._noise)
+        x = self._features(self._seen)
+        self._members = []
+        for _ in range(MEMBERS):
+            drawn = random.integers(len(seen), size=len(seen))
+            fitted = fit(self._problem, [seen[i] for i in drawn])
+            corrections = np.zeros(len(seen))
+            if fitted.corrections is not None:  # those of one policy, drawn more than once, add up
+                np.add.at(corrections, drawn, fitted.corrections)
+            residual = None
+            if self._learned:
+                off = logs - np.log(fitted.drop(self._problem, self._seen) + self._noise)
+                residual = _Residual.fitted(x, x[drawn], off[drawn], random)
+            self._members.append(_Member(fitted, corrections, residual))
+
+    def judge(self, told: np.ndarray, seen: Sequence[Evaluation]) -> float | None:
+        """Rank correlation of what was told of policies with what was seen; None of fewer than three, or all alike."""
+        drops = [_drop(each) for each in seen]
+        if len(seen) < 3 or np.ptp(told) == 0 or np.ptp(drops) == 0:
+            return None
+        self.rank_correlation = float(spearmanr(told, drops).statistic)
+        return self.rank_correlation
+
+    def __call__(self, rows: Rows) -> Told:
+        x = self._features(rows) if self._learned else None
+        # what all members need is worked out once: a million policies are asked for
+        parts, common = damages(self._problem, rows), alike(self._problem, rows, self._seen)
+        found = []
+        for member in self._members:
+            formula = member.formula
+            damage = np.maximum(parts @ np.array([1.0, formula.group_weight]), LEAST_DAMAGE)
+            drop = formula.scale * damage**formula.power * np.exp(common @ member.corrections)
+            if member.residual is not None:
+                assert x is not None
+                drop = (drop + self._noise) * np.exp(member.residual(x)) - self._noise
+            found.append(drop)
+        return Told(np.stack(found))
+
+    def _features(self, rows: Rows) -> np.ndarray:
+        """(policies, features): logarithms of additive damage by block, of prices, and parts of groups that stay."""
+        damage = np.maximum(self._problem.damage(rows), 0.0)
+        prices = self._problem.costs(rows)
+        columns = [
+            *(np.log(damage[:, each].sum(1) + TINY) for each in self._blocks),
+            np.log(prices.size_bytes),
+            np.log(prices.latency_ms),
+            *(kept[rows[:, i]] for i, kept in self._kept.items()),
+        ]
+        return np.stack(columns, axis=1).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class _Member:
+    formula: DropModel
+    corrections: np.ndarray
+    """What the formula gets wrong of each policy seen, (seen,), for those that are like it."""
+    residual: "_Residual | None"
+
+
+class _Residual:
+    """A network with one hidden layer, run with numpy."""
+
+    def __init__(self, centre: np.ndarray, spread: np.ndarray, weights: Sequence[np.ndarray]) -> None:
+        self._centre, self._spread, self._weights = centre, spread, weights
+
+    @classmethod
+    def fitted(cls, every: np.ndarray, x: np.ndarray, y: np.ndarray, random: np.random.Generator) -> "_Residual":
+        """To (examples, features) and (examples,); `every` gives what is usual of features."""
+        centre, spread = every.mean(0), every.std(0) + 1e-3
+        inputs = torch.tensor((x - centre) / spread)
+        targets = torch.tensor(y, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(int(random.integers(2**31)))
+        net = _Network(x.shape[1], generator)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            jittered = inputs + JITTER * torch.randn(inputs.shape, generator=generator)
+            nn.functional.smooth_l1_loss(net(jittered), targets).backward()
+            optimizer.step()
+            schedule.step()
+        return cls(centre, spread, [p.detach().numpy() for p in net.parameters()])
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        into, into_bias, out, bias = self._weights
+        found: np.ndarray = np.tanh((x - self._centre) / self._spread @ into + into_bias) @ out + bias
+        return found
+
+
+class _Network(nn.Module):
+    """Begins near nought: where nothing was seen, the formula holds."""
+
+    def __init__(self, features: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.into = nn.Parameter(torch.randn(features, HIDDEN, generator=generator) / features**0.5)
+        self.into_bias = nn.Parameter(torch.zeros(HIDDEN))
+        self.out = nn.Parameter(0.1 * torch.randn(HIDDEN, generator=generator) / HIDDEN**0.5)
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = torch.tanh(x @ self.into + self.into_bias) @ self.out + self.bias
+        return found
+
+
+def _drop(evaluation: Evaluation) -> float:
+    assert evaluation.figures.drop is not None, "an evaluation without its drop"
+    return evaluation.figures.drop

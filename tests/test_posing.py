@@ -1,0 +1,153 @@
+"""A real network as a search problem: options that can be built, prices that hold, harm that is measured."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exporting import hasten
+from test_workbench import NETWORKS, silent, task, traced
+
+from hirelc_deploy import posing as posing_module
+from hirelc_deploy.budget import Budget
+from hirelc_deploy.choices import completed
+from hirelc_deploy.compress.distil import FineTuning
+from hirelc_deploy.compress.posttraining import PostTraining
+from hirelc_deploy.policy import QUANTIZE_FIRST, Policy
+from hirelc_deploy.posing import Posing
+from hirelc_deploy.profiles import load_target
+from hirelc_deploy.rundir import RunFolder
+from hirelc_deploy.search.problem import GroupVariable, LayerVariable, Problem
+from hirelc_deploy.workbench import Workbench
+
+hasten()
+
+MULTIPLE = {"convolutions": 8, "tied": 2}
+"""Of channels: every count is measured once."""
+
+
+@pytest.fixture(scope="module", params=["convolutions", "tied"])
+def posed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Posing, Problem]]:
+    name = str(request.param)
+    model, graph = traced(name)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        RunFolder.open(tmp_path_factory.mktemp("run"), {}, resume=False) as run,
+    ):
+        patch.setattr(posing_module, "SIZE_SAMPLES", 80)
+        patch.setattr(posing_module, "COUNTS_TRIED", 3)
+        bench = Workbench(
+            model,
+            task(NETWORKS[name][1]),
+            graph,
+            load_target("host").model_copy(update={"channel_multiple": MULTIPLE[name]}),
+            run,
+            importance="l2",
+            fine_tuning=FineTuning(epochs=1),
+            post_training=PostTraining.of(()),
+            threads=1,
+            batch=1,
+            progress=silent,
+        )
+        posing = Posing(bench, Budget(drop=1.0))
+        yield posing, posing.problem()
+
+
+def some_rows(problem: Problem, count: int = 24) -> np.ndarray:
+    return problem.legal(np.random.default_rng(3).integers(problem.sizes, size=(count, len(problem.sizes))))
+
+
+def narrowest(problem: Problem, storage: str) -> Policy:
+    """The last recipe that is stored so and computed in floats."""
+    return [policy for name, policy in problem.recipes.items() if f"={storage},compute=fp32" in name][-1]
+
+
+def test_every_row_is_a_policy_that_can_be_built(posed: tuple[Posing, Problem]) -> None:
+    posing, problem = posed
+    for row in some_rows(problem):
+        policy = problem.policy(row)
+        bench = posing._bench
+        assert completed(policy, bench.graph, bench.target).precisions == policy.precisions
+        assert (problem.row(policy) == row).all()
+
+
+def test_sizes_are_near_those_of_files(posed: tuple[Posing, Problem]) -> None:
+    posing, problem = posed
+    rows = some_rows(problem)
+    exact = np.array([posing._bench.predicted_bytes(problem.policy(row)) for row in rows])
+    off = problem.costs(rows).size_bytes / exact - 1
+    # files of a few kilobytes, most of them names and nodes, and few samples: larger networks are 1 % off
+    assert np.abs(off).mean() < 0.08
+    assert np.abs(off).max() < 0.3
+
+
+def test_latencies_are_the_predictors(posed: tuple[Posing, Problem]) -> None:
+    posing, problem = posed
+    rows = some_rows(problem)
+    told = posing.predictor.foretell([problem.policy(row) for row in rows]).ms
+    assert problem.costs(rows).latency_ms == pytest.approx(told)
+
+
+def test_nothing_is_harmed_where_nothing_changes(posed: tuple[Posing, Problem]) -> None:
+    _, problem = posed
+    assert problem.damage(problem.as_trained[None]).sum() == 0
+    assert problem.before.drop == 0
+    assert problem.policy(problem.as_trained).keep == {
+        v.in_policy: v.options[-1] for v in problem.variables if isinstance(v, GroupVariable)
+    }
+
+
+def test_fewer_bits_and_fewer_units_harm_more(posed: tuple[Posing, Problem]) -> None:
+    _, problem = posed
+    for variable in problem.variables:
+        damage = problem.sensitivity.damage[variable.name]
+        assert damage[variable.as_trained] == 0
+        if isinstance(variable, GroupVariable):
+            assert (np.diff(damage) <= 0).all(), "counts ascend"
+        else:
+            bits = [option.storage.bits for option in variable.options]
+            fewest, most = (damage[bits.index(n)] for n in (min(bits), 8))
+            assert fewest > most
+
+
+def test_recipes_are_uniform_and_offered(posed: tuple[Posing, Problem]) -> None:
+    _, problem = posed
+    assert len(problem.recipes) > 8
+    for policy in problem.recipes.values():
+        problem.row(policy)  # ValueError for what no variable offers
+
+
+def test_an_evaluation_has_exact_bytes_and_a_drop(posed: tuple[Posing, Problem], tmp_path: Path) -> None:
+    posing, problem = posed
+    row = some_rows(problem, 1)[0]
+    evaluation = problem.evaluate(problem.policy(row))
+    assert evaluation.figures.size_bytes == posing._bench.predicted_bytes(evaluation.policy)
+    assert evaluation.figures.drop == pytest.approx(posing._bench.original_score - evaluation.score)
+
+
+def test_every_layer_has_its_sensitivity_to_gradients(posed: tuple[Posing, Problem]) -> None:
+    _, problem = posed
+    assert set(problem.sensitivity.fisher) == set(problem.blocks)
+    assert all(each >= 0 for each in problem.sensitivity.fisher.values())
+    assert any(isinstance(v, LayerVariable) and len(v.options) > 5 for v in problem.variables)
+
+
+def test_the_weaker_step_is_known(posed: tuple[Posing, Problem]) -> None:
+    posing, problem = posed
+    mild, harsh = narrowest(problem, "int8"), narrowest(problem, "int2")
+    for policy in (mild, harsh):
+        found = posing.strengths(policy)
+        assert found.prune.weights > 0
+        assert found.quantize.weights > 0
+    assert posing.strengths(mild).quantize.outputs < posing.strengths(harsh).quantize.outputs
+    assert posing.strengths(mild).prune == posing.strengths(harsh).prune
+    assert posing.strengths(mild).weaker_first == QUANTIZE_FIRST
+
+
+def test_both_orders_are_evaluated_apart(posed: tuple[Posing, Problem]) -> None:
+    _, problem = posed
+    policy = narrowest(problem, "int4")
+    turned = replace(policy, order=QUANTIZE_FIRST)
+    assert turned.digest() != policy.digest()
+    assert np.isfinite([problem.evaluate(each).score for each in (policy, turned)]).all()

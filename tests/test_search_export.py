@@ -1,0 +1,116 @@
+"""A search from the command line's settings to a judged artifact, and methods compared, on a network of seconds."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from exporting import digits, export, hasten, policy_of, quick_target, trained_digit_net
+
+from hirelc_deploy import compare as comparing, pipeline, posing, workbench
+from hirelc_deploy.config import ExportSettings
+from hirelc_deploy.errors import UserError
+from hirelc_deploy.search import hierarchical
+
+hasten()
+
+EVALUATIONS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_effort() -> Iterator[None]:
+    """Everything is done, and little of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(posing, "SIZE_SAMPLES", 60)
+        patch.setattr(posing, "COUNTS_TRIED", 3)
+        patch.setattr(posing, "LOOKED_AT", 64)
+        patch.setattr(workbench, "RECOVERY_EXAMPLES", 256)
+        patch.setattr(hierarchical, "HIGH_STEPS", 512)
+        patch.setattr(hierarchical, "LOW_STEPS", 1024)
+        patch.setattr(hierarchical, "PROPOSALS", 32)
+        patch.setattr("hirelc_deploy.search.finish.FINALISTS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One for all tests: its tables, which lie beside it, are measured once."""
+    return quick_target(tmp_path_factory.mktemp("target"), channel_multiple=4)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory, target: str) -> pipeline.Outcome:
+    return export(
+        tmp_path_factory.mktemp("searched") / "out",
+        trained_digit_net(),
+        digits(),
+        target=target,
+        search="hierarchical",
+        evaluations=EVALUATIONS,
+        epochs=1,
+        max_drop=5.0,
+    )
+
+
+def test_a_search_ends_in_a_judged_artifact(searched: pipeline.Outcome) -> None:
+    manifest = searched.manifest
+    assert manifest.search.method == "hierarchical"
+    assert 1 <= manifest.search.evaluations <= EVALUATIONS
+    assert {check.name for check in manifest.checks} >= {"drop"}
+    assert manifest.predicted.latency_ms is not None
+    assert manifest.predicted.size_bytes == manifest.artifact.size_bytes
+
+
+def test_a_search_goes_on_where_it_was(
+    searched: pipeline.Outcome, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_more(*_: object) -> float:
+        raise AssertionError("an evaluation that the journal has is made again")
+
+    monkeypatch.setattr(workbench.Workbench, "_recovered_score", no_more)
+    again = export(
+        searched.folder,
+        trained_digit_net(),
+        digits(),
+        target=target,
+        search="hierarchical",
+        evaluations=EVALUATIONS,
+        epochs=1,
+        max_drop=5.0,
+        resume=True,
+    )
+    assert policy_of(again) == policy_of(searched)
+    assert again.manifest.artifact.sha256 == searched.manifest.artifact.sha256
+
+
+def test_methods_are_compared_and_the_folder_says_how(tmp_path: Path, target: str) -> None:
+    network = tmp_path / "net.py"
+    network.write_text(
+        "from exporting import trained_digit_net\n\n\ndef network():\n    return trained_digit_net()\n",
+        encoding="utf-8",
+    )
+    settings = ExportSettings(
+        model=f"{network}:network",
+        data="digits",
+        target=target,
+        max_drop=5.0,
+        evaluations=4,
+        out=tmp_path / "out",
+    )
+    rows = comparing.compare(settings, ["recipe", "random"], seeds=1)
+    assert {row.method for row in rows} == {"recipe", "random"}
+    record = json.loads((settings.out / comparing.RESULT_FILE).read_text())
+    assert [len(run["places"]) for run in record["runs"]] == [4, 4]
+    assert (settings.out / comparing.TABLE_FILE).read_text().count("\n") == 4
+    assert (settings.out / comparing.PLOT_FILE).exists()
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    settings = ExportSettings(model="m", data="digits", target="host", out=tmp_path)
+    with pytest.raises(UserError, match="no method 'evolutoin'") as refused:
+        comparing.compare(settings, ["recipe", "evolutoin"], seeds=1)
+    assert "evolution" in refused.value.fix
+    with pytest.raises(UserError, match="seeds"):
+        comparing.compare(settings, ["recipe"], seeds=0)
+    with pytest.raises(UserError, match="epochs is 0"):
+        ExportSettings(model="m", data="digits", target="host", search="greedy", epochs=0)

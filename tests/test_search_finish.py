@@ -1,0 +1,79 @@
+"""Which policy is taken in the end, and what is finished on the way to it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from toy_search import toy
+
+from hirelc_deploy.budget import Budget, Figures
+from hirelc_deploy.policy import Policy
+from hirelc_deploy.search.finish import FINALISTS, finish
+from hirelc_deploy.search.problem import Problem
+from hirelc_deploy.search.space import Choice, Evaluation
+
+BEFORE = Figures(latency_ms=10.0, speedup=1.0, size_bytes=1000, drop=0.0)
+
+
+def evaluation(number: int, drop: float, size_bytes: int, latency_ms: float = 1.0) -> Evaluation:
+    """Told apart by what they keep."""
+    figures = Figures(latency_ms=latency_ms, speedup=10.0 / latency_ms, size_bytes=size_bytes, drop=drop)
+    return Evaluation(Policy({}, {"g": number}), figures, 90.0 - drop)
+
+
+def finished(budget: Budget, seen: Sequence[Evaluation], gain: float) -> tuple[Choice, list[int]]:
+    """The choice where fine-tuning leaves such a part of every drop, and what was finished, in order."""
+    problem: Problem = replace(toy().problem, budget=budget, before=BEFORE)
+    order: list[int] = []
+    by_policy = {each.policy.digest(): each for each in seen}
+
+    def complete(policy: Policy) -> Evaluation:
+        order.append(policy.keep["g"])
+        before = by_policy[policy.digest()]
+        assert before.figures.drop is not None
+        return replace(before, figures=replace(before.figures, drop=gain * before.figures.drop))
+
+    return finish(problem, seen, complete), order
+
+
+LADDER = [evaluation(i, drop=0.5 * i, size_bytes=1000 - 100 * i) for i in range(1, 9)]
+"""Each smaller than the one before, and worse by half a point."""
+
+
+def test_the_cheapest_that_holds_the_drop_is_taken() -> None:
+    choice, order = finished(Budget(drop=1.0), LADDER, gain=0.5)
+    assert choice.best.policy.keep["g"] == 4, "half of two points"
+    assert order[0] == 4
+
+
+@pytest.mark.parametrize(("gain", "best"), [(0.25, 8), (1.0, 2)])
+def test_what_is_finished_corrects_what_is_expected(gain: float, best: int) -> None:
+    choice, order = finished(Budget(drop=1.0), LADDER, gain)
+    assert choice.best.policy.keep["g"] == best
+    assert len(order) <= FINALISTS
+    assert len(set(order)) == len(order)
+
+
+def test_where_nothing_holds_the_mildest_is_taken() -> None:
+    choice, _ = finished(Budget(drop=0.1), LADDER, gain=1.0)
+    assert choice.best.policy.keep["g"] == 1
+
+
+def test_other_limits_come_first() -> None:
+    slow = evaluation(9, drop=0.1, size_bytes=50, latency_ms=9.0)
+    choice, _ = finished(Budget(drop=1.0, latency_ms=2.0), [*LADDER, slow], gain=0.5)
+    assert choice.best.policy.keep["g"] == 4
+
+
+def test_without_a_limit_on_the_drop_the_best_score_under_the_others_is_taken() -> None:
+    choice, order = finished(Budget(size_bytes=600), LADDER, gain=0.5)
+    assert choice.best.policy.keep["g"] == 4, "the first that is small enough"
+    assert len(order) == FINALISTS
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_evaluations_are_enough(count: int) -> None:
+    choice, order = finished(Budget(drop=1.0), LADDER[:count], gain=0.5)
+    assert choice.best.policy.keep["g"] in range(1, count + 1)
+    assert choice.evaluations == tuple(LADDER[:count])
+    assert len(order) <= count

@@ -1,0 +1,224 @@
+"""The hierarchical search: legal moves, votes, what it finds on a problem that is solved."""
+
+import numpy as np
+import pytest
+from toy_search import BEST_COST, DROP_MAX, TIED, chosen, toy
+
+from hirelc_deploy.budget import Budget
+from hirelc_deploy.search import hierarchical
+from hirelc_deploy.search.board import DAMAGE, LATENCY, MODE, MODES, SIZE, Board, Goals
+from hirelc_deploy.search.council import Council, count
+from hirelc_deploy.search.hierarchical import recipe_ladder, search
+from hirelc_deploy.search.problem import Evaluations, GroupVariable, LayerVariable
+from hirelc_deploy.search.proposals import pick, refined
+from hirelc_deploy.search.surrogate import Surrogate
+
+EVALUATIONS = 28
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for four blocks."""
+    monkeypatch.setattr(hierarchical, "HIGH_STEPS", 1024)
+    monkeypatch.setattr(hierarchical, "LOW_STEPS", 4096)
+    monkeypatch.setattr(hierarchical, "PROPOSALS", 96)
+
+
+def goals(count: int) -> Goals:
+    return Goals(np.full(count, DROP_MAX), np.full(count, 0.5))
+
+
+def random_moves(lengths: list[int], games: int, random: np.random.Generator) -> np.ndarray:
+    return random.integers(lengths, size=(games, len(lengths)))
+
+
+# -- moves ---------------------------------------------------------------------------------------------------
+
+
+def test_every_move_leads_to_a_legal_policy() -> None:
+    problem, random = toy().problem, np.random.default_rng(0)
+    board = Board(problem)
+    games = board.begin(goals(500))
+    for block in range(len(board.blocks)):
+        board.play_high(games, block, random_moves(board.high_move, len(games), random))
+    for block in range(len(board.blocks)):
+        board.play_low(games, block, random_moves(board.low_move, len(games), random))
+    assert (games.rows >= 0).all()
+    assert (games.rows < problem.sizes).all()
+    first, second = (games.rows[:, problem.position[name]] for name in TIED)
+    assert (first == second).all()
+    assert len(np.unique(games.rows, axis=0)) > 400, "different moves are different policies"
+
+
+def test_a_move_that_names_a_precision_gets_it() -> None:
+    problem = toy().problem
+    board = Board(problem)
+    variable = problem.variables[problem.position["l0"]]
+    assert isinstance(variable, LayerVariable)
+    reached = set()
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        games = board.begin(goals(1))
+        board.play_low(games, 0, random_moves(board.low_move, 1, random))
+        reached.add(int(games.rows[0, problem.position["l0"]]))
+    assert reached == set(range(len(variable.options)))
+
+
+def test_a_mode_holds_what_it_says() -> None:
+    problem, random = toy().problem, np.random.default_rng(0)
+    board = Board(problem)
+    inner = problem.position["g1"]
+    layer = problem.variables[problem.position["l2"]]
+    group = problem.variables[inner]
+    assert isinstance(layer, LayerVariable)
+    assert isinstance(group, GroupVariable)
+    for mode in MODES:
+        games = board.begin(goals(200))
+        games.allotted[:, :, MODE] = MODES.index(mode)
+        board.play_low(games, 1, random_moves(board.low_move, 200, random))
+        kept = np.array(group.options)[games.rows[:, inner]] / group.options[-1]
+        bits = np.array([o.storage.bits for o in layer.options])[games.rows[:, problem.position["l2"]]]
+        assert (kept.min() >= 0.5) == (mode == "quantise")
+        assert (bits.min() >= 4) == (mode == "prune")
+
+
+def test_groups_that_span_blocks_are_the_upper_levels() -> None:
+    problem = toy().problem
+    board = Board(problem)
+    games = board.begin(goals(1))
+    widest = np.zeros((1, len(board.high_move)), int)
+    board.play_high(games, 0, widest)  # the narrowest level
+    assert games.rows[0, problem.position["g0"]] == 0
+    for block in range(len(board.blocks)):
+        board.play_low(games, block, np.full((1, len(board.low_move)), 0))
+    assert games.rows[0, problem.position["g0"]] == 0, "blocks' agents leave it as it is"
+
+
+def test_a_sensitive_block_is_allotted_more_and_may_be_damaged_less() -> None:
+    from dataclasses import replace
+
+    plain = toy().problem
+    sensitivity = replace(plain.sensitivity, fisher=dict(zip(plain.blocks, (1.0, 1.0, 50.0, 1.0), strict=True)))
+    problem = replace(plain, sensitivity=sensitivity)
+    natural = Board(problem)._natural - Board(problem, corrected_by_fisher=False)._natural
+    block = list(plain.blocks).index("b2")
+    others = [i for i in range(len(plain.blocks)) if i != block]
+    assert natural[block, SIZE] > natural[others, SIZE].max()
+    assert natural[block, LATENCY] > natural[others, LATENCY].max()
+    assert natural[block, DAMAGE] < natural[others, DAMAGE].min()
+
+
+# -- votes ---------------------------------------------------------------------------------------------------
+
+
+def test_votes_are_counted_by_category() -> None:
+    votes = [np.array([[0, 2]]), np.array([[4, 2]]), np.array([[4, 0]])]
+    assert count(votes, [1.0, 1.0, 1.0], [5, 3]).tolist() == [[4, 2]]
+    assert count(votes, [3.0, 1.0, 1.0], [5, 3]).tolist() == [[0, 2]], "the mean of 0 and 4 is nobody's"
+
+
+def test_of_equals_the_first_agents_vote_counts() -> None:
+    votes = [np.array([[1]]), np.array([[0]])]
+    assert count(votes, [0.5, 0.5], [2]).tolist() == [[1]]
+
+
+def test_an_agent_that_earned_more_weighs_more() -> None:
+    council = Council(Board(toy().problem), [None, None, None])  # type: ignore[list-item]  # none of them moves
+    assert council.weights == pytest.approx([1 / 3] * 3)
+    council.earned(0, -1.0)
+    council.earned(1, 0.0)
+    low, high, unknown = council.weights
+    assert high / low == pytest.approx(np.e)
+    assert low < unknown < high, "an agent without evaluations is taken for a middling one"
+
+
+# -- the surrogate and what is proposed ----------------------------------------------------------------------
+
+
+def test_the_surrogate_orders_policies_that_it_has_not_seen() -> None:
+    problem = toy().problem
+    random = np.random.default_rng(0)
+    rows = problem.legal(random.integers(problem.sizes, size=(160, len(problem.sizes))))
+    evaluations = [problem.evaluate(problem.policy(row)) for row in rows]
+    surrogate = Surrogate(problem, seed=0)
+    surrogate.fit(evaluations[:60])
+    correlation = surrogate.judge(surrogate(rows[60:]).mean, evaluations[60:])
+    assert correlation is not None
+    assert correlation > 0.85
+
+
+def test_refinement_never_loses_reward_and_stays_legal() -> None:
+    toyed = toy()
+    problem, random = toyed.problem, np.random.default_rng(0)
+    rows = problem.legal(random.integers(problem.sizes, size=(32, len(problem.sizes))))
+
+    def worth(tried: np.ndarray) -> np.ndarray:
+        return -toyed.cost(tried) - 5 * np.maximum(0.0, toyed.drop(tried) - DROP_MAX)
+
+    better = refined(problem, rows, worth, random)
+    assert (worth(better) >= worth(rows)).all()
+    assert (problem.legal(better) == better).all()
+    assert worth(better).max() == pytest.approx(-BEST_COST, abs=0.1)
+
+
+def test_picks_add_to_what_was_seen_and_to_one_another() -> None:
+    reference = np.array([1.0, 0.0, 0.0])
+    seen = np.array([[0.5, -1.0, -1.0]])
+    places = np.array(
+        [[[0.6, -0.9, -0.9], [0.2, -0.8, -0.8], [0.2, -0.79, -0.8], [0.9, -2.0, -2.0], [1.5, -9.0, -9.0]]]
+    )
+    chosen = pick(places, seen, reference, 2, np.random.default_rng(0))
+    # the first is beaten by what was seen, the third by its neighbour, the last holds no limit
+    assert sorted(chosen) == [1, 3]
+
+
+# -- the search ----------------------------------------------------------------------------------------------
+
+
+def found(seed: int, many: int = EVALUATIONS) -> tuple[float, Evaluations]:
+    """How far from the optimum, in logarithms of bytes times milliseconds, and what was evaluated."""
+    toyed = toy()
+    evaluations = Evaluations(toyed.problem, many)
+    search(toyed.problem, evaluations, seed=seed)
+    best = chosen(toyed.problem, evaluations.seen)
+    return float(toyed.cost(toyed.problem.row(best.policy)[None])[0]) - BEST_COST, evaluations
+
+
+def test_it_comes_near_the_best_policy_there_is() -> None:
+    gap, evaluations = found(0)
+    assert gap < 0.15
+    assert len(evaluations.seen) <= EVALUATIONS
+
+
+def test_the_same_seed_gives_the_same_policies() -> None:
+    first, second = (found(3, 12)[1].seen for _ in range(2))
+    assert [each.policy.digest() for each in first] == [each.policy.digest() for each in second]
+
+
+def test_hand_recipes_are_evaluated_first() -> None:
+    toyed = toy()
+    evaluations = Evaluations(toyed.problem, 12)
+    search(toyed.problem, evaluations, seed=0)
+    by_hand = {policy.digest() for policy in toyed.problem.recipes.values()}
+    assert [each.policy.digest() in by_hand for each in evaluations.seen[:4]] == [True] * 4
+    assert not all(each.policy.digest() in by_hand for each in evaluations.seen)
+    ladder = [toyed.problem.row(policy) for policy in recipe_ladder(toyed.problem)]
+    assert (np.diff(toyed.cost(np.stack(ladder))) < 0).all()
+
+
+def test_hard_budgets_of_size_and_latency_are_held() -> None:
+    toyed = toy()
+    before = toyed.problem.before
+    assert before.size_bytes
+    assert before.latency_ms
+    budget = Budget(size_bytes=before.size_bytes // 8, latency_ms=before.latency_ms / 3)
+    limited = toy(budget)
+    evaluations = Evaluations(limited.problem, EVALUATIONS)
+    search(limited.problem, evaluations, seed=0)
+    held = [
+        each.figures.drop
+        for each in evaluations.seen
+        if (each.figures.size_bytes or 0) <= (budget.size_bytes or 0)
+        and (each.figures.latency_ms or 0) <= (budget.latency_ms or 0)
+    ]
+    assert min(drop for drop in held if drop is not None) < 2.2
