@@ -23,9 +23,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 NETWORKS = ("wide", "small", "depthwise", "vit")
 
 
-def load_task(seed: int = 0) -> Task:
-    """Fashion-MNIST, as the example networks were trained on it."""
-    return datasets.load_task(f"{EXAMPLE}/task.py:task", seed=seed)
+def load_task(network: str, seed: int = 0) -> Task:
+    """Fashion-MNIST, as this example network was trained on it."""
+    name = "task14" if network.endswith("14") else "task"
+    return datasets.load_task(f"{EXAMPLE}/task.py:{name}", seed=seed)
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def workbench(
     post_training: tuple[str, ...] = POST_TRAINING_STEPS,
 ) -> Iterator[Workbench]:
     """A network as it was trained, on this machine; what was computed in the folder `run` before is not done again."""
-    task = load_task(seed)
+    task = load_task(network, seed)
     file = EXAMPLE / "checkpoints" / f"{network}.safetensors"
     trained = checkpoint.load(f"{EXAMPLE}/networks.py:{network}", file)
     fingerprint = {"model": trained.sha256, "epochs": str(epochs), "cpu": " ".join(sorted(cpu_flags()))}

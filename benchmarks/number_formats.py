@@ -110,7 +110,7 @@ def measure(network: str, out: Path, seconds: float) -> dict[str, Any]:
         files[name], known[name] = path, (storage, compute, epochs)
     runtime = load_runtime("onnxruntime")
     shapes = {name: shape_of(optimised(path, threads=1)) for name, path in files.items()}
-    task = load_task()
+    task = load_task(network)
     timed = [name for name in files if name == BASELINE or known[name][2] == 0]
     times = timing.interleave(
         {name: runtime.load(files[name], threads=1) for name in timed}, example(task, 1), seconds=seconds

@@ -43,15 +43,22 @@ def labels(name: str) -> np.ndarray:
     return _read(f"{name}-labels-idx1-ubyte").astype(np.int64)
 
 
-def splits() -> dict[str, np.ndarray]:
-    """x_train, y_train, x_search, y_search, x_test, y_test."""
-    x, y = images("train"), labels("train")
+def halved(x: np.ndarray) -> np.ndarray:
+    """(N, 1, 14, 14): the means of 2x2 pixels."""
+    n, channels, height, width = x.shape
+    return x.reshape(n, channels, height // 2, 2, width // 2, 2).mean((3, 5), dtype=np.float32)
+
+
+def splits(pixels: int = 28) -> dict[str, np.ndarray]:
+    """x_train, y_train, x_search, y_search, x_test, y_test; images of 28x28 or of 14x14 pixels."""
+    prepared = {28: lambda x: x, 14: halved}[pixels]
+    x, y = prepared(images("train")), labels("train")
     train, search = stratified_holdout(y, SEARCH_FRACTION, SPLIT_SEED)
     return {
         "x_train": x[train],
         "y_train": y[train],
         "x_search": x[search],
         "y_search": y[search],
-        "x_test": images("t10k"),
+        "x_test": prepared(images("t10k")),
         "y_test": labels("t10k"),
     }
