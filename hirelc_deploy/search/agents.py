@@ -6,7 +6,7 @@ one block's decision, a game is one policy, and the reward comes at its end.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -27,12 +27,6 @@ Worth = Callable[[Games], np.ndarray]
 
 Draw = Callable[[int], Goals]
 """So many goals to play for."""
-
-
-class Player(Protocol):
-    """Whatever moves, (games, features) -> (games, entries)."""
-
-    def __call__(self, seen: np.ndarray, *, block: int, explore: bool) -> np.ndarray: ...
 
 
 class Game(VecEnv):

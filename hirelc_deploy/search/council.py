@@ -1,6 +1,6 @@
 """The level above: agents that allot, and the count of their votes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +78,3 @@ class Council:
             self.board.play_high(
                 games, block, self.agents[agent].move(self.board.see_high(games, block), explore=explore)
             )
-
-
-Decide = Callable[[Games], None]

@@ -227,7 +227,7 @@ class _Search:
         return self._problem.legal(self._random.integers(self._problem.sizes, size=(count, len(self._problem.sizes))))
 
     def _incumbents(self) -> tuple[Rows, Goals]:
-        """Evaluated policies, some of them many times, for goals drawn about the drop that each has."""
+        """Evaluated policies, some of them many times, each for a goal that is drawn."""
         seen = self._evaluations.seen
         drawn = self._random.integers(len(seen), size=PROPOSALS)
         rows = np.stack([self._problem.row(seen[i].policy) for i in drawn])
