@@ -7,21 +7,21 @@ import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from torch import nn
 
 from hirelc_deploy.exporters import _kernels, _lower, _sessions
 from hirelc_deploy.exporters._base import Arrays, Exported, KernelFile, RoundingErrors
 from hirelc_deploy.exporters._calibrate import Histogram, Method, Range, range_of
 from hirelc_deploy.exporters._compact import drop_unused, share, shorten, to_bytes
-from hirelc_deploy.exporters._float import FloatGraph, float_graph, weight_of
+from hirelc_deploy.exporters._float import FloatGraph, float_graph
 from hirelc_deploy.exporters._footprint import footprint
+from hirelc_deploy.exporters._observe import histograms, rounding_errors
 from hirelc_deploy.exporters._plan import Plan, plan
-from hirelc_deploy.exporters._qdq import output_axis, place, rounded
+from hirelc_deploy.exporters._qdq import place, rounded
+from hirelc_deploy.exporters._resize import with_shapes
 from hirelc_deploy.kernels._base import INT8_MAX, Grid
 from hirelc_deploy.policy import Precision
 
@@ -103,25 +103,23 @@ class OnnxRuntime:
         floats: Collection[str] = (),
     ) -> dict[str, Histogram]:
         """The values of every tensor that int8 layers have in integers, from one pass with one batch in memory."""
-        return _histograms(graph, plan(graph, precisions, floats=floats).calibrated, calibration)
+        return histograms(graph, plan(graph, precisions, floats=floats).calibrated, calibration)
 
     def rounding_errors(
         self, graph: FloatGraph, precisions: Mapping[str, Precision], examples: Sequence[Arrays]
     ) -> RoundingErrors:
         """What it would cost to round the int8 activations of a float graph, each alone."""
         layout = plan(graph, precisions)
-        seen = _histograms(graph, layout.calibrated, examples)
-        original = _outputs(graph, examples)
-        outputs = {value.name for value in graph.model.graph.outputs}
+
+        def on_its_grid(name: str, histogram: Histogram) -> FloatGraph:
+            nonnegative = layout.tensors[name].nonnegative
+            found = range_of(histogram, Method.MSE, nonnegative=nonnegative)
+            return rounded(graph, name, *found.grid(nonnegative=nonnegative))
+
         between: dict[str, float] = {}
         inputs: dict[str, float] = {}
-        for name in layout.calibrated:
+        for name, error in rounding_errors(graph, layout.calibrated, examples, on_its_grid).items():
             held = layout.tensors[name]
-            if name in outputs:
-                continue
-            grid = range_of(seen[name], Method.MSE, nonnegative=held.nonnegative).grid(nonnegative=held.nonnegative)
-            found = _outputs(rounded(graph, name, *grid), examples)
-            error = max(_relative_error(found[output], original[output]) for output in original)
             if held.computed_by is not None:
                 between[held.computed_by] = max(error, between.get(held.computed_by, 0.0))
             inputs |= dict.fromkeys(layout.readers(name), error)
@@ -143,7 +141,7 @@ class OnnxRuntime:
         Nothing is pruned, trained or calibrated for it: the plan depends on the graph alone, and the size of a
         tensor on its shape alone.
         """
-        small = _with_shapes(graph, shapes)
+        small = with_shapes(graph, shapes)
         layout = plan(small, precisions, floats=floats)
         # Any range will do, but a zero point is one byte whatever it is.
         ranges = dict.fromkeys(layout.calibrated, Range(-1.0, 1.0))
@@ -183,53 +181,6 @@ class OnnxSession:
         return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
 
 
-def _histograms(graph: FloatGraph, names: Sequence[str], calibration: Iterable[Arrays]) -> dict[str, Histogram]:
-    """The values of these tensors, where there are any.  Raises ValueError without data."""
-    if not names:
-        return {}
-    probe = graph.copy()
-    outputs = probe.model.graph.outputs
-    inputs = {value.name for value in probe.model.graph.inputs}
-    values = {v.name: v for node in probe.model.graph for v in node.outputs}
-    watched = [name for name in names if name not in inputs]
-    present = {value.name for value in outputs}
-    for name in watched:
-        if name not in present:
-            values[name].type = ir.TensorType(ir.DataType.FLOAT)
-            outputs.append(values[name])
-    session = _in_memory(probe, _sessions.options(threads=1))
-    seen = {name: Histogram() for name in names}
-    empty = True
-    for batch in calibration:
-        empty = False
-        read = dict(zip(watched, session.run(watched, dict(batch)), strict=True)) if watched else {}
-        for name, histogram in seen.items():
-            histogram.add(np.asarray(batch[name] if name in inputs else read[name]))
-    if empty:
-        raise ValueError(f"no calibration data for {len(names)} tensors, {names[0]} among them")
-    return seen
-
-
-def _outputs(graph: FloatGraph, examples: Sequence[Arrays]) -> dict[str, np.ndarray]:
-    """Of a float graph, or one with single tensors rounded: nothing is fused into kernels of integers."""
-    session = _in_memory(graph, _sessions.options(1, _sessions.Level.ORT_ENABLE_BASIC))
-    names = [output.name for output in session.get_outputs()]
-    batches = [session.run(names, dict(batch)) for batch in examples]
-    return {name: np.concatenate(arrays) for name, arrays in zip(names, zip(*batches, strict=True), strict=True)}
-
-
-def _relative_error(found: np.ndarray, original: np.ndarray) -> float:
-    """Mean squared, as a part of the variance; of integers the share that is another."""
-    if not np.issubdtype(original.dtype, np.floating):
-        return float(np.mean(found != original))
-    squared = float(np.mean(np.square(found.astype(np.float64) - original)))
-    return squared / (float(np.var(original.astype(np.float64))) or 1.0)
-
-
-def _in_memory(graph: FloatGraph, options: Any) -> _sessions.Session:
-    return _sessions.in_memory(ir.serde.serialize_model(graph.model).SerializeToString(), options)
-
-
 def _finish(
     graph: FloatGraph,
     precisions: Mapping[str, Precision],
@@ -249,42 +200,6 @@ def _finish(
     return Exported(
         data, {layer: replace(each, tensor=renamed.get(each.tensor, each.tensor)) for layer, each in stored.items()}
     )
-
-
-def _with_shapes(graph: FloatGraph, shapes: Mapping[str, tuple[int, ...]]) -> FloatGraph:
-    """A copy whose initializers have the shapes that they will have, and no values worth reading."""
-    small = graph.copy()
-    initializers = small.model.graph.initializers
-    layer_of = {weight: layer for layer, weight in small.weights.items()}
-    wanted = {name: shapes[name] for name in initializers if name in shapes and name not in layer_of}
-    for node in small.model.graph:
-        weight = weight_of(node)
-        if weight is None or weight.name not in layer_of:
-            continue
-        assert weight.name is not None
-        shape = shapes[f"{layer_of[weight.name]}.weight"]
-        is_transposed = output_axis(node) == 1 and node.op_type != "ConvTranspose"
-        wanted[weight.name] = shape[::-1] if is_transposed else shape
-        bias = node.inputs[2] if node.op_type in ("Conv", "ConvTranspose", "Gemm") and len(node.inputs) > 2 else None
-        if bias is not None and bias.name in initializers:
-            assert bias.name is not None
-            is_transposed = node.op_type == "ConvTranspose"
-            wanted[bias.name] = (shape[1] * node.attributes.get_int("group", 1) if is_transposed else shape[0],)
-        if node.op_type == "Conv" and node.attributes.get_int("group", 1) > 1 and shape[1] == 1:
-            _set_groups(node, shape[0])
-    for name, shape in wanted.items():
-        value = initializers[name]
-        assert value.const_value is not None
-        dtype = value.const_value.dtype.numpy()
-        value.const_value = ir.Tensor(np.zeros(shape, dtype), name=name)
-    return small
-
-
-def _set_groups(node: ir.Node, groups: int) -> None:
-    """A depthwise convolution has as many groups as channels; one group is the default and is not written."""
-    node.attributes.pop("group", None)
-    if groups > 1:
-        node.attributes.add(ir.AttrInt64("group", groups))
 
 
 def optimised(path: Path, *, threads: int) -> onnx.GraphProto:
