@@ -15,6 +15,7 @@ from hirelc_deploy.cost.network import Network
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.kernels._base import Grid
 from hirelc_deploy.policy import Compute, Precision
+from hirelc_deploy.profiles import Target
 
 if TYPE_CHECKING:
     from torch import nn
@@ -129,6 +130,10 @@ class Runtime(Protocol):
     """Of its files: .onnx, .engine"""
     range_methods: tuple[str, ...]
     """How the range of an activation can be chosen; empty where the runtime quantises none."""
+    is_symmetric: bool
+    """Whether the grids of activations are int8 about zero, and not uint8 with a zero point."""
+    builds_on_device: bool
+    """Whether what the device runs is only built there: a file's bytes are then not those that it loads."""
 
     def version(self) -> str: ...
 
@@ -189,6 +194,13 @@ class Runtime(Protocol):
 
     def load(self, path: Path, *, threads: int) -> Session:
         """Load a file at the optimisation level that is deployed.  Raises UserError if it cannot be loaded."""
+        ...
+
+    def inspect(self, path: Path, target: Target, tensors: Mapping[str, str]) -> tuple[str, ...]:
+        """Hold a file against what the target's runtime takes; what people should know of it.
+
+        `tensors` says where each layer's weights lie.  Raises UserError for what would be refused there.
+        """
         ...
 
     def footprint(self, path: Path, inputs: Arrays, *, threads: int) -> Footprint | None:

@@ -29,6 +29,10 @@ NOTHING = 1e-32
 """A span so narrow is taken for zero: the step of a range that MSE tries would be subnormal, or zero, in float32."""
 
 
+SIGNED_STEPS = 127
+"""Of a symmetric int8 grid, on either side of zero."""
+
+
 @dataclass(frozen=True)
 class Range:
     """What the values of a tensor span."""
@@ -146,17 +150,38 @@ def _least_error(histogram: Histogram, widest: Range) -> Range:
     return best
 
 
+def magnitude_of(histogram: Histogram, method: Method) -> float:
+    """The largest magnitude that a symmetric int8 grid holds, from the values; 0 where there is nothing but zeros.
+
+    Raises ValueError if the histogram has seen nothing.
+    """
+    found = range_of(histogram, Method.PERCENTILE if method is Method.PERCENTILE else Method.MIN_MAX, nonnegative=False)
+    widest = max(-found.low, found.high)
+    if method is not Method.MSE or widest == 0:
+        return widest
+    magnitudes = [widest * part for part in SHRUNK]
+    return min(magnitudes, key=lambda magnitude: _signed_error(histogram, magnitude))
+
+
+def _signed_error(histogram: Histogram, magnitude: float) -> float:
+    return _error_on_grid(histogram, magnitude / SIGNED_STEPS, -SIGNED_STEPS - 1, SIGNED_STEPS)
+
+
 def squared_error(histogram: Histogram, candidate: Range) -> float:
-    """What the uint8 grid of the range adds up to over the values: rounded inside, cut off outside.
+    """What the uint8 grid of the range adds up to over the values: rounded inside, cut off outside."""
+    scale, zero = candidate.grid(nonnegative=candidate.low == 0)
+    return _error_on_grid(histogram, float(scale), -int(zero), LEVELS - int(zero))
+
+
+def _error_on_grid(histogram: Histogram, step: float, lowest: int, highest: int) -> float:
+    """Squared, of a grid with these codes, summed over the values.
 
     Values are taken to be spread evenly over their bin, and the error is integrated over it.  At the bin's centre
     it would be chance where bins are wider than a step, after an outlier; a twelfth of the squared step would be
     wrong where they are narrower and the values lie on the grid, as pixels do.
     """
-    scale, zero = candidate.grid(nonnegative=candidate.low == 0)
-    step, lowest = float(scale), -int(zero)
     edges = histogram.edges / step
-    codes = np.clip(np.rint(edges), lowest, lowest + np.iinfo(zero.dtype).max)
+    codes = np.clip(np.rint(edges), lowest, highest)
     distance = edges - codes
     integral = codes / 12 + distance**2 * distance / 3  # from 0 to an edge, of the squared distance to the nearest code
     counts = histogram.counts.copy()

@@ -57,7 +57,13 @@ def network(
     `graph` is the whole network; `computes` and `counts` are what may be decided for its layers and prune groups, and
     `floats` names what stays in float between int8 layers, as in `plan`.
     """
-    lowering = _Lowering(graph, model, computes, batch, frozenset(floats))
+    return lowered(Lowering(graph, model, computes, batch, frozenset(floats)), graph, model, counts)
+
+
+def lowered(
+    lowering: "Lowering", graph: FloatGraph, model: ModelGraph, counts: Mapping[str, tuple[int, ...]]
+) -> Network:
+    """The network as a lowering sees it: what each node writes, what it runs as, what lies between kernels."""
     for node in graph.model.graph:
         lowering.states_of(node)
     for node in graph.model.graph:
@@ -65,7 +71,7 @@ def network(
     for value in lowering.values():
         lowering.borders_of(value)
     return Network(
-        computes=computes,
+        computes=lowering.computes,
         totals={group.name: group.total for group in model.groups},
         counts=counts,
         states=tuple(lowering.states),
@@ -74,7 +80,9 @@ def network(
     )
 
 
-class _Lowering:
+class Lowering:
+    """The rules of ONNX Runtime; another runtime's are a subclass that says otherwise."""
+
     def __init__(
         self,
         graph: FloatGraph,

@@ -24,6 +24,7 @@ from hirelc_deploy.exporters._qdq import place, rounded
 from hirelc_deploy.exporters._resize import with_shapes
 from hirelc_deploy.kernels._base import INT8_MAX, Grid
 from hirelc_deploy.policy import Precision
+from hirelc_deploy.profiles import Target
 
 COMPUTE_OF = {
     **dict.fromkeys(["QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"], "int8"),
@@ -49,6 +50,8 @@ class OnnxRuntime:
     name = "onnxruntime"
     suffix = ".onnx"
     range_methods = tuple(Method)
+    is_symmetric = False
+    builds_on_device = False
 
     def version(self) -> str:
         return _sessions.version()
@@ -152,6 +155,10 @@ class OnnxRuntime:
 
     def load(self, path: Path, *, threads: int) -> "OnnxSession":
         return OnnxSession(path, threads=threads)
+
+    def inspect(self, path: Path, target: Target, tensors: Mapping[str, str]) -> tuple[str, ...]:
+        """Nothing: this runtime is on the machine that writes the file, and loads it."""
+        return ()
 
     def runs_as(self, path: Path, tensors: Mapping[str, str], *, threads: int) -> dict[str, str | None]:
         """Layer -> `int8`, `int8_dynamic`, `fp32` or None, read from the graph that the session has optimised."""

@@ -97,6 +97,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
         file = f"model{bench.runtime.suffix}"
         _write(settings.out, {file: exported.data, BASELINE_FILE: bench.write_baseline().data})
         _write(settings.out, {POLICY_FILE: _json(policy.to_dict())})
+        inspected = bench.runtime.inspect(settings.out / file, target, exported.tensors)
         seen = _measured(
             run, settings, bench, file, exported.tensors, lambda: bench.simulated_outputs(compressed.model, policy)
         )
@@ -133,6 +134,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             notes=(
                 *(f"{left.name}: {left.reason}" for left in network.left_out),
                 *([written.note] if written.note else []),
+                *inspected,
                 *bench.notes_on_latency(policy),
                 *bench.notes_on_rounding(policy),
             ),
@@ -189,7 +191,9 @@ def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" =
     )
     if manifest.measured.basis.latency == "estimate" and manifest.measured.latency_ms and manifest.baseline.latency_ms:
         # this machine is still not the device
-        seen = foretold(seen, manifest.baseline.latency_ms.p50, manifest.measured.latency_ms.p50)
+        is_final = not load_runtime(manifest.runtime.name).builds_on_device
+        told = (manifest.baseline.latency_ms.p50, manifest.measured.latency_ms.p50)
+        seen = foretold(seen, *told, is_final=is_final)
     outdated = judge.warnings(manifest.budget, manifest.measured)
     again = manifest.model_copy(
         update={

@@ -5,6 +5,7 @@ A policy holds only decisions.  Words such as `fastest` are resolved before one 
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -70,7 +71,7 @@ class Compute(StrEnum):
 
 @dataclass(frozen=True)
 class Storage:
-    """How a layer's weights lie in the file; `format` is the name of a file in kernels/, or fp32: as trained."""
+    """How a layer's weights lie in the file; `format` is the name of a file in kernels/, or fp32 or fp16: values."""
 
     format: str
     bits: int
@@ -79,7 +80,17 @@ class Storage:
     @property
     def is_float(self) -> bool:
         """Whether the values are stored as they are."""
-        return self.format == "fp32"
+        return self.format in ("fp32", "fp16")
+
+    @classmethod
+    def parse(cls, text: str) -> "Storage":
+        """The inverse of `str`: int4/group64.  Raises UserError for anything else."""
+        name, _, granularity = text.partition("/")
+        found = re.fullmatch(r"([a-z_]+)(\d+)", name)
+        if found is None:
+            raise UserError(f"{text!r} is no storage", fix="write a format with its bits and granularity: int4/channel")
+        is_values = name in ("fp32", "fp16")
+        return cls(name if is_values else found[1], int(found[2]), parse_granularity(granularity))
 
     def __str__(self) -> str:
         name = self.format if self.format.endswith(str(self.bits)) else f"{self.format}{self.bits}"
@@ -93,12 +104,23 @@ class Precision:
     storage: Storage
     compute: Compute
 
+    @classmethod
+    def parse(cls, text: str) -> "Precision":
+        """The inverse of `str`: int4/channel->fp16.  Raises UserError for anything else."""
+        storage, _, compute = text.partition("->")
+        if compute not in [str(each) for each in Compute]:
+            raise UserError(f"{text!r} is no precision", fix="write storage and compute: int8/channel->int8")
+        return cls(Storage.parse(storage), Compute(compute))
+
     def __str__(self) -> str:
         return f"{self.storage}->{self.compute}"
 
 
 FP32 = Precision(Storage("fp32", 32, PerTensor()), Compute.FP32)
 """A layer left as it was trained."""
+
+FP16 = Precision(Storage("fp16", 16, PerTensor()), Compute.FP16)
+"""Half the bits, nothing on a grid that has to be fitted."""
 
 INT8 = Precision(Storage("int", 8, PerChannel()), Compute.INT8)
 """Integer arithmetic on 8-bit weights, one scale an output channel."""

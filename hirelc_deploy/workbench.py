@@ -8,7 +8,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ from hirelc_deploy.compress.importance import Method, scores
 from hirelc_deploy.compress.inputs import energies
 from hirelc_deploy.compress.posttraining import PostTraining, post_train
 from hirelc_deploy.compress.prune import Pruned, prune
-from hirelc_deploy.compress.simulate import put_on_unfolded, simulated
+from hirelc_deploy.compress.simulate import Simulation, put_on_unfolded, simulated
 from hirelc_deploy.cost.network import Network
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.errors import UserError
@@ -255,7 +255,7 @@ class Workbench:
         On all of the train split, or on what `learning` gives.
         """
         task, teacher = learning or (self.task, self._teacher)
-        with simulated(model, policy.precisions, grids, largest=self.largest, norms=norms) as simulation:
+        with self._simulated(model, policy, grids, norms) as simulation:
             simulation.calibrate(self._calibration.tensors())
             with self.progress("fine-tuning", settings.epochs) as advance:
                 distil(
@@ -309,9 +309,22 @@ class Workbench:
 
     def simulated_outputs(self, model: nn.Module, policy: Policy) -> accuracy.Outputs:
         """What a compressed model says of the search split under its number formats: the file, foreseen."""
-        with simulated(model, policy.precisions, {}, largest=self.largest) as simulation:
+        with self._simulated(model, policy, {}) as simulation:
             simulation.calibrate(self._calibration.tensors())
             return self._search_outputs(model)
+
+    def _simulated(
+        self, model: nn.Module, policy: Policy, grids: Mapping[str, Grid], norms: Pairs | None = None
+    ) -> AbstractContextManager[Simulation]:
+        """The arithmetic of the runtime's file on a model, until the end of the block."""
+        return simulated(
+            model,
+            policy.precisions,
+            grids,
+            largest=self.largest,
+            norms=norms,
+            is_symmetric=self.runtime.is_symmetric,
+        )
 
     def _pruned(self, policy: Policy) -> Pruned:
         return prune(self.model, self.graph, policy, self._scores)
@@ -628,7 +641,8 @@ class Workbench:
         told = self.predict(policy)
         assert told.latency_ms is not None
         assert told.speedup is not None
-        return foretold(seen, told.latency_ms * told.speedup, told.latency_ms)
+        is_final = not self.runtime.builds_on_device
+        return foretold(seen, told.latency_ms * told.speedup, told.latency_ms, is_final=is_final)
 
     def _foretold_ms(self, policy: Policy) -> float:
         return float(self.pricing.predictor(self.network.with_counts(policy.keep)).foretell([policy]).ms[0])

@@ -100,7 +100,7 @@ class Format(ABC):
     name: str
     bits: tuple[int, ...]
     granularities: tuple[type[Granularity], ...]
-    computes: frozenset[Compute] = frozenset({Compute.INT8, Compute.INT8_DYNAMIC, Compute.FP32})
+    computes: frozenset[Compute] = frozenset({Compute.INT8, Compute.INT8_DYNAMIC, Compute.FP16, Compute.FP32})
     """Whatever decodes to int8 can be computed in all of them."""
     native: Literal["int8", "int4", "fp8"] | None
     """What a runtime that cannot decode in the graph stores instead; None where it cannot hold the format."""
@@ -185,7 +185,7 @@ class Format(ABC):
 
 def largest_integer(compute: Compute, largest: int) -> int:
     """What bounds the integers that a weight decodes to: only products of integers can saturate."""
-    return INT8_MAX if compute is Compute.FP32 else largest
+    return INT8_MAX if compute in (Compute.FP32, Compute.FP16) else largest
 
 
 def scaled_alike(granularity: Granularity) -> list[int]:

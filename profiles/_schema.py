@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from hirelc_deploy.config import nearest
 from hirelc_deploy.cpu import has_dot_product
 from hirelc_deploy.errors import UserError
-from hirelc_deploy.policy import Compute
+from hirelc_deploy.policy import Compute, Precision
 
 
 class _Table(BaseModel):
@@ -49,12 +49,24 @@ class Cpu(_Table):
     """Instruction sets that decide which kernels run, as `hirelc_deploy.cpu` names them."""
 
 
+class Gpu(_Table):
+    """The graphics processor of a target."""
+
+    compute_capability: str = Field(pattern=r"^\d+\.\d$")
+    """What engines are built for: 8.7."""
+    software: str
+    """What brings the runtime with it there: JetPack 6.2, TensorRT 10.3."""
+    int4_in_pairs: bool = False
+    """Whether its TensorRT packs INT4 weights in pairs along their last axis, which then has to be even."""
+
+
 class Estimate(_Table):
     """What latencies are told from where nothing was measured: a roofline with a floor a kernel.
 
         us = floor + max(macs / rate, bytes / bandwidth)
 
-    `benchmarks/estimates.py` fits it to published figures.
+    Where the runtime fuses operators, a kernel is what it makes of several.  `benchmarks/estimates.py` fits it to
+    published figures.
     """
 
     gmacs_per_s: Mapping[Compute, float]
@@ -65,6 +77,8 @@ class Estimate(_Table):
     """Of any kernel, however small."""
     channel_tile: int = Field(ge=1)
     """Channels that are worked on together: others are filled up."""
+    image_tile: int | None = Field(default=None, ge=1)
+    """The same for the few channels of an image, where kernels of their own read it; None: they are no exception."""
     error_pct: float = Field(gt=0)
     """Mean absolute error on published figures that were held out."""
     sources: tuple[str, ...] = Field(min_length=1)
@@ -98,6 +112,10 @@ class Target(_Table):
     """What a latency of this target rests on; an estimate is never judged unless the user allows it."""
     cpu: Cpu | None = None
     """None: the machine's own."""
+    gpu: Gpu | None = None
+    precisions: Mapping[str, tuple[str, ...]] | None = None
+    """By operator, how a layer's weights may be stored for what it computes in, as `int4/group64->fp16`; floats are not
+    named.  None: in every number format, as the runtime decodes them when a file is loaded."""
     estimate: Estimate | None = None
 
     @model_validator(mode="after")
@@ -105,6 +123,23 @@ class Target(_Table):
         if self.basis == "estimate" and self.estimate is None:
             raise ValueError("a target whose basis is an estimate needs a table [estimate]")
         return self
+
+    @model_validator(mode="after")
+    def _has_precisions_that_it_computes_in(self) -> "Target":
+        for op in self.precisions or {}:
+            for precision in self.precisions_for(op) or ():
+                if precision.compute not in self.computes_for(op):
+                    raise ValueError(f"{op} is stored as {precision}, and computes.{op} lacks {precision.compute}")
+        return self
+
+    def precisions_for(self, op: str) -> tuple[Precision, ...] | None:
+        """How an operator such as Linear may be stored and computed, floats left out; None: in every format."""
+        if self.precisions is None:
+            return None
+        try:
+            return tuple(Precision.parse(text) for text in self.precisions.get(op, ()))
+        except UserError as error:
+            raise ValueError(f"precisions.{op}: {error.what}") from error
 
     def flags(self, here: frozenset[str]) -> frozenset[str]:
         """The instruction sets of its processor; `here` are those of this machine."""

@@ -24,6 +24,7 @@ from hirelc_deploy.kernels._base import Grid, floored, from_rows, largest_intege
 from hirelc_deploy.policy import Compute, Precision, Storage
 
 LEVELS = 255  # steps of a uint8 grid
+SIGNED_STEPS = 127  # of a symmetric int8 grid, on either side of zero
 RANGE_MOMENTUM = 0.05  # of a range's running mean while training: it follows weights that move by small steps
 
 
@@ -74,15 +75,20 @@ class StoredWeight(nn.Module):
 
 
 class ActivationGrid:
-    """The uint8 grid of one tensor: it spans the tensor's range, zero included."""
+    """The uint8 grid of one tensor: it spans the tensor's range, zero included; or one of int8 about zero."""
 
-    def __init__(self, low: Tensor, high: Tensor) -> None:
+    def __init__(self, low: Tensor, high: Tensor, *, is_symmetric: bool = False) -> None:
         """The range, two scalars."""
         self.low = low
         self.high = high
+        self.is_symmetric = is_symmetric
 
     def round(self, x: Tensor) -> Tensor:
         """The nearest values on the grid; no gradient where the range cuts off."""
+        if self.is_symmetric:
+            step = torch.maximum(-self.low, self.high).clamp(min=torch.finfo(torch.float32).tiny) / SIGNED_STEPS
+            zero = torch.zeros_like(step, dtype=torch.int32)
+            return torch.fake_quantize_per_tensor_affine(x, step, zero, -SIGNED_STEPS - 1, SIGNED_STEPS)
         low, high = self.low.clamp(max=0), self.high.clamp(min=0)
         scale = (high - low).clamp(min=torch.finfo(torch.float32).tiny) / LEVELS
         zero_point = (-low / scale).round().clamp(0, LEVELS).to(torch.int32)
@@ -121,13 +127,16 @@ class Simulation:
         *,
         largest: int,
         norms: Pairs | None = None,
+        is_symmetric: bool = False,
     ) -> None:
-        """`largest` bounds the integers of int8 layers, as in the file; `norms` are the BatchNorms to be folded.
+        """`largest` bounds the integers of int8 layers, as in the file; `norms` are the BatchNorms to be folded;
+        `is_symmetric` says that the grids of activations are int8 about zero, and not uint8.
 
         A layer without a grid keeps its weight: it is on its grid already, or is not to be rounded.  Layers that the
         model no longer has are passed over.
         """
         self.grids = {}
+        self._is_symmetric = is_symmetric
         self._model = model
         self._ranges = Ranges.HOLD
         self._weights: dict[nn.Module, StoredWeight] = {}
@@ -197,7 +206,7 @@ class Simulation:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         names = {key.rpartition(".")[0] for key in state}
-        self.grids = {name: ActivationGrid(state[f"{name}.low"], state[f"{name}.high"]) for name in names}
+        self.grids = {name: self._grid(state[f"{name}.low"], state[f"{name}.high"]) for name in names}
 
     def remove(self) -> None:
         """Take the formats off; the weights are the float ones that were trained."""
@@ -214,6 +223,9 @@ class Simulation:
         seen = x.detach()
         return ActivationGrid(seen.amin(), seen.amax()).round(x)
 
+    def _grid(self, low: Tensor, high: Tensor) -> ActivationGrid:
+        return ActivationGrid(low, high, is_symmetric=self._is_symmetric)
+
     def _rounding(self, name: str) -> Callable[[Tensor], Tensor]:
         def rounded(x: Tensor) -> Tensor:
             self._calls[name] += 1
@@ -227,7 +239,7 @@ class Simulation:
         if name not in self.grids:
             if self._ranges is Ranges.HOLD:
                 raise ValueError(f"the input of {name} has no range: calibrate first")
-            self.grids[name] = ActivationGrid(seen.amin(), seen.amax())
+            self.grids[name] = self._grid(seen.amin(), seen.amax())
         grid = self.grids[name]
         if self._ranges is Ranges.CALIBRATE:
             grid.widen(seen)
@@ -275,9 +287,10 @@ def simulated(
     *,
     largest: int,
     norms: Pairs | None = None,
+    is_symmetric: bool = False,
 ) -> Iterator[Simulation]:
     """A `Simulation` that is taken off at the end, whatever happens."""
-    simulation = Simulation(model, precisions, grids, largest=largest, norms=norms)
+    simulation = Simulation(model, precisions, grids, largest=largest, norms=norms, is_symmetric=is_symmetric)
     try:
         yield simulation
     finally:

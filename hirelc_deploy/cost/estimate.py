@@ -5,7 +5,7 @@ from math import ceil
 
 import numpy as np
 
-from hirelc_deploy.cost.kernel import Kernel
+from hirelc_deploy.cost.kernel import FEW, Kernel
 from hirelc_deploy.policy import Compute
 from hirelc_deploy.profiles import Estimate
 
@@ -37,6 +37,10 @@ class EstimatedPrices:
         """How many times its work a kernel does, since channels are worked on a tile at a time."""
         if kernel.weight is None:
             return 1.0
-        tile = self._device.channel_tile
-        sizes = kernel.channels[:1] if kernel.is_depthwise else kernel.channels
-        return float(np.prod([ceil(size / tile) * tile / size for size in sizes]))
+        device = self._device
+        read, written = kernel.channels
+        is_image = read < FEW and device.image_tile is not None
+        tiles = [(read, device.image_tile if is_image else device.channel_tile), (written, device.channel_tile)]
+        if kernel.is_depthwise:
+            tiles = tiles[:1]
+        return float(np.prod([ceil(size / tile) * tile / size for size, tile in tiles if tile is not None]))

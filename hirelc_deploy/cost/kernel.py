@@ -20,6 +20,8 @@ from hirelc_deploy.policy import Compute
 Role = Literal["x", "w"]
 
 FLOAT_BYTES = 4
+BYTES = {Compute.INT8: 1, Compute.FP16: 2}
+"""Of a value that is read or written, where it is not a float of 32 bits."""
 
 FEW = 4
 """Input channels: an image itself is read by other code than what comes from a layer."""
@@ -185,7 +187,7 @@ class Kernel:
     @cached_property
     def bytes(self) -> int:
         """What it reads and writes, about: inputs, weights and, for a layer, outputs."""
-        width = 1 if self.compute is Compute.INT8 else FLOAT_BYTES
+        width = BYTES.get(self.compute, FLOAT_BYTES)
         read = sum(prod(operand.shape) for operand in self.operands if operand.values is None)
         if self.weight is None:
             return 2 * read * width
@@ -209,7 +211,7 @@ def kind_of(kernel: Kernel) -> str:
     if kernel.weight is not None:
         name = "depthwise" if kernel.is_depthwise else "Conv" if kernel.op.startswith("Conv") else "Linear"
         return f"{name} {kernel.compute}"
-    return f"other {'int8' if kernel.compute is Compute.INT8 else 'fp32'}"
+    return f"other {kernel.compute if kernel.compute in BYTES else Compute.FP32}"
 
 
 def _integers(attributes: str, name: str) -> tuple[int, ...]:

@@ -11,13 +11,13 @@ from hirelc_deploy.budget import Budget, Check, Figures, judge
 from hirelc_deploy.config import nearest
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.kernels import every_storage
-from hirelc_deploy.policy import FP32, Compute, Policy, Precision, Storage
+from hirelc_deploy.policy import FP16, FP32, Compute, Policy, Precision, Storage
 from hirelc_deploy.search.space import Choice, Evaluation, SearchSpace
 
 FASTEST = "fastest"
 
 LADDER_KEEP_PERCENT = (100.0, 75.0, 50.0, 37.5, 25.0, 12.5)
-LADDER_COMPUTE = (Compute.INT8, Compute.FP32)
+LADDER_COMPUTE = (Compute.INT8, Compute.FP16, Compute.FP32)
 
 Predict = Callable[[Policy], Figures]
 """Size and latency of a policy; the drop stays unknown."""
@@ -28,7 +28,7 @@ Evaluate = Callable[[Policy], Evaluation]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A uniform choice.  What a layer or the target cannot do stays as it was trained."""
+    """A uniform choice.  What a layer or the target cannot do stays as it was trained, in halves where it has them."""
 
     keep_percent: float
     compute: Compute | None
@@ -66,7 +66,8 @@ class Recipe:
         precisions, fits = {}, False
         for layer, choices in space.layers.items():
             compute = self.compute or (computes or {}).get(layer, Compute.FP32)
-            precisions[layer] = next((choice for choice in choices if self._fits(choice, compute)), choices[0])
+            instead = FP16 if FP16 in choices and compute is not Compute.FP32 else choices[0]
+            precisions[layer] = next((choice for choice in choices if self._fits(choice, compute)), instead)
             fits |= self._fits(precisions[layer], compute)
         if not fits:
             offered = sorted({str(precision.compute) for c in space.layers.values() for precision in c})
@@ -190,7 +191,9 @@ def _storage(text: str | None) -> str | None:
     """A storage as a recipe names it.  Raises UserError, with the nearest, if no format can be that."""
     known = [
         "fp32",
+        "fp16",
         str(FP32.storage),
+        str(FP16.storage),
         *(name for storage in every_storage() for name in (str(storage), _bare(storage))),
     ]
     if text is None or text in known:

@@ -90,10 +90,11 @@ def measure(
     )
 
 
-def foretold(seen: Measurement, baseline_ms: float, artifact_ms: float) -> Measurement:
+def foretold(seen: Measurement, baseline_ms: float, artifact_ms: float, *, is_final: bool = True) -> Measurement:
     """What was measured on another machine than the target, with the latencies that are told of the target.
 
-    Bytes are the file's; the score is that of the file in the same runtime on this machine's CPU.
+    Bytes are the file's, an estimate where the device runs what it builds from the file (not `is_final`); the score is
+    that of the file on this machine's CPU.
     """
     figures = seen.model_dump()
     figures["baseline"]["latency_ms"] = dict.fromkeys(("p50", "p90", "p99"), baseline_ms)
@@ -101,7 +102,7 @@ def foretold(seen: Measurement, baseline_ms: float, artifact_ms: float) -> Measu
         "latency_ms": dict.fromkeys(("p50", "p90", "p99"), artifact_ms),
         "speedup": baseline_ms / artifact_ms,
         "speedup_ci95": None,
-        "basis": {"size": "measured", "accuracy": "simulated", "latency": "estimate"},
+        "basis": {"size": "measured" if is_final else "estimate", "accuracy": "simulated", "latency": "estimate"},
     }
     return Measurement.model_validate(figures | {"p50_ms": artifact_ms})
 

@@ -1,0 +1,119 @@
+"""A graph in halves: everything that was fp32 becomes fp16, but for layers that were decided to stay fp32.
+
+TensorRT networks are strongly typed: a tensor has the type that the file gives it, and what two types meet in is a
+Cast.  Inputs and outputs of the graph stay fp32, so that whoever calls the file need not know.
+"""
+
+from collections.abc import Collection
+
+import numpy as np
+import onnx_ir as ir
+
+from hirelc_deploy.exporters._float import name_of, replace
+
+LARGEST_HALF = float(np.finfo(np.float16).max)
+SMALLEST_HALF = float(np.finfo(np.float16).smallest_subnormal)
+
+STAYS_FLOAT = {"Resize": (1, 2)}
+"""Inputs that are fp32 whatever the operator computes in."""
+
+READS_INDICES = {"Gather"}
+"""Operators of layers that read integers beside their weight."""
+
+
+def to_halves(graph: ir.Graph, *, in_floats: Collection[ir.Node]) -> None:
+    """Turn a graph to fp16, in place; the nodes `in_floats` go on computing in fp32, between two Casts each."""
+    kept = {
+        (node, index)
+        for node in graph
+        for index in range(len(node.inputs))
+        if node in in_floats or index in STAYS_FLOAT.get(node.op_type, ())
+    }
+    for value in list(graph.initializers.values()):
+        _initializer(graph, value, kept)
+    for node in graph:
+        for name, to in (("to", ir.DataType.FLOAT), ("dtype", ir.DataType.FLOAT)):
+            if node.attributes.get_int(name, -1) == int(to) and node.op_type != "QuantizeLinear":
+                node.attributes.add(ir.AttrInt64(name, int(ir.DataType.FLOAT16)))
+        if node.op_type == "ConstantOfShape":
+            _filling(node)
+    for value in graph.inputs:
+        if value.dtype == ir.DataType.FLOAT and value.uses():
+            cast = _cast(value, ir.DataType.FLOAT16)
+            graph.insert_before(graph[0], [cast])
+            ir.convenience.replace_all_uses_with(value, cast.outputs[0], replace_graph_outputs=False)
+            cast.replace_input_with(0, value)
+    for node in list(graph):
+        if node in in_floats:
+            _between_casts(graph, node)
+    for value in list(graph.outputs):
+        producer = value.producer()
+        if value.dtype == ir.DataType.FLOAT and producer is not None and producer not in in_floats:
+            cast = _cast(value, ir.DataType.FLOAT)
+            graph.append(cast)
+            replace(value, cast.outputs[0], except_in=cast)
+            _others_read_halves(value, cast)
+
+
+def half(array: np.ndarray) -> np.ndarray:
+    """As fp16, cut off at its largest value: a mask of -3e38 stays a number."""
+    return np.clip(array, -LARGEST_HALF, LARGEST_HALF).astype(np.float16)
+
+
+def half_scale(array: np.ndarray) -> np.ndarray:
+    """A scale as it will be in fp16, in fp32: positive, however small it was."""
+    return np.maximum(half(array), np.float16(SMALLEST_HALF)).astype(np.float32)
+
+
+def _initializer(graph: ir.Graph, value: ir.Value, kept: Collection[tuple[ir.Node, int]]) -> None:
+    """An fp32 constant for its readers in fp32, an fp16 one for the others; both where there are both."""
+    tensor = value.const_value
+    if tensor is None or tensor.dtype != ir.DataType.FLOAT:
+        return
+    uses = list(value.uses())
+    in_floats = [use for use in uses if (use.node, use.idx) in kept]
+    if len(in_floats) == len(uses) and uses:
+        return
+    array = half(tensor.numpy())
+    if not in_floats:
+        value.const_value = ir.Tensor(array, name=value.name)
+        value.dtype = ir.DataType.FLOAT16
+        return
+    name = f"{name_of(value)}#half"
+    own = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
+    graph.register_initializer(own)
+    for use in uses:
+        if use not in in_floats:
+            use.node.replace_input_with(use.idx, own)
+
+
+def _between_casts(graph: ir.Graph, node: ir.Node) -> None:
+    for index, value in enumerate(node.inputs):
+        if value is not None and not value.is_initializer() and node.op_type not in READS_INDICES:
+            before = _cast(value, ir.DataType.FLOAT)
+            graph.insert_before(node, [before])
+            node.replace_input_with(index, before.outputs[0])
+    readers = list(node.outputs[0].uses())
+    if readers:
+        after = _cast(node.outputs[0], ir.DataType.FLOAT16)
+        graph.insert_after(node, [after])
+        for use in readers:
+            use.node.replace_input_with(use.idx, after.outputs[0])
+
+
+def _others_read_halves(value: ir.Value, cast: ir.Node) -> None:
+    """A tensor that is an output of the graph and is read within it as well: there as it was before the Cast."""
+    for use in list(cast.outputs[0].uses()):
+        use.node.replace_input_with(use.idx, value)
+
+
+def _filling(node: ir.Node) -> None:
+    """What ConstantOfShape fills a tensor with; without the attribute it is a zero in fp32."""
+    given = node.attributes.get("value")
+    array = np.zeros(1, np.float32) if given is None else given.as_tensor().numpy()
+    if array.dtype == np.float32:
+        node.attributes.add(ir.AttrTensor("value", ir.Tensor(half(array))))
+
+
+def _cast(value: ir.Value, to: ir.DataType) -> ir.Node:
+    return ir.node("Cast", [value], {"to": int(to)})

@@ -1,0 +1,86 @@
+"""Engines built without a GPU: an acceptance test of the files, and no evidence about a device."""
+
+import onnx
+import pytest
+from trt_files import INT4, INT4_BLOCKS, NETWORKS, case
+
+from hirelc_deploy.errors import UserError
+from hirelc_deploy.exporters import _trt_build
+from hirelc_deploy.exporters._trt_build import build, library, nearest_capability
+from hirelc_deploy.policy import FP16, INT8, Precision
+
+needs_library = pytest.mark.skipif(
+    library() is None, reason="neither tensorrt_rtx nor tensorrt is installed: pip install hirelc-deploy[tensorrt-rtx]"
+)
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_trt_build, "_trt", lambda: None)
+    return
+
+
+def test_without_the_library_nothing_is_built(no_library: None) -> None:
+    assert library() is None
+    with pytest.raises(ValueError, match="neither tensorrt_rtx nor tensorrt is installed"):
+        build(b"", "8.6")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "known", "found"),
+    [
+        ("8.7", ("7.5", "8.0", "8.6", "8.9"), "8.6"),
+        ("8.9", ("8.6", "8.9", "12.0"), "8.9"),
+        ("12.1", ("8.9", "12.0"), "12.0"),
+        ("11.0", ("8.9", "12.0"), None),
+    ],
+)
+def test_the_nearest_older_capability_of_a_generation_stands_in(
+    wanted: str, known: tuple[str, ...], found: str | None
+) -> None:
+    assert nearest_capability(wanted, known) == found
+
+
+@needs_library
+@pytest.mark.parametrize("precision", [None, FP16, INT8, INT4], ids=str)
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_every_form_is_built(name: str, precision: Precision | None) -> None:
+    network = case(name)
+    exported = network.write(network.precisions(precision))
+    for capability in ("8.6", "8.9", "8.7"):
+        built = build(exported.data, capability, layers=exported.tensors)
+        assert len(built.data) > 10_000
+        assert built.built_for == ("SM89" if capability == "8.9" else "SM86")
+
+
+@needs_library
+def test_int4_in_blocks_is_built() -> None:
+    network = case("words")
+    assert build(network.write({"inner": INT4_BLOCKS, "head": FP16}).data, "8.6").data
+
+
+@needs_library
+def test_what_a_capability_lacks_is_said_in_our_words() -> None:
+    network = case("words")
+    with pytest.raises(UserError, match="no engine for SM75: SM75 has no INT4") as refused:
+        build(network.write({"inner": INT4, "head": FP16}).data, "7.5")
+    assert "take int4 out" in refused.value.fix
+
+
+@needs_library
+def test_what_the_parser_refuses_is_named_by_layer() -> None:
+    network = case("residual")
+    exported = network.write(network.precisions(INT8))
+    model = onnx.load_from_string(exported.data)
+    next(node for node in model.graph.node if node.op_type == "Relu").op_type = "BitCount"
+    with pytest.raises(UserError, match="TensorRT's parser refuses") as refused:
+        build(model.SerializeToString(), "8.6", layers=exported.tensors)
+    assert "BitCount" in refused.value.what
+    assert refused.value.fix
+
+
+@needs_library
+def test_a_capability_that_nobody_knows_is_refused() -> None:
+    network = case("residual")
+    with pytest.raises(UserError, match=r"builds nothing for compute capability 5\.3"):
+        build(network.write({}).data, "5.3")
