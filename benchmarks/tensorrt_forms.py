@@ -1,0 +1,219 @@
+"""Which forms TensorRT-RTX takes for which compute capability, and how large its engines are: no GPU is needed.
+
+    pip install hirelc-deploy[tensorrt-rtx]
+    python benchmarks/tensorrt_forms.py measure
+    python benchmarks/tensorrt_forms.py page
+
+Files are those that `exporters/tensorrt.py` writes, of networks with random weights; they are parsed and built, not
+run.  The first command fills benchmarks/results/tensorrt_forms.json, the second writes docs/tensorrt.md from it.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from _bench import RESULTS, ROOT, markdown, save
+from torch import nn
+from transformers import (
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hirelc_deploy.compress.distil import as_tensors
+from hirelc_deploy.compress.fold import fold, foldable
+from hirelc_deploy.compress.grids import fitted
+from hirelc_deploy.errors import UserError
+from hirelc_deploy.exporters import load_runtime
+from hirelc_deploy.exporters._base import Exported
+from hirelc_deploy.exporters._trt_build import build, library
+from hirelc_deploy.policy import FP16, INT8, Compute, PerChannel, PerGroup, Precision, Storage
+
+RESULT, PAGE = RESULTS / "tensorrt_forms.json", ROOT / "docs" / "tensorrt.md"
+OPSET, IR_VERSION = 21, 10
+CAPABILITIES = ("7.5", "8.6", "8.9", "12.0")
+
+INT4 = Precision(Storage("int", 4, PerChannel()), Compute.FP16)
+INT4_BLOCKS = Precision(Storage("int", 4, PerGroup(64)), Compute.FP16)
+
+KINDS = {"Conv2d": nn.Conv2d, "Linear": nn.Linear}
+
+FORMS: Mapping[str, tuple[str, Precision | None]] = {
+    "fp32, convolution": ("conv", None),
+    "fp32, Linear": ("linear", None),
+    "fp16": ("both", FP16),
+    "int8, fp16 elsewhere": ("both", INT8),
+    "int4 a channel, convolution": ("conv", INT4),
+    "int4 a channel, Linear": ("linear", INT4),
+    "int4 in blocks of 64, Linear": ("linear", INT4_BLOCKS),
+}
+
+SMALL: Mapping[str, Callable[[], nn.Module]] = {
+    "conv": lambda: nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3, stride=2)),
+    "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(16 * 64, 64), nn.ReLU(), nn.Linear(64, 10)),
+    "both": lambda: nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 10)),
+}
+
+
+def _resnet(layer_type: str, sizes: Sequence[int], depths: Sequence[int]) -> nn.Module:
+    return ResNetForImageClassification(
+        ResNetConfig(layer_type=layer_type, hidden_sizes=list(sizes), depths=list(depths), num_labels=1000)
+    )
+
+
+NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
+    "resnet18": lambda: _resnet("basic", (64, 128, 256, 512), (2, 2, 2, 2)),
+    "resnet18 half as wide": lambda: _resnet("basic", (32, 64, 128, 256), (2, 2, 2, 2)),
+    "resnet34": lambda: _resnet("basic", (64, 128, 256, 512), (3, 4, 6, 3)),
+    "mobilenetv2": lambda: MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=1000)),
+    "deit-tiny": lambda: ViTForImageClassification(
+        ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, num_labels=1000)
+    ),
+}
+
+LAYERS = {"resnet18": 21, "resnet18 half as wide": 21, "resnet34": 37, "mobilenetv2": 53, "deit-tiny": 74}
+"""Convolutions and Linear layers."""
+
+FITTED = ("resnet18", "resnet18 half as wide")
+"""What an engine adds to its file is taken from these, and judged on the others."""
+
+PRECISIONS: Mapping[str, Precision | None] = {"fp32": None, "fp16": FP16, "int8": INT8, "int4": INT4_BLOCKS}
+
+
+def written(model: nn.Module, example: Mapping[str, np.ndarray], precision: Precision | None) -> Exported:
+    """The file with one precision for all layers that can have it; int4 without whole blocks is a channel's."""
+    runtime = load_runtime("tensorrt")
+    model = fold(model.eval(), foldable(model.eval(), as_tensors(example))).eval()
+    floats = runtime.float_graph(model, example, opset=OPSET)
+    precisions = {name: chosen for name in floats.weights if (chosen := _fitting(model, name, precision)) is not None}
+    seen = runtime.observe(floats, precisions, [example])
+    grids = fitted(model, precisions, {}, largest=127)
+    return runtime.write(floats, precisions, grids, seen=seen, ir_version=IR_VERSION)
+
+
+def _fitting(model: nn.Module, name: str, precision: Precision | None) -> Precision | None:
+    layer = model.get_submodule(name)
+    if precision is None or not isinstance(layer, tuple(KINDS.values())):
+        return None
+    granularity = precision.storage.granularity
+    columns = prod(layer.get_parameter("weight").shape[1:])
+    if isinstance(granularity, PerGroup) and (isinstance(layer, nn.Conv2d) or columns % granularity.size):
+        return INT4
+    return precision
+
+
+def forms() -> list[dict[str, Any]]:
+    """By form, whether each capability takes it, or why not."""
+    rows = []
+    example = {"x": np.random.default_rng(0).normal(size=(2, 16, 8, 8)).astype(np.float32)}
+    for form, (network, precision) in FORMS.items():
+        torch.manual_seed(0)
+        exported = written(SMALL[network](), example, precision)
+        rows.append({"form": form, "taken": {each: _taken(exported, each) for each in CAPABILITIES}})
+    return rows
+
+
+def _taken(exported: Exported, capability: str) -> str:
+    try:
+        build(exported.data, capability, layers=exported.tensors)
+    except UserError as error:
+        return f"no: {error.what.partition(': ')[2]}"
+    return "ok"
+
+
+def sizes() -> list[dict[str, Any]]:
+    """Bytes of files and of their engines."""
+    rows = []
+    example = {"pixel_values": np.random.default_rng(0).normal(size=(2, 3, 224, 224)).astype(np.float32)}
+    for name, make in NETWORKS.items():
+        for precision, chosen in PRECISIONS.items():
+            torch.manual_seed(0)
+            model = make()
+            exported = written(model, example, chosen)
+            built = {each: len(build(exported.data, each, layers=exported.tensors).data) for each in ("8.6", "8.9")}
+            row = {"network": name, "precision": precision, "file": len(exported.data), "engine": built}
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def measure() -> None:
+    if library() is None:
+        raise SystemExit("install TensorRT-RTX first: pip install hirelc-deploy[tensorrt-rtx]")
+    save({"library": library(), "opset": OPSET, "forms": forms(), "sizes": sizes()}, RESULT)
+
+
+def told_bytes(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> float:
+    """An engine's size from its file's: int8 layers have a kernel each, the others share theirs."""
+    alike = [each for each in rows if each["network"] in FITTED and each["precision"] == row["precision"]]
+    scale = LAYERS[row["network"]] / LAYERS[FITTED[0]] if row["precision"] == "int8" else 1.0
+    return row["file"] + scale * float(np.mean([each["engine"]["8.6"] - each["file"] for each in alike]))
+
+
+def page() -> None:
+    record = json.loads(RESULT.read_text(encoding="utf-8"))
+    forms_table = markdown(
+        ["form", *(f"SM{each.replace('.', '')}" for each in CAPABILITIES)],
+        [[row["form"], *(row["taken"][each] for each in CAPABILITIES)] for row in record["forms"]],
+    )
+    sizes_table = markdown(
+        ["network", "precision", "file, KB", "engine SM86, KB", "engine SM89, KB", "told for SM86, %"],
+        [
+            [
+                row["network"],
+                row["precision"],
+                f"{row['file'] / 1e3:,.0f}",
+                *(f"{row['engine'][each] / 1e3:,.0f}" for each in ("8.6", "8.9")),
+                "fitted"
+                if row["network"] in FITTED
+                else f"{100 * (told_bytes(record['sizes'], row) / row['engine']['8.6'] - 1):+.1f}",
+            ]
+            for row in record["sizes"]
+        ],
+    )
+    text = TEXT.format(library=record["library"], opset=record["opset"], forms=forms_table, sizes=sizes_table)
+    PAGE.write_text(text, encoding="utf-8")
+
+
+TEXT = """# What TensorRT takes, and how large its engines are
+
+Written by `python benchmarks/tensorrt_forms.py page` from `benchmarks/results/tensorrt_forms.json`; the head of that
+script says what makes that.
+
+Files of `exporters/tensorrt.py` (opset {opset}), parsed and built by {library} on a machine without a GPU, not
+run. That is an acceptance test of the files. It is no evidence about a Jetson Orin, whose compute capability is 8.7 and
+whose TensorRT is 10.3: there the lint holds files to what the sources of its parser say.
+
+{forms}
+Refused by the lint and by that parser alike: quantised biases, packed weights, zero points that are not 0, several
+scales for an activation, scales that are not positive, operators that it has not (`tests/test_trt_lint.py` breaks a file
+each way). Refused by the lint alone, since TensorRT 10 refuses it or no int8 kernel reads it: quantised constants other
+than weights, uint8 activations, scales along another axis than a weight's outputs, computed scales, newer opsets.
+TensorRT 10's parser also refuses INT4 weights whose last axis is odd, which is that of every convolution of 1 x 1 or
+3 x 3: targets say so with `int4_in_pairs`.
+
+## Sizes
+
+At 224 pixels, random weights; int4 is weight-only, in blocks of 64 where a Linear layer has whole ones and a scale a
+channel elsewhere. An engine holds kernels beside weights, some 0.1 MB for each that is different: that of a small
+network is larger than its file many times over. The last column is what a file's size tells of its engine's, with what
+ResNet-18's engines add to theirs (a part of it for each layer in int8): good within a family, and not beyond it.
+
+{sizes}"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("action", choices=("measure", "page"))
+    {"measure": measure, "page": page}[parser.parse_args().action]()
+
+
+if __name__ == "__main__":
+    main()
