@@ -193,8 +193,8 @@ whose TensorRT is 10.3: there the lint holds files to what the sources of its pa
 
 {forms}
 Refused by the lint and by that parser alike: quantised biases, packed weights, zero points that are not 0, several
-scales for an activation, scales that are not positive, operators that it has not (`tests/test_trt_lint.py` breaks a file
-each way). Refused by the lint alone, since TensorRT 10 refuses it or no int8 kernel reads it: quantised constants other
+scales for an activation, scales that are not positive, unknown operators (`tests/test_trt_lint.py` breaks a file each
+way). Refused by the lint alone, since TensorRT 10 refuses it or no int8 kernel reads it: quantised constants other
 than weights, uint8 activations, scales along another axis than a weight's outputs, computed scales, newer opsets.
 TensorRT 10's parser also refuses INT4 weights whose last axis is odd, which is that of every convolution of 1 x 1 or
 3 x 3: targets say so with `int4_in_pairs`.

@@ -157,6 +157,11 @@ class TensorRt:
 
     def load(self, path: Path, *, threads: int) -> Session:
         """The file in the reference.  Raises UserError if that cannot load it, or no TensorRT could."""
+        if path.suffix != self.suffix:
+            raise UserError(
+                f"{path.name} is an engine, which runs on the device that built it and nowhere else",
+                fix="measure it there: hirelc-deploy verify DIR --host user@device",
+            )
         lint(onnx.load(path))
         return _Reference(path, threads=threads)
 

@@ -251,10 +251,22 @@ def export(
 
 
 @app.command(epilog=EXIT_STATUSES)
-def verify(folder: Artifact, allow_estimates: AllowEstimates = None) -> ExitStatus:
-    """Measure an artifact again, on this machine, and judge it by the limits it was exported with."""
+def verify(
+    folder: Artifact,
+    allow_estimates: AllowEstimates = None,
+    host: Annotated[
+        str | None,
+        typer.Option(metavar="USER@DEVICE", help="Build the engine on a device with TensorRT, and measure it there."),
+    ] = None,
+    host_trtexec: Annotated[
+        str, typer.Option(metavar="COMMAND", help="The device's trtexec, if it is not found by itself.")
+    ] = "trtexec",
+) -> ExitStatus:
+    """Measure an artifact again, on this machine or on its device, and judge it by the limits it was exported with."""
     from hirelc_deploy import pipeline
 
+    if host is not None:
+        return _close(pipeline.verify_on(folder, host, trtexec=host_trtexec, allow_estimates=bool(allow_estimates)))
     return _close(pipeline.verify(folder, allow_estimates=bool(allow_estimates)))
 
 

@@ -24,7 +24,7 @@ from hirelc_deploy import (
     kernels,
     report as reports,
 )
-from hirelc_deploy.budget import Budget
+from hirelc_deploy.budget import Budget, Check
 from hirelc_deploy.choices import completed, search_space
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.compress.posttraining import PostTraining
@@ -34,14 +34,14 @@ from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.policy import PRUNE_FIRST, QUANTIZE_FIRST, Policy, Step
 from hirelc_deploy.posing import Posing
-from hirelc_deploy.profiles import Target, load_target
+from hirelc_deploy.profiles import Target, load_target, target_names
 from hirelc_deploy.rundir import RunFolder, write_atomic
 from hirelc_deploy.search import methods, recipe as recipes
 from hirelc_deploy.search.finish import finish
 from hirelc_deploy.search.problem import Evaluations, Spent
 from hirelc_deploy.search.space import Choice, Evaluation
 from hirelc_deploy.task import check_labels
-from hirelc_deploy.verify import judge, manifest as manifests
+from hirelc_deploy.verify import engines, judge, manifest as manifests, remote
 from hirelc_deploy.verify.accuracy import Outputs
 from hirelc_deploy.verify.environment import environment
 from hirelc_deploy.verify.layers import layer_records
@@ -173,12 +173,7 @@ def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" =
     The data is loaded anew by its spec, or is `task`.  Raises UserError if it is not the data of the manifest.
     """
     manifest = manifests.read(folder)
-    task = task or datasets.load_task(manifest.task.spec, seed=manifest.search.seed)
-    if task.fingerprint() != manifest.task.sha256:
-        raise UserError(
-            f"{manifest.task.spec} is not the data that this artifact was measured on",
-            fix="restore the data, or export again on what there is now",
-        )
+    task = _same_task(manifest, task)
     seen = measure(
         folder,
         manifest.artifact.path,
@@ -214,6 +209,59 @@ def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" =
         }
     )
     return _judged(folder, again, allow_estimates=allow_estimates)
+
+
+def verify_on(
+    folder: Path, host: str, *, trtexec: str = "trtexec", allow_estimates: bool = False, task: "Task | None" = None
+) -> Outcome:
+    """Build an artifact's engine on a device that `ssh` reaches, measure it there, and judge it.
+
+    The engine takes the file's place as the artifact.  Raises UserError if the device cannot be reached, refuses the
+    file, or has another TensorRT than the target, and as `verify`.
+    """
+    manifest = manifests.read(folder)
+    runtime = load_runtime(manifest.runtime.name)
+    if not runtime.builds_on_device:
+        raise UserError(
+            f"{manifest.artifact.path} is a file of {runtime.name}, which is measured where this program runs",
+            fix="run `verify` on the device itself; --host is for what TensorRT builds there",
+        )
+    task = _same_task(manifest, task)
+    tensors = {layer.name: layer.tensor for layer in manifest.layers if layer.tensor is not None}
+    with remote.linked(host) as link:
+        found = engines.measure_on(
+            engines.Board(link, trtexec),
+            folder,
+            f"model{runtime.suffix}",
+            tensors,
+            task,
+            # a user's own target is a file that is not named in the manifest
+            min_version=load_target(manifest.target).runtime.min_version
+            if manifest.target in target_names()
+            else engines.FIRST_VERSION,
+            batch=manifest.environment.batch,
+            seed=manifest.search.seed,
+        )
+    artifact = Artifact.of(folder / engines.ENGINE_FILE)
+    measured = found.seen.measured
+    again = manifest.model_copy(
+        update={
+            "created": manifests.now(),
+            "runtime": manifests.RuntimeRecord(name=runtime.name, version=found.version),
+            "artifact": artifact,
+            "baseline": found.seen.baseline,
+            "baseline_fp16": found.baseline_fp16,
+            "measured": measured,
+            "error": PredictionError.between(manifest.predicted, measured, agreement=manifest.error.agreement),
+            "layers": tuple(
+                layer.model_copy(update={"runs_as": found.seen.runs_as.get(layer.name)}) for layer in manifest.layers
+            ),
+            "environment": found.environment,
+            "notes": (*(note for note in manifest.notes if not note.startswith("the file was run by")), *found.notes),
+        }
+    )
+    loaded = Check(judge.LOADS, None, f"built and run by TensorRT {found.version}", True)
+    return _judged(folder, again, allow_estimates=allow_estimates, loaded=loaded)
 
 
 def demo(out: Path, *, resume: bool = False) -> Outcome:
@@ -368,10 +416,22 @@ def _measured(
     return Measurement.model_validate(seen)
 
 
-def _judged(folder: Path, manifest: Manifest, *, allow_estimates: bool) -> Outcome:
-    """Judge, and write manifest and report."""
+def _same_task(manifest: Manifest, task: "Task | None") -> "Task":
+    """The data of an artifact, loaded anew by its spec if it is not given.  Raises UserError if it is other data."""
+    task = task or datasets.load_task(manifest.task.spec, seed=manifest.search.seed)
+    if task.fingerprint() != manifest.task.sha256:
+        raise UserError(
+            f"{manifest.task.spec} is not the data that this artifact was measured on",
+            fix="restore the data, or export again on what there is now",
+        )
+    return task
+
+
+def _judged(folder: Path, manifest: Manifest, *, allow_estimates: bool, loaded: Check | None = None) -> Outcome:
+    """Judge, and write manifest and report; `loaded` says whether the file loads where that was seen on a device."""
     runtime = load_runtime(manifest.runtime.name)
-    loaded = judge.loads(runtime, folder / manifest.artifact.path, threads=manifest.environment.threads)
+    if loaded is None:
+        loaded = judge.loads(runtime, folder / manifest.artifact.path, threads=manifest.environment.threads)
     verdict = judge.judge(
         manifest.budget,
         manifest.measured,

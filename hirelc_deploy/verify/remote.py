@@ -50,6 +50,7 @@ FINAL = (
         "the key of {host} is not known",
         "log in once by hand and check the key: ssh {host}",
     ),
+    ("No space left on device", "{host} has no room left", "free some in its temporary folder"),
     ("Permission denied", "{host} does not let you in", "does `ssh {host} true` work without a password?"),
 )
 """What ssh says where trying again would not help, what that means, and what to do."""
@@ -59,23 +60,41 @@ class LostError(Exception):
     """The connection broke; the message is ssh's."""
 
 
+class Link:
+    """A device, and a folder of its own there."""
+
+    def __init__(self, host: str, ssh: Sequence[str], folder: str) -> None:
+        self.host, self.folder = host, folder
+        self._ssh = ssh
+
+    def job(self, command: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Run a shell command in a new folder that holds these files; the files that it leaves there, by name.
+
+        It begins anew where the connection breaks.  Raises UserError if that does not help, or if the command fails.
+        """
+        # a folder for the job alone: what an attempt that broke off has left is not read
+        whole = (
+            f"cd {shlex.quote(self.folder)} && rm -rf job && mkdir job && cd job && tar -xf - && "
+            f"{command} && tar -cf - ."
+        )
+        sent = _tar(files)
+        return _untar(attempts(lambda: _call(self._ssh, self.host, whole, sent), self.host))
+
+
 class Remote:
     """A device on which kernels are timed."""
 
     def __init__(
         self,
-        host: str,
+        link: Link,
         runtime: Runtime,
         *,
         threads: int,
-        folder: str,
         python: str,
-        ssh: Sequence[str],
     ) -> None:
         """Made by `connected`.  Raises UserError if the device cannot be reached or lacks what is needed."""
         self.runtime = runtime
-        self._host, self._ssh = host, ssh
-        self._folder, self._python = folder, python
+        self._link, self._python = link, python
         about, _ = self._job({"action": "about"})
         flags = tuple(sorted(flags_of_cpuinfo(about["cpuinfo"]) & RELEVANT_FLAGS))
         self.version: str = about["runtime"]
@@ -117,17 +136,12 @@ class Remote:
     ) -> tuple[dict[str, Any], dict[str, bytes]]:
         """Do a job on the device; its result, and the files that it wrote by name."""
         runner = (resources.files("hirelc_deploy.verify") / "_runner.py").read_bytes()
-        sent = _tar({"job.json": json.dumps(job).encode(), "runner.py": runner, **(files or {})})
-        # a folder for the job alone: what an attempt that broke off has left is not read
-        command = (
-            f"cd {shlex.quote(self._folder)} && rm -rf job && mkdir job && cd job && tar -xf - && "
-            f"{shlex.quote(self._python)} runner.py && rm -f *.onnx *.npz runner.py job.json && tar -cf - ."
-        )
-        back = _untar(attempts(lambda: _call(self._ssh, self._host, command, sent), self._host))
+        command = f"{shlex.quote(self._python)} runner.py && rm -f *.onnx *.npz runner.py job.json"
+        back = self._link.job(command, {"job.json": json.dumps(job).encode(), "runner.py": runner, **(files or {})})
         result = json.loads(back["result.json"])
         if "missing" in result:
             raise UserError(
-                f"{self._host} has no {result['missing']} for {result['python']}",
+                f"{self._link.host} has no {result['missing']} for {result['python']}",
                 fix=f"install it there: {result['python']} -m pip install onnxruntime numpy",
             )
         return result, back
@@ -135,16 +149,26 @@ class Remote:
 
 @contextmanager
 def connected(host: str, runtime: Runtime, *, threads: int, python: str = "python3") -> Iterator[Remote]:
-    """A device, with a folder of its own there that is removed at the end.
+    """A device with the runtime for Python, until the end of the block.
 
     Raises UserError if it cannot be reached, if its key is not the known one, or if it lacks Python or the runtime.
+    """
+    with linked(host) as link:
+        yield Remote(link, runtime, threads=threads, python=python)
+
+
+@contextmanager
+def linked(host: str) -> Iterator[Link]:
+    """A device, with a folder of its own there that is removed at the end.
+
+    Raises UserError if it cannot be reached or if its key is not the known one.
     """
     if host.startswith("-"):
         raise UserError(f"{host!r} is no host", fix="write user@device, or a name of ~/.ssh/config")
     ssh = [*shlex.split(os.environ.get(SSH_VARIABLE, "ssh")), *OPTIONS]
     folder = attempts(lambda: _call(ssh, host, "mktemp -d", b""), host).decode().strip()
     try:
-        yield Remote(host, runtime, threads=threads, folder=folder, python=python, ssh=ssh)
+        yield Link(host, ssh, folder)
     finally:
         _clean(ssh, host, folder)
 

@@ -1,0 +1,195 @@
+"""An artifact measured on a device with TensorRT: over a loopback sshd (`test_remote`), with a stand-in for trtexec.
+
+The stand-in (`trtexec_stand_in.py`) is written after NVIDIA's documentation; nothing here was recorded on a device.
+"""
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from exporting import digits, trained_digit_net
+from test_remote import CUTTING, Device, sshd  # noqa: F401 - a fixture
+from trt_files import INT4, RUNTIME, case
+
+from hirelc_deploy import cli, pipeline
+from hirelc_deploy.config import ExportSettings
+from hirelc_deploy.errors import ExitStatus, UserError
+from hirelc_deploy.exporters import _trt_build
+from hirelc_deploy.exporters._trt_exec import failure_of, outputs_of, runs_as, times_of, version_of
+from hirelc_deploy.policy import INT8
+from hirelc_deploy.verify import manifest as manifests, remote
+from hirelc_deploy.verify.remote import SSH_VARIABLE
+
+STAND_IN = Path(__file__).with_name("trtexec_stand_in.py")
+
+
+@pytest.fixture
+def device(sshd: Device, monkeypatch: pytest.MonkeyPatch) -> Device:  # noqa: F811
+    monkeypatch.setenv(SSH_VARIABLE, shlex.join(sshd.ssh))
+    monkeypatch.setattr(remote, "PAUSE_S", 0.0)
+    return sshd
+
+
+@pytest.fixture
+def trtexec(tmp_path: Path) -> Path:
+    """The command on the device."""
+    shutil.copy(STAND_IN, tmp_path / "stand_in.py")
+    command = tmp_path / "trtexec"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path / "stand_in.py"} "$@"\n')
+    command.chmod(0o755)
+    return command
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("artifact") / "out"
+    settings = ExportSettings(
+        model="in memory", data="digits", epochs=0, out=out, target="jetson-orin", recipe="compute=int8", max_drop=5.0
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_trt_build, "_trt", lambda: None)
+        pipeline.export(settings, model=trained_digit_net(), task=digits())
+    return out
+
+
+@pytest.fixture
+def artifact(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "artifact"))
+
+
+def verify(artifact: Path, trtexec: Path | str, *arguments: str) -> int:
+    return cli.main(["verify", str(artifact), "--host", "device", "--host-trtexec", str(trtexec), *arguments])
+
+
+def test_an_artifact_is_built_timed_scored_and_read_back_on_the_device(
+    device: Device, artifact: Path, trtexec: Path
+) -> None:
+    before = manifests.read(artifact)
+    assert verify(artifact, trtexec) == ExitStatus.OK
+    after = manifests.read(artifact)
+    assert after.verdict == "pass"
+    assert (after.runtime.name, after.runtime.version) == ("tensorrt", "10.3.0")
+    basis = after.measured.basis
+    assert {basis.size, basis.accuracy, basis.latency} == {"measured"}
+    # the engine takes the file's place, and the file stays beside it
+    assert after.artifact == manifests.Artifact.of(artifact / "model.engine")
+    assert (artifact / "model.onnx").exists()
+    assert after.measured.size_bytes == after.artifact.size_bytes
+    assert [layer.runs_as for layer in after.layers] == ["int8"] * len(after.layers)
+    assert after.measured.latency_ms is not None
+    assert after.measured.latency_ms.p50 == pytest.approx(0.5225)
+    assert after.measured.speedup == pytest.approx(3.0)
+    assert after.baseline_fp16 is not None
+    assert after.baseline_fp16.latency_ms is not None
+    assert after.baseline_fp16.latency_ms.p50 == pytest.approx(0.836)
+    # the stand-in computes what the reference computes
+    assert after.measured.accuracy == pytest.approx(before.measured.accuracy, abs=0.5)
+    assert after.baseline.accuracy == before.baseline.accuracy
+    assert any("the GPU alone takes 0.418 ms" in note for note in after.notes)
+    assert after.environment.packages == {"tensorrt": "10.3.0"}
+    assert not list(device.folder.glob("tmp.*")), "the folder on the device is left behind"
+
+
+def test_an_engine_runs_nowhere_else(tmp_path: Path) -> None:
+    engine = tmp_path / "model.engine"
+    engine.write_bytes(b"")
+    with pytest.raises(UserError, match="runs on the device that built it and nowhere else") as refused:
+        RUNTIME.load(engine, threads=1)
+    assert "--host user@device" in refused.value.fix
+
+
+def test_a_connection_that_is_cut_is_taken_up_again(
+    device: Device, artifact: Path, trtexec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapper, count = tmp_path / "cutting.py", tmp_path / "count"
+    wrapper.write_text(CUTTING.format(count=str(count), cut={3, 6, 7}, ssh=device.ssh))
+    monkeypatch.setenv(SSH_VARIABLE, f"{sys.executable} {wrapper}")
+    assert verify(artifact, trtexec) == ExitStatus.OK
+    assert manifests.read(artifact).verdict == "pass"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "fix"),
+    [
+        ("full", "it has no room left", "free some"),
+        ("old", "device has TensorRT 8.5.2, and the target begins with 10.3", "install a newer JetPack"),
+        ("refuses", "node_of_k: unsupported int8 convolution", "TensorRT"),
+    ],
+)
+def test_what_goes_wrong_on_the_device_is_one_message(
+    fault: str,
+    message: str,
+    fix: str,
+    device: Device,
+    artifact: Path,
+    trtexec: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = (artifact / "manifest.json").read_bytes()
+    trtexec.with_name("fault").write_text(fault)
+    assert verify(artifact, trtexec) == ExitStatus.USER_ERROR
+    error = capsys.readouterr().err
+    assert message in error
+    assert fix in error
+    assert (artifact / "manifest.json").read_bytes() == before
+
+
+def test_a_device_without_trtexec_is_told(device: Device, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(artifact, "no-such-trtexec") == ExitStatus.USER_ERROR
+    error = capsys.readouterr().err
+    assert "device has no no-such-trtexec" in error
+    assert "--host-trtexec" in error
+
+
+# -- what trtexec writes -------------------------------------------------------------------------------------
+
+
+def test_what_trtexec_says_is_read() -> None:
+    assert version_of("&&&& RUNNING TensorRT.trtexec [TensorRT v100300] [b26] # trtexec") == "10.3.0"
+    assert version_of("[TensorRT v8502]") == "8.5.2"
+    times = times_of(json.dumps([{"latencyMs": 1.0, "computeMs": 0.5}, {"latencyMs": 3.0, "computeMs": 1.5}]))
+    assert np.median(times.end_to_end_ms) == 2.0
+    assert np.median(times.gpu_ms) == 1.0
+    found = outputs_of(json.dumps([{"name": "y", "dimensions": "2x3", "values": list(range(6))}]))
+    assert found["y"].shape == (2, 3)
+    for read, text in ((times_of, "[{}]"), (outputs_of, '[{"name": "y"}]'), (times_of, "not JSON")):
+        with pytest.raises(UserError, match="cannot be read"):
+            read(text)
+    with pytest.raises(UserError, match="does not say which TensorRT"):
+        version_of("nothing")
+    assert failure_of("") == ("nothing was printed", "is the target's TensorRT the device's?")
+
+
+def test_what_a_layer_runs_as_is_read_by_the_names_of_its_operators() -> None:
+    network = case("residual")
+    exported = network.write(network.precisions(INT8) | {"head": INT4})
+    model = onnx.load_from_string(exported.data)
+    by_layer = {layer: f"node_of_{name}" for layer, name in _outputs_by_layer(model, exported.tensors).items()}
+    fused = f"{by_layer['first']} + {by_layer['second']}"
+    layers = [
+        {"Name": fused, "Inputs": [{"Format/Datatype": "Int8 NC/32HW32"}]},
+        {
+            "Name": "x",
+            "Metadata": f"[ONNX Layer: {by_layer['head']}]",
+            "Inputs": [{"Format/Datatype": "Half row major"}],
+        },
+        {"Name": by_layer["down"], "Inputs": [{"Format/Datatype": "Float row major"}]},
+        {"Name": f"{by_layer['down']}2", "Inputs": [{"Format/Datatype": "Int8"}]},  # another name that begins alike
+        {"Name": f"reformat {by_layer['stem']}", "LayerType": "Reformat", "Inputs": [{"Format/Datatype": "Float"}]},
+    ]
+    found = runs_as(json.dumps({"Layers": layers}), model, exported.tensors)
+    assert (found["first"], found["second"], found["head"], found["down"]) == ("int8", "int8", "fp16", "fp32")
+    assert found["stem"] is None
+    assert found["side"] is None
+
+
+def _outputs_by_layer(model: onnx.ModelProto, tensors: dict[str, str]) -> dict[str, str]:
+    """What the operator behind each weight's DequantizeLinear writes."""
+    decoded = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    reader = {name: node.output[0] for node in model.graph.node for name in node.input}
+    return {layer: reader[decoded[tensor]] for layer, tensor in tensors.items()}
