@@ -48,12 +48,12 @@ class Times:
     gpu_ms: np.ndarray
 
 
-def build_command(trtexec: str, file: str, engine: str, shapes: Shapes, *, batch: int, halves: bool = False) -> str:
-    """Build an engine from a file; `halves` lets an fp32 file compute in fp16 wherever that is faster."""
+def build_command(trtexec: str, file: str, engine: str, shapes: Shapes, *, batch: int) -> str:
+    """Build an engine from a file, whose types it keeps."""
     return _command(
         trtexec,
         f"--onnx={file}",
-        "--fp16" if halves else "--stronglyTyped",
+        "--stronglyTyped",
         f"--saveEngine={engine}",
         "--skipInference",
         "--profilingVerbosity=detailed",

@@ -46,7 +46,7 @@ from hirelc_deploy.verify.accuracy import Outputs
 from hirelc_deploy.verify.environment import environment
 from hirelc_deploy.verify.layers import layer_records
 from hirelc_deploy.verify.manifest import Artifact, Manifest, Predicted, PredictionError
-from hirelc_deploy.verify.measure import BASELINE_FILE, Measurement, foretold, measure
+from hirelc_deploy.verify.measure import BASELINE_FILE, BASELINE_FP16_FILE, Measurement, foretold, measure
 from hirelc_deploy.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -96,10 +96,19 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
         exported = written.file
         file = f"model{bench.runtime.suffix}"
         _write(settings.out, {file: exported.data, BASELINE_FILE: bench.write_baseline().data})
+        halves = bench.write_halves()
+        if halves is not None:
+            _write(settings.out, {BASELINE_FP16_FILE: halves.data})
         _write(settings.out, {POLICY_FILE: _json(policy.to_dict())})
         inspected = bench.runtime.inspect(settings.out / file, target, exported.tensors)
         seen = _measured(
-            run, settings, bench, file, exported.tensors, lambda: bench.simulated_outputs(compressed.model, policy)
+            run,
+            settings,
+            bench,
+            file,
+            exported.tensors,
+            None if halves is None else BASELINE_FP16_FILE,
+            lambda: bench.simulated_outputs(compressed.model, policy),
         )
         if bench.pricing.is_device:
             run.step("learned", lambda: bench.learn(policy, seen.p50_ms))
@@ -116,6 +125,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             task=_task_record(task, settings.data),
             artifact=Artifact.of(settings.out / file),
             baseline=seen.baseline,
+            baseline_fp16=seen.baseline_fp16,
             predicted=_predicted(choice),
             measured=seen.measured,
             error=PredictionError.between(_predicted(choice), seen.measured, agreement=seen.simulated_agreement),
@@ -180,16 +190,21 @@ def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" =
         {layer.name: layer.tensor for layer in manifest.layers if layer.tensor is not None},
         task,
         load_runtime(manifest.runtime.name),
+        baseline_fp16=BASELINE_FP16_FILE if manifest.baseline_fp16 else None,
         threads=manifest.environment.threads,
         batch=manifest.environment.batch,
         seed=manifest.search.seed,
     )
     if manifest.measured.basis.latency == "estimate" and manifest.measured.latency_ms and manifest.baseline.latency_ms:
         # this machine is still not the device
-        is_final = not load_runtime(manifest.runtime.name).builds_on_device
-        told = (manifest.baseline.latency_ms.p50, manifest.measured.latency_ms.p50)
-        seen = foretold(seen, *told, is_final=is_final)
-    outdated = judge.warnings(manifest.budget, manifest.measured)
+        seen = foretold(
+            seen,
+            manifest.baseline.latency_ms.p50,
+            manifest.measured.latency_ms.p50,
+            halves_ms=manifests.p50(manifest.baseline_fp16.latency_ms) if manifest.baseline_fp16 else None,
+            is_final=not load_runtime(manifest.runtime.name).builds_on_device,
+        )
+    outdated = judge.warnings(manifest.budget, manifest.measured, manifest.baseline_fp16)
     again = manifest.model_copy(
         update={
             "notes": tuple(note for note in manifest.notes if note not in outdated),
@@ -198,6 +213,7 @@ def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" =
                 name=manifest.runtime.name, version=load_runtime(manifest.runtime.name).version()
             ),
             "baseline": seen.baseline,
+            "baseline_fp16": seen.baseline_fp16,
             "measured": seen.measured,
             "error": PredictionError.between(manifest.predicted, seen.measured, agreement=manifest.error.agreement),
             "layers": tuple(
@@ -243,6 +259,7 @@ def verify_on(
             seed=manifest.search.seed,
         )
     artifact = Artifact.of(folder / engines.ENGINE_FILE)
+    outdated = judge.warnings(manifest.budget, manifest.measured, manifest.baseline_fp16)
     measured = found.seen.measured
     again = manifest.model_copy(
         update={
@@ -257,7 +274,7 @@ def verify_on(
                 layer.model_copy(update={"runs_as": found.seen.runs_as.get(layer.name)}) for layer in manifest.layers
             ),
             "environment": found.environment,
-            "notes": (*(note for note in manifest.notes if not note.startswith("the file was run by")), *found.notes),
+            "notes": (*(note for note in manifest.notes if note not in outdated), *found.notes),
         }
     )
     loaded = Check(judge.LOADS, None, f"built and run by TensorRT {found.version}", True)
@@ -394,6 +411,7 @@ def _measured(
     bench: Workbench,
     file: str,
     tensors: Mapping[str, str],
+    baseline_fp16: str | None,
     simulated: Callable[[], Outputs],
 ) -> Measurement:
     """Measured once a run: a resumed one does not open the test split again."""
@@ -405,6 +423,7 @@ def _measured(
             tensors,
             bench.task,
             bench.runtime,
+            baseline_fp16=baseline_fp16,
             threads=settings.threads,
             batch=settings.batch,
             seed=settings.seed,
@@ -443,7 +462,7 @@ def _judged(folder: Path, manifest: Manifest, *, allow_estimates: bool, loaded: 
         update={
             "checks": verdict.checks,
             "verdict": verdict.word,
-            "notes": (*manifest.notes, *judge.warnings(manifest.budget, manifest.measured)),
+            "notes": (*manifest.notes, *judge.warnings(manifest.budget, manifest.measured, manifest.baseline_fp16)),
         }
     )
     manifests.write(judged, folder)

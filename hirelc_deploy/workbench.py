@@ -39,7 +39,7 @@ from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import RoundingErrors
 from hirelc_deploy.graph import forward, shapes_after
 from hirelc_deploy.kernels._base import Grid
-from hirelc_deploy.policy import INT8, QUANTIZE_FIRST, Compute, Policy, Precision
+from hirelc_deploy.policy import FP16, INT8, QUANTIZE_FIRST, Compute, Policy, Precision
 from hirelc_deploy.pricing import Pricing
 from hirelc_deploy.search.space import Evaluation
 from hirelc_deploy.verify import accuracy, text, timing
@@ -488,6 +488,21 @@ class Workbench:
             self._original_graph, {}, ir_version=self.target.runtime.ir_version, metadata=self.metadata
         )
 
+    def write_halves(self) -> "Exported | None":
+        """The original in fp16, stripped in the same way; None where the target does not compute in it."""
+        policy = self._in_halves
+        if policy is None:
+            return None
+        return self.runtime.write(
+            self._original_graph, policy.precisions, ir_version=self.target.runtime.ir_version, metadata=self.metadata
+        )
+
+    @property
+    def _in_halves(self) -> Policy | None:
+        """All channels, and every layer in fp16 that can be."""
+        able = [layer for layer, choices in self.space.layers.items() if FP16 in choices]
+        return Policy(dict.fromkeys(able, FP16), {}) if able else None
+
     @property
     def metadata(self) -> dict[str, str]:
         """Written into every file."""
@@ -641,8 +656,13 @@ class Workbench:
         told = self.predict(policy)
         assert told.latency_ms is not None
         assert told.speedup is not None
-        is_final = not self.runtime.builds_on_device
-        return foretold(seen, told.latency_ms * told.speedup, told.latency_ms, is_final=is_final)
+        return foretold(
+            seen,
+            told.latency_ms * told.speedup,
+            told.latency_ms,
+            halves_ms=None if self._in_halves is None else self._foretold_ms(self._in_halves),
+            is_final=not self.runtime.builds_on_device,
+        )
 
     def _foretold_ms(self, policy: Policy) -> float:
         return float(self.pricing.predictor(self.network.with_counts(policy.keep)).foretell([policy]).ms[0])

@@ -94,6 +94,11 @@ def test_an_export_without_the_device_is_unverified_and_says_what_rests_on_what(
     assert manifest.runtime.name == "tensorrt"
     assert "simulat" in manifest.runtime.version
     assert any("simulation of JetPack 6.2 (TensorRT 10.3)" in note for note in manifest.notes)
+    halves = manifest.baseline_fp16
+    assert halves is not None
+    assert halves.size_bytes == (outcome.folder / "baseline_fp16.onnx").stat().st_size < manifest.baseline.size_bytes
+    assert halves.accuracy == pytest.approx(manifest.baseline.accuracy, abs=0.5)
+    assert halves.latency_ms is not None
     limits = {check.name: check.ok for check in manifest.checks}
     assert limits["size_bytes"] is None
     assert limits["drop"] is None
@@ -113,6 +118,7 @@ def test_measuring_again_and_the_gate_keep_what_is_told(board: str, tmp_path: Pa
     first = export(tmp_path, board, recipe="compute=fp16", max_drop=5.0)
     again = pipeline.verify(first.folder, task=digits())
     assert again.manifest.measured.basis == first.manifest.measured.basis
+    assert again.manifest.baseline_fp16 == first.manifest.baseline_fp16
     assert again.manifest.measured.latency_ms == first.manifest.measured.latency_ms
     assert (again.status, again.manifest.verdict) == (ExitStatus.UNVERIFIED, "unverified")
     gated = judge.gate(first.folder, None, allow_estimates=False)

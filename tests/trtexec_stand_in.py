@@ -11,7 +11,7 @@ from pathlib import Path
 
 MAGIC = b"stand-in engine\n"
 VERSION = "v100300"
-LATENCY_MS = {"model": 0.5, "halves": 0.8, "baseline": 1.5}
+LATENCY_MS = {"model": 0.5, "baseline_fp16": 0.8, "baseline": 1.5}
 
 
 def main() -> int:
@@ -28,7 +28,7 @@ def main() -> int:
         if fault == "full":
             print("[11/27/2026-14:00:00] [E] Saving engine to file failed: No space left on device")
             return 1
-        kind = "halves" if "fp16" in options else Path(options["onnx"]).stem
+        kind = Path(options["onnx"]).stem
         Path(options["saveEngine"]).write_bytes(MAGIC + kind.encode() + b"\n" + Path(options["onnx"]).read_bytes())
         return 0
     _, kind, file = Path(options["loadEngine"]).read_bytes().split(b"\n", 2)

@@ -1,7 +1,7 @@
 """An artifact measured on the device that runs it: engines built there by trtexec, timed, scored and read back.
 
-Nothing but TensorRT's own program, a shell and tar is needed on the device.  Both files become engines: the artifact's,
-and the original's twice, in fp32 and in fp16 wherever that is faster, since INT8 has to beat both.
+Nothing but TensorRT's own program, a shell and tar is needed on the device.  The artifact's file becomes an engine, and
+beside it the original's in fp32 and in fp16, since INT8 has to beat both.
 """
 
 import shlex
@@ -20,7 +20,7 @@ from hirelc_deploy.exporters._trt_exec import JETPACK, Times
 from hirelc_deploy.rundir import write_atomic
 from hirelc_deploy.verify import accuracy
 from hirelc_deploy.verify.manifest import Baseline, Environment, Measured, MeasuredBasis, Percentiles
-from hirelc_deploy.verify.measure import BASELINE_FILE, Measurement, example
+from hirelc_deploy.verify.measure import BASELINE_FILE, BASELINE_FP16_FILE, Measurement, example
 
 if TYPE_CHECKING:
     from hirelc_deploy.exporters._base import Arrays
@@ -89,15 +89,13 @@ class Board:
         self.power_mode = " ".join(said["power"].split()) or None
         self.clocks = " ".join(said["clocks"].split()) or None
 
-    def build(
-        self, name: str, file: Path, shapes: trtexec_of.Shapes, *, batch: int, halves: bool = False
-    ) -> tuple[_Built, bytes]:
+    def build(self, name: str, file: Path, shapes: trtexec_of.Shapes, *, batch: int) -> tuple[_Built, bytes]:
         """Build a file's engine and time it; it stays on the device under this name.  The engine is given as well.
 
         Raises UserError in our words, where they are known, if the device refuses.
         """
         engine = f"../{name}.engine"
-        make = trtexec_of.build_command(self.trtexec, file.name, engine, shapes, batch=batch, halves=halves)
+        make = trtexec_of.build_command(self.trtexec, file.name, engine, shapes, batch=batch)
         time = trtexec_of.time_command(
             self.trtexec, engine, shapes, batch=batch, times="times.json", layers="layers.json"
         )
@@ -168,12 +166,9 @@ def measure_on(
     """
     shapes = {name: array.shape[1:] for name, array in example(task, batch).items()}
     built = {}
-    for name, source, halves in (
-        (ARTIFACT, file, False),
-        (BASELINE, BASELINE_FILE, False),
-        (HALVES, BASELINE_FILE, True),
-    ):
-        built[name], engine = board.build(name, folder / source, shapes, batch=batch, halves=halves)
+    files = {ARTIFACT: file, BASELINE: BASELINE_FILE, HALVES: BASELINE_FP16_FILE}
+    for name, source in files.items():
+        built[name], engine = board.build(name, folder / source, shapes, batch=batch)
         if _numbers(built[name].version) < _numbers(min_version):
             raise UserError(
                 f"{board.link.host} has TensorRT {built[name].version}, and the target begins with {min_version}",
@@ -228,7 +223,6 @@ def measure_on(
             f"{gpu_ms[ARTIFACT]:.3g} ms, {gpu_ms[HALVES]:.3g} ms in fp16 and {gpu_ms[BASELINE]:.3g} ms in fp32 "
             "(medians, CUDA graph)",
             *([f"clocks: {board.clocks}"] if board.clocks else []),
-            *_slower_than_halves(latencies[ARTIFACT].p50, latencies[HALVES].p50),
         ),
     )
 
@@ -249,12 +243,6 @@ def _one(held: "Sequence[Batch]") -> "Batch":
     names = held[0][0]
     inputs = {name: np.concatenate([np.asarray(each[name]) for each, _ in held]) for name in names}
     return inputs, np.concatenate([target for _, target in held])
-
-
-def _slower_than_halves(ms: float, halves_ms: float) -> tuple[str, ...]:
-    if ms <= halves_ms:
-        return ()
-    return (f"slower than fp16: {ms:.3g} ms, and {halves_ms:.3g} ms for the original in fp16",)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

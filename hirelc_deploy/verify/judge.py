@@ -9,7 +9,7 @@ from hirelc_deploy import budget as budgets
 from hirelc_deploy.budget import NOT_SLOWER, Budget, Check, Figures
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.verify import manifest as manifests, text
-from hirelc_deploy.verify.manifest import Artifact, Basis, LayerRecord, Manifest, Measured, VerdictWord
+from hirelc_deploy.verify.manifest import Artifact, Baseline, Basis, LayerRecord, Manifest, Measured, VerdictWord
 
 if TYPE_CHECKING:
     from hirelc_deploy.exporters._base import Runtime
@@ -139,12 +139,18 @@ def unchanged(folder: Path, artifact: Artifact) -> tuple[Check, Check]:
     )
 
 
-def warnings(budget: Budget, measured: Measured) -> tuple[str, ...]:
+def warnings(budget: Budget, measured: Measured, baseline_fp16: Baseline | None = None) -> tuple[str, ...]:
     """What no limit forbids and a user still wants to hear; for the manifest's notes."""
+    found = []
     slower = measured.speedup is not None and measured.speedup < 1
     if slower and budget.latency_ms is None and budget.speedup is None:
-        return (f"slower than fp32: {text.times(measured.speedup or 0)} (no limit on latency or speed-up was given)",)
-    return ()
+        found.append(
+            f"slower than fp32: {text.times(measured.speedup or 0)} (no limit on latency or speed-up was given)"
+        )
+    own, halves = (manifests.p50(each.latency_ms) if each else None for each in (measured, baseline_fp16))
+    if own is not None and halves is not None and own > halves:
+        found.append(f"slower than fp16: {text.milliseconds(own)}, and {text.milliseconds(halves)} as it was in fp16")
+    return tuple(found)
 
 
 def _with_size_on_disk(folder: Path, manifest: Manifest) -> Measured:

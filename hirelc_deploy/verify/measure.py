@@ -18,10 +18,15 @@ BASELINE_FILE = "baseline.onnx"
 """In every artifact folder: the stripped fp32 file, so that anyone can measure again."""
 
 
+BASELINE_FP16_FILE = "baseline_fp16.onnx"
+"""The same in fp16, on targets that compute in it: what is faster than fp32 there need not be faster than this."""
+
+
 class Measurement(Record):
     """What was seen, as it is journalled."""
 
     baseline: Baseline
+    baseline_fp16: Baseline | None = None
     measured: Measured
     runs_as: dict[str, str | None]
     clock: str
@@ -38,6 +43,7 @@ def measure(
     task: "Task",
     runtime: "Runtime",
     *,
+    baseline_fp16: str | None = None,
     threads: int,
     batch: int,
     seed: int,
@@ -48,9 +54,11 @@ def measure(
     """Measure `file` and the baseline in `folder` on this machine, in this process, in turns.
 
     `tensors` says where each layer's weights lie in the file; `simulated` holds the outputs that PyTorch foresaw
-    on the search split.  This is what reads the test split.
+    on the search split; `baseline_fp16` is a file that is measured with them.  This is what reads the test split.
     """
     paths = {"baseline": folder / BASELINE_FILE, "artifact": folder / file}
+    if baseline_fp16 is not None:
+        paths["halves"] = folder / baseline_fp16
     sessions = {name: runtime.load(path, threads=threads) for name, path in paths.items()}
     inputs = example(task, batch)
     times = timing.interleave(sessions, inputs, warmup=warmup, seconds=seconds)
@@ -62,13 +70,21 @@ def measure(
     searched, search_targets = accuracy.outputs(sessions["artifact"], task.search)
     outputs, targets = accuracy.side_by_side(sessions, task.test)
     compared = accuracy.compare(task, outputs["baseline"], outputs["artifact"], targets, seed)
+    scores = {"baseline": compared.before}
+    if "halves" in paths:
+        scores["halves"] = task.score(outputs["halves"], targets)
+    baselines = {
+        name: Baseline(
+            size_bytes=sizes[name],
+            accuracy=score,
+            latency_ms=Percentiles.model_validate(times[name].latency_ms()),
+            **needs[name],
+        )
+        for name, score in scores.items()
+    }
     return Measurement(
-        baseline=Baseline(
-            size_bytes=sizes["baseline"],
-            accuracy=compared.before,
-            latency_ms=Percentiles.model_validate(times["baseline"].latency_ms()),
-            **needs["baseline"],
-        ),
+        baseline=baselines["baseline"],
+        baseline_fp16=baselines.get("halves"),
         measured=Measured(
             size_bytes=sizes["artifact"],
             accuracy=compared.after,
@@ -90,7 +106,14 @@ def measure(
     )
 
 
-def foretold(seen: Measurement, baseline_ms: float, artifact_ms: float, *, is_final: bool = True) -> Measurement:
+def foretold(
+    seen: Measurement,
+    baseline_ms: float,
+    artifact_ms: float,
+    *,
+    halves_ms: float | None = None,
+    is_final: bool = True,
+) -> Measurement:
     """What was measured on another machine than the target, with the latencies that are told of the target.
 
     Bytes are the file's, an estimate where the device runs what it builds from the file (not `is_final`); the score is
@@ -98,6 +121,9 @@ def foretold(seen: Measurement, baseline_ms: float, artifact_ms: float, *, is_fi
     """
     figures = seen.model_dump()
     figures["baseline"]["latency_ms"] = dict.fromkeys(("p50", "p90", "p99"), baseline_ms)
+    if seen.baseline_fp16 is not None:
+        assert halves_ms is not None
+        figures["baseline_fp16"]["latency_ms"] = dict.fromkeys(("p50", "p90", "p99"), halves_ms)
     figures["measured"] |= {
         "latency_ms": dict.fromkeys(("p50", "p90", "p99"), artifact_ms),
         "speedup": baseline_ms / artifact_ms,
