@@ -144,7 +144,7 @@ def runs_as(text: str, model: onnx.ModelProto, tensors: Mapping[str, str]) -> di
     TensorRT calls a node without a name after what it writes, and keeps that in the names of what it fuses.
     """
     layers = json.loads(text)["Layers"]
-    names = _nodes_by_layer(model, tensors)
+    names = operators_by_layer(model, tensors)
     found: dict[str, str | None] = {}
     for layer in tensors:
         kinds = {_computes_in(each) for each in layers if _is_of(each, names.get(layer, ()))}
@@ -153,7 +153,7 @@ def runs_as(text: str, model: onnx.ModelProto, tensors: Mapping[str, str]) -> di
     return found
 
 
-def _nodes_by_layer(model: onnx.ModelProto, tensors: Mapping[str, str]) -> dict[str, list[str]]:
+def operators_by_layer(model: onnx.ModelProto, tensors: Mapping[str, str]) -> dict[str, list[str]]:
     """By layer what TensorRT calls its operators."""
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:

@@ -7,6 +7,7 @@ from trt_files import INT4, INT4_BLOCKS, NETWORKS, case
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import _trt_build
 from hirelc_deploy.exporters._trt_build import build, library, nearest_capability
+from hirelc_deploy.exporters._trt_exec import operators_by_layer
 from hirelc_deploy.policy import FP16, INT8, Precision
 
 needs_library = pytest.mark.skipif(
@@ -77,6 +78,21 @@ def test_what_the_parser_refuses_is_named_by_layer() -> None:
         build(model.SerializeToString(), "8.6", layers=exported.tensors)
     assert "BitCount" in refused.value.what
     assert refused.value.fix
+
+
+@needs_library
+def test_nodes_are_called_as_reading_an_engine_back_expects() -> None:
+    trt = _trt_build._trt()
+    network = case("residual")
+    exported = network.write(network.precisions(INT8))
+    log = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(log)
+    parsed = builder.create_network(0)
+    assert trt.OnnxParser(parsed, log).parse(exported.data)
+    kinds = (trt.LayerType.CONVOLUTION, trt.LayerType.MATRIX_MULTIPLY)
+    names = {layer.name for layer in map(parsed.get_layer, range(parsed.num_layers)) if layer.type in kinds}
+    expected = operators_by_layer(onnx.load_from_string(exported.data), exported.tensors)
+    assert names == {name for each in expected.values() for name in each}
 
 
 @needs_library
