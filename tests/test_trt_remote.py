@@ -23,7 +23,7 @@ from hirelc_deploy.exporters import _trt_build
 from hirelc_deploy.exporters._trt_exec import failure_of, outputs_of, runs_as, times_of, version_of
 from hirelc_deploy.policy import INT8
 from hirelc_deploy.verify import manifest as manifests, remote
-from hirelc_deploy.verify.remote import SSH_VARIABLE
+from hirelc_deploy.verify.remote import ATTEMPTS, SSH_VARIABLE
 
 STAND_IN = Path(__file__).with_name("trtexec_stand_in.py")
 
@@ -111,6 +111,31 @@ def test_a_connection_that_is_cut_is_taken_up_again(
     monkeypatch.setenv(SSH_VARIABLE, f"{sys.executable} {wrapper}")
     assert verify(artifact, trtexec) == ExitStatus.OK
     assert manifests.read(artifact).verdict == "pass"
+
+
+def test_a_device_that_stays_away_leaves_the_artifact_as_it_was(
+    device: Device,
+    artifact: Path,
+    trtexec: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = (artifact / "manifest.json").read_bytes()
+    wrapper, count = tmp_path / "cutting.py", tmp_path / "count"
+    wrapper.write_text(CUTTING.format(count=str(count), cut=set(range(4, 99)), ssh=device.ssh))
+    monkeypatch.setenv(SSH_VARIABLE, f"{sys.executable} {wrapper}")
+    assert verify(artifact, trtexec) == ExitStatus.USER_ERROR
+    assert f"failed {ATTEMPTS} times" in capsys.readouterr().err
+    assert (artifact / "manifest.json").read_bytes() == before
+
+
+def test_only_what_is_built_on_its_device_is_measured_there(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = manifests.read(artifact)
+    record = manifest.runtime.model_copy(update={"name": "onnxruntime"})
+    manifests.write(manifest.model_copy(update={"runtime": record}), artifact)
+    assert verify(artifact, "trtexec") == ExitStatus.USER_ERROR
+    assert "is a file of onnxruntime, which is measured where this program runs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
