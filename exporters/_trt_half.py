@@ -17,6 +17,9 @@ SMALLEST_HALF = float(np.finfo(np.float16).smallest_subnormal)
 STAYS_FLOAT = {"Resize": (1, 2)}
 """Inputs that are fp32 whatever the operator computes in."""
 
+TYPE_ATTRIBUTES = ("to", "dtype")
+"""In which an operator such as Cast says what it writes."""
+
 READS_INDICES = {"Gather"}
 """Operators of layers that read integers beside their weight."""
 
@@ -32,8 +35,8 @@ def to_halves(graph: ir.Graph, *, in_floats: Collection[ir.Node]) -> None:
     for value in list(graph.initializers.values()):
         _initializer(graph, value, kept)
     for node in graph:
-        for name, to in (("to", ir.DataType.FLOAT), ("dtype", ir.DataType.FLOAT)):
-            if node.attributes.get_int(name, -1) == int(to) and node.op_type != "QuantizeLinear":
+        for name in TYPE_ATTRIBUTES:
+            if node.attributes.get_int(name, -1) == int(ir.DataType.FLOAT):
                 node.attributes.add(ir.AttrInt64(name, int(ir.DataType.FLOAT16)))
         if node.op_type == "ConstantOfShape":
             _filling(node)

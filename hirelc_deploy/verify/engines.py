@@ -100,7 +100,9 @@ class Board:
             self.trtexec, engine, shapes, batch=batch, times="times.json", layers="layers.json"
         )
         back = self._checked(
-            f"{make} > log 2>&1 && {time} >> log 2>&1 && cp {engine} engine", {file.name: file.read_bytes()}
+            f"{make} > log 2>&1 && {time} >> log 2>&1 && cp {engine} engine",
+            {file.name: file.read_bytes()},
+            also=f"rm -f {shlex.quote(file.name)}",
         )
         built = _Built(
             len(back["engine"]),
@@ -132,7 +134,7 @@ class Board:
         return {output: np.concatenate([part[output] for part in parts]) for output in parts[0]}
 
     def _checked(self, command: str, files: Mapping[str, bytes], also: str = "true") -> dict[str, bytes]:
-        """What a command leaves; raises UserError with what trtexec said if it fails."""
+        """What a command leaves once `also` has been done; raises UserError with what trtexec said if it fails."""
         back = self.link.job(f"{{ {{ {command}; }}; echo $? > status; {also}; }}", files)
         if back["status"].strip() != b"0":
             what, fix = trtexec_of.failure_of(back.get("log", b"").decode(errors="replace"))
