@@ -213,6 +213,16 @@ def _packed_weights(file: _File) -> Iterator[Found]:
             )
 
 
+def _kernel_shapes(file: _File) -> Iterator[Found]:
+    """Of a convolution whose weight is no constant itself, TensorRT 10.1's parser reads the shape from there alone."""
+    for node in file.of_type("Conv"):
+        is_said = any(attribute.name == "kernel_shape" for attribute in node.attribute)
+        if node.input[1] not in file.constants and not is_said:
+            yield Found(
+                f"{file.where(node)}: its weight is dequantised, and kernel_shape is missing", "write kernel_shape"
+            )
+
+
 def _quantised_constants(file: _File) -> Iterator[Found]:
     """A bias is told from other constants, since it is what another runtime's files have."""
     for node in file.of_type(DQ):
@@ -328,5 +338,5 @@ def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
     return next((attribute.i for attribute in node.attribute if attribute.name == name), default)
 
 
-RULES = (_operators, _packed_weights, _quantised_constants, _zero_points, _scales)
+RULES = (_operators, _packed_weights, _kernel_shapes, _quantised_constants, _zero_points, _scales)
 """In this order: what is found first explains what would be found next."""

@@ -112,6 +112,8 @@ class _Writer:
         self.graph.insert_before(self.graph[0], [decode])
         for use in uses:
             use.node.replace_input_with(use.idx, decode.outputs[0])
+            if use.node.op_type == "Conv":  # TensorRT 10 does not look at a weight that is no constant
+                use.node.attributes.add(ir.AttrInt64s("kernel_shape", array.shape[2:]))
         code_bytes = (codes.size + 1) // 2 if codes.dtype == ml_dtypes.int4 else codes.nbytes
         return Stored(name_of(stored), encoding, code_bytes + np.dtype(np.float16).itemsize * scale.size)
 

@@ -91,6 +91,12 @@ def decoded_weights(model: onnx.ModelProto, layers: dict[str, str]) -> None:
     conv.input[1] = "weight"
 
 
+@breaks("first: its weight is dequantised, and kernel_shape is missing", "write kernel_shape")
+def no_kernel_shape(model: onnx.ModelProto, layers: dict[str, str]) -> None:
+    _, conv = node_of(model, layers, "first")
+    del conv.attribute[[attribute.name for attribute in conv.attribute].index("kernel_shape")]
+
+
 @breaks("down: a zero point is 3", "quantise symmetrically")
 def zero_point(model: onnx.ModelProto, layers: dict[str, str]) -> None:
     _, conv = node_of(model, layers, "down")
