@@ -17,6 +17,7 @@ from hirelc_deploy.compress.ordering import Strength, Strengths, silenced, spect
 from hirelc_deploy.compress.sensitivity import Perturbations, fisher, rounds_alike
 from hirelc_deploy.cost.latency import Decisions
 from hirelc_deploy.cost.size import Positions, SizePredictor
+from hirelc_deploy.errors import UserError
 from hirelc_deploy.graph.calling import tensors
 from hirelc_deploy.kernels import load_format
 from hirelc_deploy.policy import Compute, PerChannel, Policy, Precision, Storage
@@ -75,8 +76,16 @@ class Posing:
         self._graph = bench.graph
 
     def problem(self) -> Problem:
-        """Measures what is not known yet."""
+        """Measures what is not known yet.
+
+        Raises UserError for a target whose runtime decodes no weights: menu and recipes are of formats that it lacks.
+        """
         graph, bench = self._graph, self._bench
+        if bench.target.precisions is not None:
+            raise UserError(
+                f"this search chooses among number formats that {bench.target.name} does not decode",
+                fix="give --search recipe, or say what is wanted: --recipe compute=int8, --policy FILE",
+            )
         return Problem(
             variables=self.variables,
             blocks={block.name: block.layers for block in graph.blocks},

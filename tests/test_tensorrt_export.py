@@ -159,6 +159,12 @@ def test_a_packed_format_is_refused_by_what_there_is(board: str, tmp_path: Path)
         export(tmp_path, board, policy=write_policy(tmp_path / "policy.json", dynamic))
 
 
+def test_a_search_among_packed_formats_is_refused_before_it_begins(board: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="number formats that board does not decode") as refused:
+        export(tmp_path, board, search="hierarchical", epochs=1, max_size_bytes=9000)
+    assert "--search recipe" in refused.value.fix
+
+
 @pytest.mark.parametrize(
     ("old", "new", "what"),
     [
