@@ -100,7 +100,7 @@ class Format(ABC):
     name: str
     bits: tuple[int, ...]
     granularities: tuple[type[Granularity], ...]
-    computes: frozenset[Compute] = frozenset({Compute.INT8, Compute.INT8_DYNAMIC, Compute.FP16, Compute.FP32})
+    computes: frozenset[Compute] = frozenset({Compute.INT8, Compute.INT8_DYNAMIC, Compute.FP32})
     """Whatever decodes to int8 can be computed in all of them."""
     native: Literal["int8", "int4", "fp8"] | None
     """What a runtime that cannot decode in the graph stores instead; None where it cannot hold the format."""
