@@ -76,6 +76,8 @@ def one(problem: Problem, name: str, seed: int, evaluations: int) -> dict[str, A
     return comparing.timed(problem, name, method, seed, evaluations, told)
 
 
+SEEDS = {1: "one seed (differences of a tenth say nothing)"}
+
 PAGE = ROOT / "docs" / "search.md"
 
 INTRODUCTION = """# Methods of search side by side
@@ -99,7 +101,7 @@ def write_page() -> None:
             seeds = len({run["seed"] for run in found["runs"]})
             rows = [comparing.cells(Row(**{**row, "final_range": tuple(row["final_range"])})) for row in found["table"]]
             sections.append(
-                f"## {title.format(network)}\n\n{found['evaluations']} evaluations, {seeds} seeds, a drop of "
+                f"## {title.format(network)}\n\n{found['evaluations']} evaluations, {SEEDS.get(seeds, f'{seeds} seeds')}, a drop of "
                 f"{found['max_drop']:g} points allowed, one standard error of a score {found['score_error']:.2f}; "
                 f"{found['machine']['cpu']} ({', '.join(found['machine']['flags'])}).\n\n"
                 + markdown(comparing.HEAD, rows)
