@@ -99,9 +99,10 @@ def write_page() -> None:
             found = json.loads(path.read_text())
             network = path.stem.removeprefix(f"search_{step}_")
             seeds = len({run["seed"] for run in found["runs"]})
+            ran = SEEDS.get(seeds, f"{seeds} seeds")
             rows = [comparing.cells(Row(**{**row, "final_range": tuple(row["final_range"])})) for row in found["table"]]
             sections.append(
-                f"## {title.format(network)}\n\n{found['evaluations']} evaluations, {SEEDS.get(seeds, f'{seeds} seeds')}, a drop of "
+                f"## {title.format(network)}\n\n{found['evaluations']} evaluations, {ran}, a drop of "
                 f"{found['max_drop']:g} points allowed, one standard error of a score {found['score_error']:.2f}; "
                 f"{found['machine']['cpu']} ({', '.join(found['machine']['flags'])}).\n\n"
                 + markdown(comparing.HEAD, rows)
