@@ -32,7 +32,7 @@ from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.exporters import load_runtime
-from hirelc_deploy.policy import PRUNE_FIRST, QUANTIZE_FIRST, Policy, Step
+from hirelc_deploy.policy import PRUNE_FIRST, QUANTIZE_FIRST, Policy
 from hirelc_deploy.posing import Posing
 from hirelc_deploy.profiles import Target, load_target, target_names
 from hirelc_deploy.rundir import RunFolder, write_atomic
@@ -351,7 +351,8 @@ def _choose(
         console.note(f"left as it is: {left.name}: {left.reason}")
     if given is None and isinstance(asked_for, recipes.Recipe):
         given = asked_for.policy(bench.space, bench.fastest_computes(asked_for.counts(bench.space)))
-    ordered = partial(_ordered, settings.order, bench, budget)
+    posing = Posing(bench, budget)
+    ordered = partial(_ordered, settings.order, posing)
     if given is not None:
         evaluation = bench.evaluate(given if settings.policy is not None else ordered(given))
         return Choice(evaluation, (evaluation,))
@@ -363,29 +364,24 @@ def _choose(
             lambda policy: bench.evaluate(ordered(policy)),
             evaluations=settings.evaluations,
         )
-    return _searched(settings, budget, bench)
+    return _searched(settings, bench, posing)
 
 
-def _searched(settings: ExportSettings, budget: Budget, bench: Workbench) -> Choice:
+def _searched(settings: ExportSettings, bench: Workbench, posing: Posing) -> Choice:
     """What a method finds with its evaluations, the best few of them finished."""
-    problem = Posing(bench, budget).problem()
+    problem = posing.problem()
     limit = settings.evaluations or EVALUATIONS
     with console.progress("searching", limit) as advance:
         seen = Evaluations(problem, limit, lambda each: advance(describe(each, bench.task.unit)), console.note)
         with suppress(Spent):
             methods.load(settings.search)(problem, seen, seed=settings.seed)
-    return finish(problem, seen.seen, lambda policy: bench.evaluate(_ordered(settings.order, bench, budget, policy)))
+    return finish(problem, seen.seen, lambda policy: bench.evaluate(_ordered(settings.order, posing, policy)))
 
 
-def _ordered(order: str, bench: Workbench, budget: Budget, policy: Policy) -> Policy:
+def _ordered(order: str, posing: Posing, policy: Policy) -> Policy:
     """The policy with the steps in the order that was asked for.  A policy from a file has its own."""
     if order == "auto":
-        if not policy.keep or not policy.precisions:
-            return policy
-        found: list[Step] = bench.run.step(
-            f"order/{policy.digest()}", lambda: list(Posing(bench, budget).strengths(policy).weaker_first)
-        )
-        return replace(policy, order=tuple(found))
+        return replace(policy, order=posing.weaker_first(policy)) if policy.keep and policy.precisions else policy
     return replace(policy, order=PRUNE_FIRST if order == "prune-first" else QUANTIZE_FIRST)
 
 

@@ -4,7 +4,7 @@ Everything that takes long is a step of the run folder, so that a search that wa
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from hirelc_deploy.cost.size import Positions, SizePredictor
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.graph.calling import tensors
 from hirelc_deploy.kernels import load_format
-from hirelc_deploy.policy import Compute, PerChannel, Policy, Precision, Storage
+from hirelc_deploy.policy import Compute, PerChannel, Policy, Precision, Step, Storage
 from hirelc_deploy.search.problem import (
     GroupVariable,
     LayerFacts,
@@ -32,7 +32,7 @@ from hirelc_deploy.search.problem import (
     Variable,
     policy_of,
 )
-from hirelc_deploy.search.recipe import FASTEST, Recipe
+from hirelc_deploy.search.recipe import Recipe
 from hirelc_deploy.search.space import Evaluation
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Posing:
     def _is_offered(self, layer: str, option: Precision) -> bool:
         if option.storage.is_float:
             return True
-        return option.storage in self.menu and option.compute in self._bench.computes_allowed(layer)
+        return option.storage in self.menu and option.compute in self._bench.computes_allowed[layer]
 
     @cached_property
     def menu(self) -> frozenset[Storage]:
@@ -167,23 +167,18 @@ class Posing:
     def recipes(self) -> dict[str, Policy]:
         """Uniform recipes by name, each policy once."""
         space = self._bench.space
-        offered = {option.compute for each in space.layers.values() for option in each}
-        computes: list[Compute | None] = [Compute.FP32, *([Compute.INT8] if Compute.INT8 in offered else []), None]
         found: dict[str, Policy] = {}
         known: set[str] = set()
         for keep in RECIPE_KEEP_PERCENT:
-            fastest = self._fastest(Recipe(keep, None).counts(space))
+            fastest = self.predictor.fastest(Recipe(keep, None).counts(space), self._bench.computes_allowed)
             for bits in RECIPE_BITS:
-                for compute in computes:
+                for compute in (*self._uniform_computes, None):
                     recipe = Recipe(keep, compute, f"int{bits}")
-                    policy = self._offered(self._recipe_policy(recipe, fastest))
+                    policy = self._offered(recipe.policy(space, fastest))
                     if policy.digest() not in known:
                         known.add(policy.digest())
-                        found[str(recipe).replace("None", FASTEST)] = policy
+                        found[str(recipe)] = policy
         return found
-
-    def _recipe_policy(self, recipe: Recipe, fastest: Mapping[str, Compute]) -> Policy:
-        return recipe.policy(self._bench.space, fastest)
 
     def _offered(self, policy: Policy) -> Policy:
         """The policy with integers left to the layers whose inputs 8 bits hold."""
@@ -196,9 +191,11 @@ class Posing:
             policy.keep,
         )
 
-    def _fastest(self, counts: Mapping[str, int]) -> Mapping[str, Compute]:
-        allowed = {layer: self._bench.computes_allowed(layer) for layer in self._bench.space.layers}
-        return self.predictor.fastest(counts, allowed)
+    @property
+    def _uniform_computes(self) -> tuple[Compute, ...]:
+        """What all layers of a recipe can compute in."""
+        offered = {compute for each in self._bench.space.computes.values() for compute in each}
+        return tuple(compute for compute in (Compute.FP32, Compute.INT8) if compute in offered)
 
     # -- what it costs ---------------------------------------------------------------------------------------
 
@@ -223,13 +220,10 @@ class Posing:
 
     def _timed_policies(self) -> list[Policy]:
         """Uniform ones, wide and narrow, in each compute."""
-        space = self._bench.space
-        offered = {option.compute for each in space.layers.values() for option in each}
         return [
-            self._offered(Recipe(keep, compute, "int8").policy(space))
+            self._offered(Recipe(keep, compute, "int8").policy(self._bench.space))
             for keep in TIMED_KEEP_PERCENT
-            for compute in (Compute.FP32, Compute.INT8)
-            if compute in offered
+            for compute in self._uniform_computes
         ]
 
     @cached_property
@@ -249,8 +243,8 @@ class Posing:
     @cached_property
     def sizes(self) -> SizePredictor:
         precisions, counts = options_of(self.variables)
-        random = np.random.default_rng(0)
-        rows = np.stack([random.integers([len(v.options) for v in self.variables]) for _ in range(SIZE_SAMPLES)])
+        lengths = [len(variable.options) for variable in self.variables]
+        rows = np.random.default_rng(0).integers(lengths, size=(SIZE_SAMPLES, len(lengths)))
         rows[0] = [variable.as_trained for variable in self.variables]
         policies = [policy_of(self.variables, row) for row in rows]
         exact: list[int] = self._bench.run.step("search/sizes", lambda: self._exact_sizes(policies))
@@ -327,6 +321,12 @@ class Posing:
         falling = np.minimum.accumulate(np.maximum(seen, np.finfo(np.float32).tiny))
         between = np.exp(np.interp(range(len(counts) - 1), tried, np.log(falling)))
         return [*between.tolist(), 0.0]
+
+    def weaker_first(self, policy: Policy) -> tuple[Step, ...]:
+        """The order in which the step that moves the network less comes first."""
+        key = f"order/{policy.digest()}"
+        found: list[Step] = self._bench.run.step(key, lambda: list(self.strengths(policy).weaker_first))
+        return tuple(found)
 
     def strengths(self, policy: Policy) -> Strengths:
         """How far pruning alone and formats alone move the network that was trained."""

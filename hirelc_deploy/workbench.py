@@ -604,7 +604,7 @@ class Workbench:
         return {layer: Compute(compute) for layer, compute in found.items()}
 
     def _fastest(self, keep: Mapping[str, int]) -> dict[str, Compute]:
-        allowed = {layer: self.computes_allowed(layer) for layer in self.space.layers}
+        allowed = self.computes_allowed
         predictor = self.pricing.predictor(self.network.with_counts(keep))
         candidates = [predictor.fastest(keep, allowed)]
         if not self.pricing.is_device:
@@ -616,8 +616,12 @@ class Workbench:
         times_ms = self._times(keep, candidates)
         return candidates[min(range(len(candidates)), key=times_ms.__getitem__)]
 
-    def computes_allowed(self, layer: str) -> tuple[Compute, ...]:
-        """What a layer and those that share its weight may compute in, fp32 first."""
+    @cached_property
+    def computes_allowed(self) -> dict[str, tuple[Compute, ...]]:
+        """What each layer and those that share its weight may compute in, fp32 first."""
+        return {layer: self._allowed(layer) for layer in self.space.layers}
+
+    def _allowed(self, layer: str) -> tuple[Compute, ...]:
         together = (layer, *self.graph.layer[layer].shares_weight_with)
         if not self._rounding_badly.isdisjoint(together):
             return (Compute.FP32,)

@@ -8,6 +8,7 @@ from hypothesis import given, strategies as st
 
 from hirelc_deploy.config import (
     OPTIONS,
+    SEARCHES,
     ExportSettings,
     export_settings,
     nearest,
@@ -16,6 +17,7 @@ from hirelc_deploy.config import (
     read_options,
 )
 from hirelc_deploy.errors import UserError
+from hirelc_deploy.search.methods import FILES
 
 REQUIRED = {"model": "net.py:build", "data": "digits", "target": "host"}
 
@@ -144,6 +146,10 @@ def test_what_cannot_be_meant_is_refused(setting, message):
 def test_steps_of_post_training_are_read(text, steps):
     assert export_settings(REQUIRED | {"epochs": 0, "post_training": text}).post_training == steps
     assert export_settings(REQUIRED).post_training is None
+
+
+def test_what_can_search_is_what_there_is():
+    assert set(SEARCHES) == set(FILES)
 
 
 def test_a_method_that_does_not_exist_is_refused_with_those_that_do():

@@ -18,8 +18,8 @@ from itertools import cycle
 import numpy as np
 from scipy.optimize import least_squares
 
-from hirelc_deploy.search.front import front, hypervolume, points
-from hirelc_deploy.search.goal import Goal
+from hirelc_deploy.search.front import front, hypervolume, places_of, points
+from hirelc_deploy.search.goal import Goal, reference
 from hirelc_deploy.search.problem import Evaluations, GroupVariable, Prices, Problem, Rows
 from hirelc_deploy.search.space import Evaluation
 
@@ -49,9 +49,6 @@ LEANS = (EVEN, EVEN, TO_LATENCY, EVEN, TO_SIZE)
 
 PARTS = (1.0, 0.85, 1.0, 1.15)
 """Of the drop that is allowed, in turn: where the cheapest policy is looked for, since models err to either side."""
-
-FAR = 2.0
-"""A multiple of the drop that is allowed, up to which the front is of interest."""
 
 MISSED_DROP = 10.0
 """What a drop of twice the wanted one costs, in the unit of `cost`."""
@@ -94,10 +91,15 @@ class DropModel:
 
     def drop(self, problem: Problem, rows: Rows) -> np.ndarray:
         """(policies,), in the score's unit."""
-        found: np.ndarray = self.scale * np.maximum(self.damage(problem, rows), LEAST_DAMAGE) ** self.power
+        found = self.uncorrected(damages(problem, rows))
         if self.seen is None or self.corrections is None:
             return found
         return found * np.exp(alike(problem, rows, self.seen) @ self.corrections)
+
+    def uncorrected(self, parts: np.ndarray) -> np.ndarray:
+        """The formula alone, of damage of layers and of groups, (policies, 2): drops, (policies,)."""
+        damage = np.maximum(parts @ np.array([1.0, self.group_weight]), LEAST_DAMAGE)
+        return np.asarray(self.scale * damage**self.power)
 
     def damage_at(self, drop: float) -> float:
         """The inverse: how much damage a drop leaves room for."""
@@ -126,7 +128,7 @@ def fit(problem: Problem, seen: Sequence[Evaluation]) -> DropModel:
         return UNFITTED
     rows = np.array([problem.row(evaluation.policy) for evaluation in seen])
     parts, floor, limit = damages(problem, rows), noise(problem), goal_of(problem).drop_max
-    logs = np.log(np.maximum([_drop(evaluation) for evaluation in seen], 0.0) + floor)
+    logs = np.log(np.maximum([evaluation.drop for evaluation in seen], 0.0) + floor)
     counts = 1 / (1 + np.abs(logs - np.log(limit + floor)))
     usual = np.log(limit) - np.log(max(parts.sum(1).mean(), LEAST_DAMAGE))
 
@@ -216,27 +218,14 @@ def most_wanted(evaluations: Evaluations, rows: Rows, model: DropModel, turn: in
 def widest(evaluations: Evaluations, rows: Rows, model: DropModel) -> np.ndarray | None:
     """The row that adds most hypervolume to what was seen, (variables,), as far as a model knows; None if none does."""
     problem = evaluations.problem
-    prices, corner = problem.costs(rows), _corner(goal_of(problem))
-    logs = np.log(np.column_stack([prices.size_bytes, prices.latency_ms]) / _before(problem))
-    places = np.column_stack([model.drop(problem, rows), logs])
+    corner = reference(goal_of(problem))
+    places = places_of(model.drop(problem, rows), problem.costs(rows), problem.before)
     contenders = np.flatnonzero((places < corner).all(1))
     contenders = contenders[front(places[contenders])]
     seen = points(evaluations.seen, problem.before)
     now = hypervolume(seen, corner)
     gains = np.array([hypervolume(np.vstack([seen, places[i]]), corner) - now for i in contenders])
     return np.asarray(rows[contenders[gains.argmax()]]) if (gains > LEAST_GAIN * now).any() else None
-
-
-def _before(problem: Problem) -> np.ndarray:
-    """Bytes and milliseconds of the original, (2,)."""
-    return np.array([problem.before.size_bytes, problem.before.latency_ms], float)
-
-
-def _corner(goal: Goal) -> np.ndarray:
-    """What lies beyond is worth nothing: too far a drop, more bytes or milliseconds than at first or than allowed."""
-    size = (goal.size_bytes_max or goal.size_bytes_before) / goal.size_bytes_before
-    latency = (goal.latency_ms_max or goal.latency_ms_before) / goal.latency_ms_before
-    return np.array([FAR * goal.drop_max, np.log(size), np.log(latency)])
 
 
 def recipes(problem: Problem) -> Rows:
@@ -313,7 +302,7 @@ def close_in(evaluations: Evaluations, rows: Rows, limit: float, expected: np.nd
             if not steps:
                 return
             steps -= 1
-        drop = _drop(evaluations.of(policy))
+        drop = evaluations.of(policy).drop
         kept, missed = (place, missed) if drop <= limit else (kept, place)
         if expected is not None:
             expected = expected * (max(drop, 0.0) + floor) / (expected[place] + floor)
@@ -321,8 +310,3 @@ def close_in(evaluations: Evaluations, rows: Rows, limit: float, expected: np.nd
 
 def _nearest(values: np.ndarray, wanted: float) -> int:
     return int(np.abs(np.log(values / wanted)).argmin())
-
-
-def _drop(evaluation: Evaluation) -> float:
-    assert evaluation.figures.drop is not None, "an evaluation without its drop"
-    return evaluation.figures.drop

@@ -5,6 +5,7 @@ agent learns what to allot with the low-level agents frozen, a low-level agent l
 one block's decision, a game is one policy, and the reward comes at its end.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ Draw = Callable[[int], Goals]
 
 
 class Game(VecEnv):
-    """GAMES games of one agent, as stable-baselines3 wants them: `moves` plays the agent's part of a step."""
+    """GAMES games of one agent, as stable-baselines3 wants them."""
 
     def __init__(self, board: Board, features: int, entries: Sequence[int], worth: Worth, draw: Draw) -> None:
         box = gym.spaces.Box(-np.inf, np.inf, (features,), np.float32)
@@ -45,11 +46,13 @@ class Game(VecEnv):
 
     # what the two kinds of game differ in
 
+    @abstractmethod
     def see(self) -> np.ndarray:
-        raise NotImplementedError
+        """What the agent knows before it moves, (games, features)."""
 
+    @abstractmethod
     def play(self, moves: np.ndarray) -> None:
-        raise NotImplementedError
+        """The agent's own part of a step, (games, entries)."""
 
     def finish(self) -> None:
         """What others do behind the last move."""
@@ -130,41 +133,24 @@ class HighGame(Game):
 class Agent:
     """A policy network and the algorithm that trains it."""
 
-    def __init__(
-        self, algorithm: str, game: Game, *, seed: int, games_a_batch: int = 1, log: str | None = None
-    ) -> None:
+    def __init__(self, algorithm: str, game: Game, *, seed: int) -> None:
         """`ppo` or `a2c`; an update follows GAMES games."""
         steps = len(game.board.blocks)
-        shape = {"net_arch": list(HIDDEN), "activation_fn": torch.nn.Tanh}
-        self.algorithm = algorithm
+        settings: dict[str, Any] = {
+            "n_steps": steps,
+            "learning_rate": 2e-3,
+            "gamma": 1.0,
+            "ent_coef": 0.003,
+            "policy_kwargs": {"net_arch": list(HIDDEN), "activation_fn": torch.nn.Tanh},
+            "seed": seed,
+            "device": "cpu",
+        }
         self.model: BaseAlgorithm
         if algorithm == "ppo":
-            self.model = PPO(
-                "MlpPolicy",
-                game,
-                n_steps=steps,
-                batch_size=GAMES * max(n for n in range(1, 5) if steps % n == 0),  # no batch is left over
-                n_epochs=4,
-                learning_rate=2e-3,
-                gamma=1.0,
-                gae_lambda=0.95,
-                ent_coef=0.003,
-                policy_kwargs=shape,
-                seed=seed,
-                device="cpu",
-            )
+            batch_size = GAMES * max(n for n in range(1, 5) if steps % n == 0)  # no batch is left over
+            self.model = PPO("MlpPolicy", game, batch_size=batch_size, n_epochs=4, gae_lambda=0.95, **settings)
         elif algorithm == "a2c":
-            self.model = A2C(
-                "MlpPolicy",
-                game,
-                n_steps=steps,
-                learning_rate=2e-3,
-                gamma=1.0,
-                ent_coef=0.003,
-                policy_kwargs=shape,
-                seed=seed,
-                device="cpu",
-            )
+            self.model = A2C("MlpPolicy", game, **settings)
         else:
             raise ValueError(f"there is no agent {algorithm!r}")
 

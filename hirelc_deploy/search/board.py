@@ -33,6 +33,9 @@ LEAST_BITS_PRUNING = 4
 SIZE, LATENCY, DAMAGE, MODE = range(4)
 """Positions in a high-level move."""
 
+SHOWN = 2
+"""Groups across blocks whose widths a low-level agent sees: what comes into its block, and what goes out."""
+
 TINY = 1e-6
 
 
@@ -94,6 +97,8 @@ class Board:
         self._slots = max(map(len, self._layers))
         self._inner = max(map(len, self._inside), default=0)
         self._outer = max(map(len, self._across), default=0)
+        everywhere = [i for each in self._across for i in each]
+        self._touching = [[i for i in everywhere if b in problem.variables[i].blocks][:SHOWN] for b in self.blocks]
         self._natural = _natural_shares(problem, self.blocks, corrected_by_fisher)
         self._facts = _facts(problem, self.blocks, self._natural)
         self._layer_facts = _layer_facts(problem, self._layers, self._slots)
@@ -182,11 +187,9 @@ class Board:
         return np.concatenate([log_shares, np.eye(len(MODES))[move[:, MODE]]], axis=1)
 
     def _widths_across(self, games: Games, block: int) -> np.ndarray:
-        """Parts that stay of the outermost groups which touch the block: the first that do, as many as any has."""
-        name = self.blocks[block]
-        found = np.ones((len(games), 2))
-        touching = [i for each in self._across for i in each if name in self.problem.variables[i].blocks]
-        for slot, i in enumerate(touching[:2]):
+        """Parts that stay of groups that span blocks, of the first SHOWN which touch this one."""
+        found = np.ones((len(games), SHOWN))
+        for slot, i in enumerate(self._touching[block]):
             found[:, slot] = self._kept[i][games.rows[:, i]]
         return found
 

@@ -22,7 +22,6 @@ from pymoo.operators.repair.rounding import RoundingRepair
 from pymoo.problems.static import StaticProblem
 
 from hirelc_deploy.search.additive import (
-    FAR,
     UNFITTED,
     DropModel,
     affordable,
@@ -35,6 +34,7 @@ from hirelc_deploy.search.additive import (
     recipes,
     unseen,
 )
+from hirelc_deploy.search.goal import REFERENCE_DROPS
 from hirelc_deploy.search.problem import Evaluations, Problem, Rows
 
 RANDOM = 1000
@@ -96,6 +96,6 @@ def _predicted(problem: Problem, model: DropModel, rows: Rows) -> tuple[np.ndarr
     """Drop, log bytes and log milliseconds, (policies, 3); by how much prices and drop break bounds, (policies, 2)."""
     goal, prices, drop = goal_of(problem), problem.costs(rows), model.drop(problem, rows)
     latency, size = excess(goal, prices)
-    beyond = np.full(len(rows), -1.0) if problem.budget.drop is None else drop / goal.drop_max - FAR
+    beyond = np.full(len(rows), -1.0) if problem.budget.drop is None else drop / goal.drop_max - REFERENCE_DROPS
     objectives = np.column_stack([drop, np.log(prices.size_bytes), np.log(prices.latency_ms)])
     return objectives, np.column_stack([latency + size, beyond])

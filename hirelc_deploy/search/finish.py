@@ -53,24 +53,24 @@ def _next(
     holding = [after for _, after in finished.values() if met(budget, after.figures)]
     cheapest = min((_cost(each) for each in holding), default=float("inf"))
     # of figures that are not judged yet the search's own predictions stand for what will be seen
-    hopeful = [e for e in open_ if gain * _drop(e) <= budget.drop and not _excess(e, budget) and _cost(e) < cheapest]
+    hopeful = [e for e in open_ if gain * e.drop <= budget.drop and not _excess(e, budget) and _cost(e) < cheapest]
     if hopeful:
         return min(hopeful, key=_cost)
     if holding:
         return None
-    return min(open_, key=lambda each: (_excess(each, budget), _drop(each)))
+    return min(open_, key=lambda each: (_excess(each, budget), each.drop))
 
 
 def _gain(finished: Sequence[tuple[Evaluation, Evaluation]]) -> float:
     """Part of a drop that was left, as far as it was seen: the median, and never below nought."""
-    parts = [max(0.0, _drop(after)) / _drop(before) for before, after in finished if _drop(before) > 0]
+    parts = [max(0.0, after.drop) / before.drop for before, after in finished if before.drop > 0]
     return float(np.median(parts)) if parts else GAIN
 
 
 def _rank(evaluation: Evaluation, goal: Goal[float], budget: Budget) -> tuple[float, ...]:
     """The lower, the better: limits that are missed, and by how much; then what it is for."""
     missed = sum(check.ok is False for check in judge(budget, evaluation.figures))
-    over = 0.0 if budget.drop is None else max(0.0, _drop(evaluation) - budget.drop)
+    over = 0.0 if budget.drop is None else max(0.0, evaluation.drop - budget.drop)
     return (missed > 0, _excess(evaluation, budget) + over, -_reward(evaluation, goal))
 
 
@@ -79,7 +79,7 @@ def _reward(evaluation: Evaluation, goal: Goal[float]) -> float:
     weights = -goal.size_weight * np.log(evaluation.figures.size_bytes or 1) - goal.latency_weight * np.log(
         evaluation.figures.latency_ms or 1
     )
-    return float(weights) - _drop(evaluation) / goal.drop_max
+    return float(weights) - evaluation.drop / goal.drop_max
 
 
 def _cost(evaluation: Evaluation) -> float:
@@ -103,8 +103,3 @@ def _excess(evaluation: Evaluation, budget: Budget) -> float:
     if budget.speedup is not None and figures.speedup is not None:
         over += max(0.0, float(np.log(budget.speedup / figures.speedup)))
     return over
-
-
-def _drop(evaluation: Evaluation) -> float:
-    assert evaluation.figures.drop is not None, "an evaluation without its drop"
-    return evaluation.figures.drop

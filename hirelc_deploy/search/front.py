@@ -7,22 +7,21 @@ from pymoo.indicators.hv import HV
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 from hirelc_deploy.budget import Figures
+from hirelc_deploy.search.problem import Prices, prices_of
 from hirelc_deploy.search.space import Evaluation
 
 
-def points(evaluations: Sequence[Evaluation], before: Figures) -> np.ndarray:
-    """(evaluations, 3): drop in the score's unit, log of bytes and of milliseconds against the original's."""
+def places_of(drops: np.ndarray, prices: Prices, before: Figures) -> np.ndarray:
+    """(policies, 3): drop in the score's unit, log of bytes and of milliseconds against the original's."""
     assert before.size_bytes
     assert before.latency_ms
-    rows = []
-    for each in (evaluation.figures for evaluation in evaluations):
-        assert each.drop is not None
-        assert each.size_bytes is not None
-        assert each.latency_ms is not None
-        rows.append(
-            (each.drop, np.log(each.size_bytes / before.size_bytes), np.log(each.latency_ms / before.latency_ms))
-        )
-    return np.array(rows, float).reshape(-1, 3)
+    sizes, latencies = prices.size_bytes / before.size_bytes, prices.latency_ms / before.latency_ms
+    return np.stack([drops, np.log(sizes), np.log(latencies)], axis=1)
+
+
+def points(evaluations: Sequence[Evaluation], before: Figures) -> np.ndarray:
+    """The places of evaluations, (evaluations, 3)."""
+    return places_of(np.array([each.drop for each in evaluations], float), prices_of(evaluations), before)
 
 
 def front(places: np.ndarray) -> np.ndarray:

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from hirelc_deploy.policy import Policy
+from hirelc_deploy.search.additive import UNFITTED, efficient, recipes
 from hirelc_deploy.search.agents import Agent, HighGame, LowGame
 from hirelc_deploy.search.board import Board, Games, Goals
 from hirelc_deploy.search.council import Council
-from hirelc_deploy.search.front import front, hypervolume, points
+from hirelc_deploy.search.front import hypervolume, places_of, points
 from hirelc_deploy.search.goal import Goal, Multipliers, reference
-from hirelc_deploy.search.problem import Evaluations, Prices, Problem, Rows
+from hirelc_deploy.search.problem import Evaluations, Prices, Problem, Rows, prices_of
 from hirelc_deploy.search.proposals import pick, pick_for, refined
 from hirelc_deploy.search.space import Evaluation
 from hirelc_deploy.search.surrogate import Surrogate
@@ -65,7 +66,7 @@ class Parts:
     """Without: low-level agents alone, shares natural, widths across blocks drawn from the recipes."""
     fisher: bool = True
     surrogate: bool = True
-    """Without: rewards by additive damage, scaled to the evaluations by one number."""
+    """Without: the formula of additive damage alone, as the other methods have it."""
     vote: bool = True
     """Without: one high-level agent."""
     latency: bool = True
@@ -179,8 +180,8 @@ class _Search:
 
     def _widths_of_recipes(self, games: Games) -> None:
         """Without a level above, groups that span blocks are as wide as in some recipe."""
-        recipes = np.stack([self._problem.row(policy) for policy in self._problem.recipes.values()])
-        drawn = recipes[self._random.integers(len(recipes), size=len(games))]
+        known = recipes(self._problem)
+        drawn = known[self._random.integers(len(known), size=len(games))]
         for i, variable in enumerate(self._problem.variables):
             if len(variable.blocks) > 1:
                 games.rows[:, i] = drawn[:, i]
@@ -240,14 +241,12 @@ class _Search:
             return []
         _, first = np.unique(rows[fresh], axis=0, return_index=True)
         fresh = fresh[np.sort(first)]
-        prices, before = self._problem.costs(rows[fresh]), self._problem.before
+        prices = self._problem.costs(rows[fresh])
         told = self._surrogate(rows[fresh])
         drops = told.mean + self._doubt * (told.members - told.mean)
-        sizes = np.log(prices.size_bytes / before.size_bytes)
-        latencies = np.log(prices.latency_ms / before.latency_ms)
-        places = np.stack([np.stack([drop, sizes, latencies], axis=1) for drop in drops])
+        places = np.stack([places_of(drop, prices, self._problem.before) for drop in drops])
         worth = np.stack([self._goal.reward(drop, prices, HARD) for drop in drops])
-        seen = points(self._evaluations.seen, before)
+        seen = points(self._evaluations.seen, self._problem.before)
         chosen: list[int] = []
         for turn in range(min(A_CYCLE, self._evaluations.left)):
             if turn < FOR_THE_GOAL:
@@ -269,8 +268,7 @@ class _Search:
             if mild > harsh:
                 return
             middle = (mild + harsh) // 2
-            drop = self._evaluations.of(ladder[middle]).figures.drop
-            if drop is not None and drop <= self._goal.drop_max:
+            if self._evaluations.of(ladder[middle]).drop <= self._goal.drop_max:
                 mild = middle + 1
             else:
                 harsh = middle - 1
@@ -283,26 +281,16 @@ class _Search:
                 self._evaluations.note(
                     f"the surrogate ranked {len(seen)} new policies with a correlation of {correlation:.2f}: doubted"
                 )
-        rewards = self._goal.reward(
-            np.array([each.figures.drop for each in seen], float),
-            Prices(
-                np.array([each.figures.size_bytes for each in seen], float),
-                np.array([each.figures.latency_ms for each in seen], float),
-            ),
-            self._multipliers,
-        )
+        drops, prices = np.array([each.drop for each in seen]), prices_of(seen)
+        rewards = self._goal.reward(drops, prices, self._multipliers)
         for reward, origin in zip(rewards, origins, strict=False):
             if origin is not None:
                 self._council.earned(origin, float(reward))
-        best = seen[int(np.argmax(rewards))].figures
-        goal = self._goal
-        assert best.drop is not None
-        assert best.latency_ms is not None
-        assert best.size_bytes is not None
+        best, goal = int(np.argmax(rewards)), self._goal
         self._multipliers = self._multipliers.after(
-            drop_missed=best.drop > goal.drop_max,
-            latency_missed=goal.latency_ms_max is not None and best.latency_ms > goal.latency_ms_max,
-            size_missed=goal.size_bytes_max is not None and best.size_bytes > goal.size_bytes_max,
+            drop_missed=bool(drops[best] > goal.drop_max),
+            latency_missed=goal.latency_ms_max is not None and bool(prices.latency_ms[best] > goal.latency_ms_max),
+            size_missed=goal.size_bytes_max is not None and bool(prices.size_bytes[best] > goal.size_bytes_max),
         )
 
     def _volume(self) -> float:
@@ -316,9 +304,7 @@ class _Search:
 
 def recipe_ladder(problem: Problem) -> list[Policy]:
     """Recipes worth an engineer's while, the dearest first: none smaller and faster does less damage."""
-    policies = list(problem.recipes.values())
-    rows = np.stack([problem.row(policy) for policy in policies])
-    prices = problem.costs(rows)
-    good = front(np.stack([problem.damage(rows).sum(1), prices.size_bytes, prices.latency_ms], axis=1))
-    cost = np.log(prices.size_bytes[good]) + np.log(prices.latency_ms[good])
-    return [policies[i] for i in good[np.argsort(-cost)]]
+    good = efficient(problem, recipes(problem), UNFITTED)
+    prices = problem.costs(good)
+    cost = np.log(prices.size_bytes) + np.log(prices.latency_ms)
+    return [problem.policy(row) for row in good[np.argsort(-cost)]]

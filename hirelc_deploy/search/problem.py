@@ -68,6 +68,12 @@ class Prices:
     latency_ms: np.ndarray
 
 
+def prices_of(evaluations: Sequence[Evaluation]) -> Prices:
+    """Of policies that were evaluated."""
+    size_bytes, latency_ms = ([getattr(e.figures, name) for e in evaluations] for name in ("size_bytes", "latency_ms"))
+    return Prices(np.array(size_bytes, float), np.array(latency_ms, float))
+
+
 class Costs(Protocol):
     """Prices rows, thousands in one call."""
 

@@ -9,7 +9,8 @@ seen so far say will be many times the drop that is allowed is left out.  Among 
 
 import numpy as np
 
-from hirelc_deploy.search.additive import FAR, affordable, draw, efficient, fit, goal_of, unseen
+from hirelc_deploy.search.additive import affordable, draw, efficient, fit, goal_of, unseen
+from hirelc_deploy.search.goal import REFERENCE_DROPS
 from hirelc_deploy.search.problem import Evaluations, Problem
 
 POOL = 4000
@@ -30,7 +31,7 @@ def search(problem: Problem, evaluations: Evaluations, *, seed: int) -> None:
         model = fit(problem, evaluations.seen)
         pool = efficient(problem, affordable(problem, draw(problem, POOL, generator)), model)
         if evaluations.seen:
-            hopeful = model.drop(problem, pool) <= FAR * limit
+            hopeful = model.drop(problem, pool) <= REFERENCE_DROPS * limit
             pool = pool[hopeful] if hopeful.any() else pool
         pool = unseen(evaluations, pool)
         empty = 0 if len(pool) else empty + 1

@@ -134,17 +134,12 @@ def search(
         seen.append(evaluate(rungs[name]))
         if budget.drop is not None and _keeps(budget, seen[-1].figures):
             return Choice(seen[-1], tuple(seen))
-    return Choice(min(seen, key=_drop), tuple(seen))
+    return Choice(min(seen, key=lambda each: each.drop), tuple(seen))
 
 
 def _keeps(budget: Budget, figures: Figures) -> bool:
     """Whether no limit is known to be missed."""
     return all(check.ok is not False for check in judge(budget, figures))
-
-
-def _drop(evaluation: Evaluation) -> float:
-    assert evaluation.figures.drop is not None, "an evaluation without its drop"
-    return evaluation.figures.drop
 
 
 def _cost(figures: Figures) -> float:

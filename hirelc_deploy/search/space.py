@@ -39,6 +39,12 @@ class Evaluation:
     score: float
     """In the task's unit."""
 
+    @property
+    def drop(self) -> float:
+        """In the task's unit, positive is worse: what every evaluation knows."""
+        assert self.figures.drop is not None, "an evaluation without its drop"
+        return self.figures.drop
+
 
 @dataclass(frozen=True)
 class Choice:

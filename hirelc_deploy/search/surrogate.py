@@ -14,7 +14,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from hirelc_deploy.search.additive import LEAST_DAMAGE, DropModel, alike, damages, fit, noise
+from hirelc_deploy.search.additive import DropModel, alike, damages, fit, noise
 from hirelc_deploy.search.problem import GroupVariable, Problem, Rows
 from hirelc_deploy.search.space import Evaluation
 
@@ -70,7 +70,7 @@ class Surrogate:
         """Learn from evaluations: all of them, anew."""
         random = np.random.default_rng(self._seed)
         self._seen = np.stack([self._problem.row(each.policy) for each in seen])
-        logs = np.log(np.maximum([_drop(each) for each in seen], 0.0) + self._noise)
+        logs = np.log(np.maximum([each.drop for each in seen], 0.0) + self._noise)
         x = self._features(self._seen)
         self._members = []
         for _ in range(MEMBERS):
@@ -87,7 +87,7 @@ class Surrogate:
 
     def judge(self, told: np.ndarray, seen: Sequence[Evaluation]) -> float | None:
         """Rank correlation of what was told of policies with what was seen; None of fewer than three, or all alike."""
-        drops = [_drop(each) for each in seen]
+        drops = [each.drop for each in seen]
         if len(seen) < 3 or np.ptp(told) == 0 or np.ptp(drops) == 0:
             return None
         self.rank_correlation = float(spearmanr(told, drops).statistic)
@@ -99,9 +99,7 @@ class Surrogate:
         parts, common = damages(self._problem, rows), alike(self._problem, rows, self._seen)
         found = []
         for member in self._members:
-            formula = member.formula
-            damage = np.maximum(parts @ np.array([1.0, formula.group_weight]), LEAST_DAMAGE)
-            drop = formula.scale * damage**formula.power * np.exp(common @ member.corrections)
+            drop = member.formula.uncorrected(parts) * np.exp(common @ member.corrections)
             if member.residual is not None:
                 assert x is not None
                 drop = (drop + self._noise) * np.exp(member.residual(x)) - self._noise
@@ -172,8 +170,3 @@ class _Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = torch.tanh(x @ self.into + self.into_bias) @ self.out + self.bias
         return found
-
-
-def _drop(evaluation: Evaluation) -> float:
-    assert evaluation.figures.drop is not None, "an evaluation without its drop"
-    return evaluation.figures.drop
