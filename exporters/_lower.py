@@ -43,43 +43,6 @@ NODE = Kernel("Identity", "", (Operand("x", (1,)),), Compute.FP32)
 """What an operator costs that has next to nothing to do."""
 
 
-def network(
-    graph: FloatGraph,
-    model: ModelGraph,
-    computes: Mapping[str, tuple[Compute, ...]],
-    counts: Mapping[str, tuple[int, ...]],
-    *,
-    batch: int,
-    floats: Collection[str] = (),
-) -> Network:
-    """The kernels of a network by decision.
-
-    `graph` is the whole network; `computes` and `counts` are what may be decided for its layers and prune groups, and
-    `floats` names what stays in float between int8 layers, as in `plan`.
-    """
-    return lowered(Lowering(graph, model, computes, batch, frozenset(floats)), graph, model, counts)
-
-
-def lowered(
-    lowering: "Lowering", graph: FloatGraph, model: ModelGraph, counts: Mapping[str, tuple[int, ...]]
-) -> Network:
-    """The network as a lowering sees it: what each node writes, what it runs as, what lies between kernels."""
-    for node in graph.model.graph:
-        lowering.states_of(node)
-    for node in graph.model.graph:
-        lowering.kernels_of(node)
-    for value in lowering.values():
-        lowering.borders_of(value)
-    return Network(
-        computes=lowering.computes,
-        totals={group.name: group.total for group in model.groups},
-        counts=counts,
-        states=tuple(lowering.states),
-        terms=tuple(lowering.terms),
-        alike=tuple((layer.name, twin) for layer in model.layers for twin in layer.shares_weight_with),
-    )
-
-
 class Lowering:
     """The rules of ONNX Runtime; another runtime's are a subclass that says otherwise."""
 
@@ -107,6 +70,38 @@ class Lowering:
         self.channels: dict[ir.Value, Channels] = {}
         self.fused: dict[ir.Node, tuple[Condition, ...]] = {}
         """Activations and additions that a kernel before them does, and when (no condition: always)."""
+
+    @classmethod
+    def network(
+        cls,
+        graph: FloatGraph,
+        model: ModelGraph,
+        computes: Mapping[str, tuple[Compute, ...]],
+        counts: Mapping[str, tuple[int, ...]],
+        *,
+        batch: int,
+        floats: Collection[str] = (),
+    ) -> Network:
+        """The kernels of a network by decision: what each node writes, what it runs as, what lies between kernels.
+
+        `graph` is the whole network; `computes` and `counts` are what may be decided for its layers and prune groups,
+        and `floats` names what stays in float between int8 layers, as in `plan`.
+        """
+        lowering = cls(graph, model, computes, batch, frozenset(floats))
+        for node in graph.model.graph:
+            lowering.states_of(node)
+        for node in graph.model.graph:
+            lowering.kernels_of(node)
+        for value in lowering.values():
+            lowering.borders_of(value)
+        return Network(
+            computes=lowering.computes,
+            totals={group.name: group.total for group in model.groups},
+            counts=counts,
+            states=tuple(lowering.states),
+            terms=tuple(lowering.terms),
+            alike=tuple((layer.name, twin) for layer in model.layers for twin in layer.shares_weight_with),
+        )
 
     # -- states ----------------------------------------------------------------------------------------------
 

@@ -7,9 +7,10 @@ import numpy as np
 import onnx_ir as ir
 
 from hirelc_deploy.exporters import _sessions
-from hirelc_deploy.exporters._base import Arrays
+from hirelc_deploy.exporters._base import Arrays, RoundingErrors
 from hirelc_deploy.exporters._calibrate import Histogram
 from hirelc_deploy.exporters._float import FloatGraph
+from hirelc_deploy.exporters._plan import Plan
 
 
 def histograms(graph: FloatGraph, names: Sequence[str], calibration: Iterable[Arrays]) -> dict[str, Histogram]:
@@ -41,23 +42,29 @@ def histograms(graph: FloatGraph, names: Sequence[str], calibration: Iterable[Ar
 
 def rounding_errors(
     graph: FloatGraph,
-    names: Sequence[str],
+    layout: Plan,
     examples: Sequence[Arrays],
     rounded: Callable[[str, Histogram], FloatGraph],
-) -> dict[str, float]:
-    """By tensor, what it costs that `rounded` puts it alone on a grid: a part of the outputs' variance.
+) -> RoundingErrors:
+    """What it costs that `rounded` puts a tensor of the plan alone on a grid: a part of the outputs' variance.
 
     Tensors that are outputs of the graph themselves are left out.
     """
-    seen = histograms(graph, names, examples)
+    seen = histograms(graph, layout.calibrated, examples)
     original = _outputs(graph, examples)
     of_the_graph = {value.name for value in graph.model.graph.outputs}
-    errors = {}
-    for name in names:
-        if name not in of_the_graph:
-            found = _outputs(rounded(name, seen[name]), examples)
-            errors[name] = max(_relative_error(found[output], original[output]) for output in original)
-    return errors
+    between: dict[str, float] = {}
+    inputs: dict[str, float] = {}
+    for name in layout.calibrated:
+        if name in of_the_graph:
+            continue
+        found = _outputs(rounded(name, seen[name]), examples)
+        error = max(_relative_error(found[output], original[output]) for output in original)
+        held = layout.tensors[name]
+        if held.computed_by is not None:
+            between[held.computed_by] = max(error, between.get(held.computed_by, 0.0))
+        inputs |= dict.fromkeys(layout.readers(name), error)
+    return RoundingErrors(between, inputs)
 
 
 def _outputs(graph: FloatGraph, examples: Sequence[Arrays]) -> dict[str, np.ndarray]:

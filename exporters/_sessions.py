@@ -1,7 +1,9 @@
 """Sessions of ONNX Runtime's CPU provider: the one file that imports it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from onnxruntime import (
     GraphOptimizationLevel as Level,
     InferenceSession as Session,
@@ -11,7 +13,7 @@ from onnxruntime import (
 
 from hirelc_deploy.errors import UserError
 
-__all__ = ["Level", "Session", "in_memory", "of_file", "options", "version"]
+__all__ = ["Level", "Loaded", "Session", "in_memory", "of_file", "options", "version"]
 
 
 def version() -> str:
@@ -40,3 +42,16 @@ def of_file(path: Path, chosen: SessionOptions) -> Session:
             f"ONNX Runtime {version()} cannot load {path.name}: {str(error).splitlines()[0]}",
             fix="is the file whole, and the runtime at least the version that the target names?",
         ) from error
+
+
+class Loaded:
+    """A file, ready to run; in the calling thread where it has one."""
+
+    def __init__(self, path: Path, chosen: SessionOptions) -> None:
+        """Raises UserError if the file cannot be loaded."""
+        self._session = of_file(path, chosen)
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The outputs of one batch by name."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))

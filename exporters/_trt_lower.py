@@ -6,14 +6,13 @@ Softmax is part of the product before it; reshaping and transposing are free.  T
 through these rules, which are as coarse as the estimates are.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import onnx_ir as ir
 
-from hirelc_deploy.cost.network import Condition, Network
-from hirelc_deploy.exporters._float import FloatGraph, name_of
-from hirelc_deploy.exporters._lower import Lowering, lowered
-from hirelc_deploy.graph.model_graph import ModelGraph
+from hirelc_deploy.cost.network import Condition
+from hirelc_deploy.exporters._float import name_of
+from hirelc_deploy.exporters._lower import Lowering
 from hirelc_deploy.policy import Compute
 
 POINTWISE = {"Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu", "HardSigmoid", "HardSwish", "Gelu", "Elu", "Erf"} | {
@@ -37,20 +36,9 @@ TAKES_ALONG = {"MatMul"}
 """Operators without weights that do on the way out what layers do."""
 
 
-def network(
-    graph: FloatGraph,
-    model: ModelGraph,
-    computes: Mapping[str, tuple[Compute, ...]],
-    counts: Mapping[str, tuple[int, ...]],
-    *,
-    batch: int,
-    floats: Collection[str] = (),
-) -> Network:
-    """The kernels of a network by decision; the arguments are those of `Runtime.network`."""
-    return lowered(_Lowering(graph, model, computes, batch, frozenset(floats)), graph, model, counts)
+class TensorRtLowering(Lowering):
+    """The rules of the module's head."""
 
-
-class _Lowering(Lowering):
     def states_of(self, node: ir.Node) -> None:
         """Channels alone: what a tensor is held in follows from the layers around it."""
         layer = self.layer(node)

@@ -8,12 +8,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx
 from torch import nn
 
 from hirelc_deploy.exporters import _kernels, _lower, _sessions
-from hirelc_deploy.exporters._base import Arrays, Exported, KernelFile, RoundingErrors
+from hirelc_deploy.exporters._base import (
+    Arrays,
+    Exported,
+    KernelFile,
+    RoundingErrors,
+    Session,
+)
 from hirelc_deploy.exporters._calibrate import Histogram, Method, Range, range_of
 from hirelc_deploy.exporters._compact import drop_unused, share, shorten, to_bytes
 from hirelc_deploy.exporters._float import FloatGraph, float_graph
@@ -119,14 +124,7 @@ class OnnxRuntime:
             found = range_of(histogram, Method.MSE, nonnegative=nonnegative)
             return rounded(graph, name, *found.grid(nonnegative=nonnegative))
 
-        between: dict[str, float] = {}
-        inputs: dict[str, float] = {}
-        for name, error in rounding_errors(graph, layout.calibrated, examples, on_its_grid).items():
-            held = layout.tensors[name]
-            if held.computed_by is not None:
-                between[held.computed_by] = max(error, between.get(held.computed_by, 0.0))
-            inputs |= dict.fromkeys(layout.readers(name), error)
-        return RoundingErrors(between, inputs)
+        return rounding_errors(graph, layout, examples, on_its_grid)
 
     def predicted_bytes(
         self,
@@ -153,8 +151,8 @@ class OnnxRuntime:
         )
         return len(exported.data)
 
-    def load(self, path: Path, *, threads: int) -> "OnnxSession":
-        return OnnxSession(path, threads=threads)
+    def load(self, path: Path, *, threads: int) -> Session:
+        return _sessions.Loaded(path, _sessions.options(threads))
 
     def inspect(self, path: Path, target: Target, tensors: Mapping[str, str]) -> tuple[str, ...]:
         """Nothing: this runtime is on the machine that writes the file, and loads it."""
@@ -165,7 +163,7 @@ class OnnxRuntime:
         return computes(onnx.load(path).graph, optimised(path, threads=threads), tensors)
 
     footprint = staticmethod(footprint)
-    network = staticmethod(_lower.network)
+    network = staticmethod(_lower.Lowering.network)
     kernel_steps = staticmethod(_kernels.kernel_steps)
     answer = staticmethod(_kernels.answer)
 
@@ -174,18 +172,6 @@ class OnnxRuntime:
 
     def kernel_session(self, file: KernelFile, *, threads: int) -> _kernels.KernelSession:
         return _kernels.KernelSession(file, threads=threads)
-
-
-class OnnxSession:
-    """A loaded file; runs in the calling thread when `threads` is 1."""
-
-    def __init__(self, path: Path, *, threads: int) -> None:
-        self._session = _sessions.of_file(path, _sessions.options(threads))
-        self._outputs = [output.name for output in self._session.get_outputs()]
-
-    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
-        """The outputs of one batch by name."""
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
 
 
 def _finish(

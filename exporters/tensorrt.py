@@ -121,14 +121,7 @@ class TensorRt:
         def on_its_grid(name: str, histogram: Histogram) -> FloatGraph:
             return rounded(graph, name, scale_of(magnitude_of(histogram, Method.MSE)), np.array(0, np.int8))
 
-        between: dict[str, float] = {}
-        inputs: dict[str, float] = {}
-        for name, error in rounding_errors(graph, layout.calibrated, examples, on_its_grid).items():
-            held = layout.tensors[name]
-            if held.computed_by is not None:
-                between[held.computed_by] = max(error, between.get(held.computed_by, 0.0))
-            inputs |= dict.fromkeys(layout.readers(name), error)
-        return RoundingErrors(between, inputs)
+        return rounding_errors(graph, layout, examples, on_its_grid)
 
     def predicted_bytes(
         self,
@@ -163,7 +156,8 @@ class TensorRt:
                 fix="measure it there: hirelc-deploy verify DIR --host user@device",
             )
         lint(onnx.load(path))
-        return _Reference(path, threads=threads)
+        # node by node, as it is written
+        return _sessions.Loaded(path, _sessions.options(threads, _sessions.Level.ORT_DISABLE_ALL))
 
     def inspect(self, path: Path, target: Target, tensors: Mapping[str, str]) -> tuple[str, ...]:
         """Lint a file for the target.  Raises UserError for what its TensorRT would refuse, by layer."""
@@ -192,7 +186,7 @@ class TensorRt:
         """Layer -> None: only an engine says what a layer runs as."""
         return dict.fromkeys(tensors)
 
-    network = staticmethod(_trt_lower.network)
+    network = staticmethod(_trt_lower.TensorRtLowering.network)
 
     def kernel_steps(self, kernel: Kernel) -> KernelSteps:
         raise _not_here()
@@ -212,18 +206,6 @@ def _not_here() -> UserError:
         "kernels of TensorRT cannot be timed on this machine",
         fix="the target's latencies are told from its estimate; a finished artifact is timed on the device",
     )
-
-
-class _Reference:
-    """A file, executed node by node as it is written."""
-
-    def __init__(self, path: Path, *, threads: int) -> None:
-        self._session = _sessions.of_file(path, _sessions.options(threads, _sessions.Level.ORT_DISABLE_ALL))
-        self._outputs = [output.name for output in self._session.get_outputs()]
-
-    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
-        """The outputs of one batch by name."""
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
 
 
 def _finish(

@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -183,13 +183,13 @@ def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" =
     The data is loaded anew by its spec, or is `task`.  Raises UserError if it is not the data of the manifest.
     """
     manifest = manifests.read(folder)
-    task = _same_task(manifest, task)
+    task, runtime = _same_task(manifest, task), load_runtime(manifest.runtime.name)
     seen = measure(
         folder,
         manifest.artifact.path,
         {layer.name: layer.tensor for layer in manifest.layers if layer.tensor is not None},
         task,
-        load_runtime(manifest.runtime.name),
+        runtime,
         baseline_fp16=BASELINE_FP16_FILE if manifest.baseline_fp16 else None,
         threads=manifest.environment.threads,
         batch=manifest.environment.batch,
@@ -202,28 +202,10 @@ def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" =
             manifest.baseline.latency_ms.p50,
             manifest.measured.latency_ms.p50,
             halves_ms=manifests.p50(manifest.baseline_fp16.latency_ms) if manifest.baseline_fp16 else None,
-            is_final=not load_runtime(manifest.runtime.name).builds_on_device,
+            is_final=not runtime.builds_on_device,
         )
-    outdated = judge.warnings(manifest.budget, manifest.measured, manifest.baseline_fp16)
-    again = manifest.model_copy(
-        update={
-            "notes": tuple(note for note in manifest.notes if note not in outdated),
-            "created": manifests.now(),
-            "runtime": manifests.RuntimeRecord(
-                name=manifest.runtime.name, version=load_runtime(manifest.runtime.name).version()
-            ),
-            "baseline": seen.baseline,
-            "baseline_fp16": seen.baseline_fp16,
-            "measured": seen.measured,
-            "error": PredictionError.between(manifest.predicted, seen.measured, agreement=manifest.error.agreement),
-            "layers": tuple(
-                layer.model_copy(update={"runs_as": seen.runs_as.get(layer.name)}) for layer in manifest.layers
-            ),
-            "environment": environment(
-                threads=manifest.environment.threads, batch=manifest.environment.batch, clock=seen.clock
-            ),
-        }
-    )
+    where = environment(threads=manifest.environment.threads, batch=manifest.environment.batch, clock=seen.clock)
+    again = _with(manifest, seen, runtime.version(), where, baseline_fp16=seen.baseline_fp16)
     return _judged(folder, again, allow_estimates=allow_estimates)
 
 
@@ -258,27 +240,44 @@ def verify_on(
             batch=manifest.environment.batch,
             seed=manifest.search.seed,
         )
-    artifact = Artifact.of(folder / engines.ENGINE_FILE)
-    outdated = judge.warnings(manifest.budget, manifest.measured, manifest.baseline_fp16)
-    measured = found.seen.measured
-    again = manifest.model_copy(
-        update={
-            "created": manifests.now(),
-            "runtime": manifests.RuntimeRecord(name=runtime.name, version=found.version),
-            "artifact": artifact,
-            "baseline": found.seen.baseline,
-            "baseline_fp16": found.baseline_fp16,
-            "measured": measured,
-            "error": PredictionError.between(manifest.predicted, measured, agreement=manifest.error.agreement),
-            "layers": tuple(
-                layer.model_copy(update={"runs_as": found.seen.runs_as.get(layer.name)}) for layer in manifest.layers
-            ),
-            "environment": found.environment,
-            "notes": (*(note for note in manifest.notes if note not in outdated), *found.notes),
-        }
+    again = _with(
+        manifest,
+        found.seen,
+        found.version,
+        found.environment,
+        found.notes,
+        baseline_fp16=found.baseline_fp16,
+        artifact=Artifact.of(folder / engines.ENGINE_FILE),
     )
     loaded = Check(judge.LOADS, None, f"built and run by TensorRT {found.version}", True)
     return _judged(folder, again, allow_estimates=allow_estimates, loaded=loaded)
+
+
+def _with(
+    manifest: Manifest,
+    seen: Measurement,
+    version: str,
+    where: manifests.Environment,
+    notes: Iterable[str] = (),
+    **changed: Any,
+) -> Manifest:
+    """A manifest with what was measured anew, by this version of its runtime; what it warned of before is left out."""
+    outdated = judge.warnings(manifest.budget, manifest.measured, manifest.baseline_fp16)
+    return manifest.model_copy(
+        update={
+            "created": manifests.now(),
+            "runtime": manifests.RuntimeRecord(name=manifest.runtime.name, version=version),
+            "baseline": seen.baseline,
+            "measured": seen.measured,
+            "error": PredictionError.between(manifest.predicted, seen.measured, agreement=manifest.error.agreement),
+            "layers": tuple(
+                layer.model_copy(update={"runs_as": seen.runs_as.get(layer.name)}) for layer in manifest.layers
+            ),
+            "environment": where,
+            "notes": (*(note for note in manifest.notes if note not in outdated), *notes),
+            **changed,
+        }
+    )
 
 
 def demo(out: Path, *, resume: bool = False) -> Outcome:
