@@ -1,5 +1,8 @@
 """The hierarchical search: legal moves, votes, what it finds on a problem that is solved."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 from toy_search import BEST_COST, DROP_MAX, TIED, chosen, toy
@@ -193,6 +196,12 @@ def test_it_comes_near_the_best_policy_there_is() -> None:
 def test_the_same_seed_gives_the_same_policies() -> None:
     first, second = (found(3, 12)[1].seen for _ in range(2))
     assert [each.policy.digest() for each in first] == [each.policy.digest() for each in second]
+
+
+def test_it_leaves_no_folders_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found(0, 8)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_hand_recipes_are_evaluated_first() -> None:

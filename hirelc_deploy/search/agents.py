@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 
 from hirelc_deploy.search.board import Board, Games, Goals
@@ -153,6 +154,8 @@ class Agent:
             self.model = A2C("MlpPolicy", game, **settings)
         else:
             raise ValueError(f"there is no agent {algorithm!r}")
+        # the library's own logger makes a folder for every call of `learn`, and writes nothing into it
+        self.model.set_logger(Logger(folder=None, output_formats=[]))
 
     def learn(self, steps: int) -> None:
         """At least so many steps of the board."""
