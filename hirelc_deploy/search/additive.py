@@ -18,7 +18,7 @@ from itertools import cycle
 import numpy as np
 from scipy.optimize import least_squares
 
-from hirelc_deploy.search.front import front, hypervolume, places_of, points
+from hirelc_deploy.search.front import front, hypervolume, most_added, places_of, points
 from hirelc_deploy.search.goal import Goal, reference
 from hirelc_deploy.search.problem import Evaluations, GroupVariable, Prices, Problem, Rows
 from hirelc_deploy.search.space import Evaluation
@@ -219,13 +219,9 @@ def widest(evaluations: Evaluations, rows: Rows, model: DropModel) -> np.ndarray
     """The row that adds most hypervolume to what was seen, (variables,), as far as a model knows; None if none does."""
     problem = evaluations.problem
     corner = reference(goal_of(problem))
-    places = places_of(model.drop(problem, rows), problem.costs(rows), problem.before)
-    contenders = np.flatnonzero((places < corner).all(1))
-    contenders = contenders[front(places[contenders])]
     seen = points(evaluations.seen, problem.before)
-    now = hypervolume(seen, corner)
-    gains = np.array([hypervolume(np.vstack([seen, places[i]]), corner) - now for i in contenders])
-    return np.asarray(rows[contenders[gains.argmax()]]) if (gains > LEAST_GAIN * now).any() else None
+    found = most_added(places_of(model.drop(problem, rows), problem.costs(rows), problem.before), seen, corner)
+    return None if found is None or found[1] <= LEAST_GAIN * hypervolume(seen, corner) else np.asarray(rows[found[0]])
 
 
 def recipes(problem: Problem) -> Rows:

@@ -36,3 +36,19 @@ def hypervolume(places: np.ndarray, reference: Sequence[float] | np.ndarray) -> 
     """The volume between the points and a reference that is worse than them; points beyond it count nothing."""
     inside = places[(places < np.asarray(reference)).all(1)]
     return float(HV(ref_point=np.asarray(reference))(inside)) if len(inside) else 0.0
+
+
+def most_added(
+    places: np.ndarray, seen: np.ndarray, reference: Sequence[float] | np.ndarray
+) -> tuple[int, float] | None:
+    """Of candidates, (candidates, 3), the one that adds most hypervolume to what was seen, and how much it adds.
+
+    None if there is none below the reference.
+    """
+    below = np.flatnonzero((places < np.asarray(reference)).all(1))
+    contenders = below[front(places[below])]
+    if not len(contenders):
+        return None
+    volumes = [hypervolume(np.vstack([seen, places[i]]), reference) for i in contenders]
+    best = int(np.argmax(volumes))
+    return int(contenders[best]), volumes[best] - hypervolume(seen, reference)

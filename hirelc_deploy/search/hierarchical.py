@@ -1,9 +1,9 @@
 """The hierarchical search: agents propose, a surrogate prices, real evaluations decide (HiReLC, arXiv 2606.26002).
 
     hand recipes are evaluated
-    repeat: the surrogate is fitted to all evaluations
-            high-level agents learn what to allot, low-level agents what to make of it, in turn
-            their proposals are refined, the most promising and least alike are evaluated
+    repeat: high-level agents learn what to allot, low-level agents what to make of it, in turn
+            their proposals are refined
+            a few times: the most promising one is evaluated, the surrogate fitted again, the others refined by it
             votes are weighted by what each agent's proposals earned, budgets that were missed weigh more
 
 Agents play for goals that vary about the user's own, so that one search finds a front and not one point of it.
@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,27 +23,30 @@ from hirelc_deploy.search.additive import UNFITTED, efficient, recipes
 from hirelc_deploy.search.agents import Agent, HighGame, LowGame
 from hirelc_deploy.search.board import Board, Games, Goals
 from hirelc_deploy.search.council import Council
-from hirelc_deploy.search.front import hypervolume, places_of, points
+from hirelc_deploy.search.front import hypervolume, most_added, places_of, points
 from hirelc_deploy.search.goal import Goal, Multipliers, reference
 from hirelc_deploy.search.problem import Evaluations, Prices, Problem, Rows, prices_of
-from hirelc_deploy.search.proposals import pick, pick_for, refined
+from hirelc_deploy.search.proposals import ROUNDS, refined
 from hirelc_deploy.search.space import Evaluation
 from hirelc_deploy.search.surrogate import Surrogate
 
-RECIPES = 4
+RECIPES = 2
 """Hand recipes that are evaluated first, at most, and at most a third of all."""
 
 A_CYCLE = 4
 """Evaluations between two rounds of learning."""
 
-FOR_THE_GOAL = 2
-"""Of them, those that are picked for the user's goal alone; the others for the front about it."""
+FOR_THE_GOAL = 4
+"""Every so manieth evaluation is picked for the user's goal alone, the others for the front about it."""
+
+MENDING = 40
+"""Single changes that are tried on every proposal when an evaluation has moved the surrogate."""
 
 HARD = Multipliers(100.0, 100.0, 100.0)
 """Of a pick for the goal: what misses a budget is not wanted."""
 
 HIGH_AGENTS = ("ppo", "ppo", "a2c")
-HIGH_STEPS, LOW_STEPS = 8_000, 40_000
+HIGH_STEPS, LOW_STEPS = 4_000, 16_000
 """Steps of the board that each agent learns from in a cycle."""
 
 PROPOSALS = 256
@@ -101,6 +105,17 @@ def _randomness_of_its_own(seed: int) -> Iterator[None]:
             random.setstate(of_python)
 
 
+@dataclass
+class _Pool:
+    """Policies that compete for an evaluation."""
+
+    rows: Rows
+    goals: Goals
+    """What each was proposed for."""
+    origins: list[int | None]
+    """The high-level agent that proposed each alone, None where it was voted."""
+
+
 class _Search:
     def __init__(self, problem: Problem, evaluations: Evaluations, *, seed: int, parts: Parts) -> None:
         self._problem = problem
@@ -131,14 +146,9 @@ class _Search:
             self._surrogate.fit(self._evaluations.seen)
             if self._parts.agents:
                 self._learn()
-            rows, origins = self._proposals()
-            chosen = self._chosen(rows)
-            if not chosen:
+            if not self._evaluate_the_best_of(self._proposals()):
                 self._evaluations.note("no policy is left that the surrogate would try: the search ends")
                 return
-            told = self._surrogate(rows[chosen]).mean
-            seen = self._evaluations.of_rows(rows[chosen])
-            self._learn_from(seen, told, [origins[i] for i in chosen])
             volumes.append(self._volume())
             self._evaluations.note(f"cycle {cycle}: {len(self._evaluations.seen)} evaluations, {self._summary()}")
             if len(volumes) > PATIENCE and volumes[-1] <= (1 + NOTHING_GAINED) * volumes[-1 - PATIENCE]:
@@ -194,8 +204,7 @@ class _Search:
 
     # -- proposing -------------------------------------------------------------------------------------------
 
-    def _proposals(self) -> tuple[Rows, list[int | None]]:
-        """Policies, and the high-level agent that proposed each alone, None where it was voted."""
+    def _proposals(self) -> "_Pool":
         rows, goals, origins = [], [], []
         everyone: list[int | None] = [None]
         if self._parts.hierarchy and len(self._council.agents) > 1:
@@ -218,11 +227,17 @@ class _Search:
         rows.append(incumbents)
         goals.append(near)
         origins += [None] * len(incumbents)
-        every = np.concatenate(rows)
+        drop_max, size_part = (
+            np.concatenate([getattr(each, name) for each in goals]) for name in ("drop_max", "size_part")
+        )
+        pool = _Pool(np.concatenate(rows), Goals(drop_max, size_part), origins)
+        self._refine(pool, ROUNDS)
+        return pool
+
+    def _refine(self, pool: "_Pool", rounds: int) -> None:
         if self._parts.refinement:
-            each = Goals(*(np.concatenate([getattr(g, name) for g in goals]) for name in ("drop_max", "size_part")))
-            every = refined(self._problem, every, lambda tried: self._reward(tried, each), self._random)
-        return every, origins
+            worth = partial(self._reward, goals=pool.goals)
+            pool.rows = refined(self._problem, pool.rows, worth, self._random, rounds)
 
     def _at_random(self, count: int) -> Rows:
         return self._problem.legal(self._random.integers(self._problem.sizes, size=(count, len(self._problem.sizes))))
@@ -234,29 +249,45 @@ class _Search:
         rows = np.stack([self._problem.row(seen[i].policy) for i in drawn])
         return rows, self._draw(PROPOSALS)
 
-    def _chosen(self, rows: Rows) -> list[int]:
-        known = {self._problem.row(each.policy).tobytes() for each in self._evaluations.seen}
-        fresh = np.array([i for i, row in enumerate(rows) if row.tobytes() not in known], int)
+    def _evaluate_the_best_of(self, pool: "_Pool") -> bool:
+        """A few, one after the other, each chosen with what the one before has taught.  False if there was none."""
+        told: list[float] = []
+        seen: list[Evaluation] = []
+        origins: list[int | None] = []
+        while len(seen) < A_CYCLE and self._evaluations.left:
+            if seen:
+                self._surrogate.fit(self._evaluations.seen)
+                self._refine(pool, MENDING)
+            best = self._best(pool.rows)
+            if best is None:
+                break
+            row = pool.rows[best : best + 1]
+            told.append(float(self._surrogate(row).mean[0]))
+            seen += self._evaluations.of_rows(row)
+            origins.append(pool.origins[best])
+        if seen:
+            self._learn_from(seen, np.array(told), origins)
+        return bool(seen)
+
+    def _best(self, rows: Rows) -> int | None:
+        """Which of them to evaluate now; None if there is none that the surrogate would try.
+
+        As the surrogate tells it; where it has been wrong about what comes before what, as one of its members does,
+        another every time.
+        """
+        seen = self._evaluations.seen
+        known = {self._problem.row(each.policy).tobytes() for each in seen}
+        _, first = np.unique(rows, axis=0, return_index=True)
+        fresh = np.array([i for i in np.sort(first) if rows[i].tobytes() not in known], int)
         if not len(fresh):
-            return []
-        _, first = np.unique(rows[fresh], axis=0, return_index=True)
-        fresh = fresh[np.sort(first)]
-        prices = self._problem.costs(rows[fresh])
-        told = self._surrogate(rows[fresh])
-        drops = told.mean + self._doubt * (told.members - told.mean)
-        places = np.stack([places_of(drop, prices, self._problem.before) for drop in drops])
-        worth = np.stack([self._goal.reward(drop, prices, HARD) for drop in drops])
-        seen = points(self._evaluations.seen, self._problem.before)
-        chosen: list[int] = []
-        for turn in range(min(A_CYCLE, self._evaluations.left)):
-            if turn < FOR_THE_GOAL:
-                best = pick_for(worth, chosen, self._random)
-                picked = [] if best is None else [best]
-            else:
-                with_chosen = np.vstack([seen, *(places[:, i].mean(0)[None] for i in chosen)])
-                picked = [i for i in pick(places, with_chosen, self._reference, 1, self._random) if i not in chosen]
-            chosen += picked
-        return [int(fresh[i]) for i in chosen]
+            return None
+        prices, told = self._problem.costs(rows[fresh]), self._surrogate(rows[fresh])
+        drop = told.members[self._random.integers(len(told.members))] if self._doubt > 1 else told.mean
+        if len(seen) % FOR_THE_GOAL == 0:
+            return int(fresh[self._goal.reward(drop, prices, HARD).argmax()])
+        before = self._problem.before
+        found = most_added(places_of(drop, prices, before), points(seen, before), self._reference)
+        return None if found is None else int(fresh[found[0]])
 
     # -- evaluating ------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 An ensemble: each member is fitted to a bootstrap of the evaluations, the mean is the prediction and the spread the
 uncertainty (Lakshminarayanan et al., 2017).  A member is the formula of additive sensitivity (`additive`), which is
 good for an order from the first evaluation on, times what a small network has learned of where that formula is wrong.
+The networks have to earn that: they count only while they have told new evaluations better than the formula alone.
 The surrogate shapes rewards and says what to evaluate next; it decides nothing.
 """
 
@@ -25,6 +26,11 @@ RATE = 2e-2
 WEIGHT_DECAY = 0.1
 JITTER = 0.1
 """Of the features while a network learns, in their standard deviations: between policies seen lie others."""
+
+TRIALS = 8
+"""New evaluations at least that networks have to tell better than the formula before they count."""
+LESS = 0.9
+"""How far off they may be on average, as a part of how far the formula is."""
 
 TINY = 1e-6
 
@@ -63,15 +69,26 @@ class Surrogate:
         }
         self._members: list[_Member] = []
         self._seen = np.zeros((0, len(problem.variables)), int)
+        self._misses: list[tuple[float, float]] = []
+        """Of evaluations that came after a prediction: what the formula, and the networks, were off, as logarithms."""
         self.rank_correlation: float | None = None
         """Of predictions with evaluations that were made after them; None before there are any."""
+
+    @property
+    def networks_count(self) -> bool:
+        """Whether networks have told new evaluations better than the formula alone."""
+        formula, networks = np.array(self._misses).reshape(-1, 2).T
+        return len(formula) >= TRIALS and bool(networks.mean() < LESS * formula.mean())
 
     def fit(self, seen: Sequence[Evaluation]) -> None:
         """Learn from evaluations: all of them, anew."""
         random = np.random.default_rng(self._seed)
-        self._seen = np.stack([self._problem.row(each.policy) for each in seen])
+        rows = np.stack([self._problem.row(each.policy) for each in seen])
         logs = np.log(np.maximum([each.drop for each in seen], 0.0) + self._noise)
-        x = self._features(self._seen)
+        if self._learned and self._members:
+            self._try_on(rows[len(self._seen) :], logs[len(self._seen) :])
+        self._seen = rows
+        x = self._features(rows) if self._learned else None
         self._members = []
         for _ in range(MEMBERS):
             drawn = random.integers(len(seen), size=len(seen))
@@ -80,10 +97,16 @@ class Surrogate:
             if fitted.corrections is not None:  # those of one policy, drawn more than once, add up
                 np.add.at(corrections, drawn, fitted.corrections)
             residual = None
-            if self._learned:
-                off = logs - np.log(fitted.drop(self._problem, self._seen) + self._noise)
+            if x is not None:
+                off = logs - np.log(fitted.drop(self._problem, rows) + self._noise)
                 residual = _Residual.fitted(x, x[drawn], off[drawn], random)
             self._members.append(_Member(fitted, corrections, residual))
+
+    def _try_on(self, rows: Rows, logs: np.ndarray) -> None:
+        """Remember how well formula and networks told evaluations that neither has seen."""
+        if len(rows):
+            told = [np.log(self._told(rows, networks=each).mean + self._noise) for each in (False, True)]
+            self._misses += zip(*(np.abs(each - logs).tolist() for each in told), strict=True)
 
     def judge(self, told: np.ndarray, seen: Sequence[Evaluation]) -> float | None:
         """Rank correlation of what was told of policies with what was seen; None of fewer than three, or all alike."""
@@ -94,14 +117,16 @@ class Surrogate:
         return self.rank_correlation
 
     def __call__(self, rows: Rows) -> Told:
-        x = self._features(rows) if self._learned else None
+        return self._told(rows, networks=self.networks_count)
+
+    def _told(self, rows: Rows, *, networks: bool) -> Told:
+        x = self._features(rows) if networks else None
         # what all members need is worked out once: a million policies are asked for
         parts, common = damages(self._problem, rows), alike(self._problem, rows, self._seen)
         found = []
         for member in self._members:
             drop = member.formula.uncorrected(parts) * np.exp(common @ member.corrections)
-            if member.residual is not None:
-                assert x is not None
+            if x is not None and member.residual is not None:
                 drop = (drop + self._noise) * np.exp(member.residual(x)) - self._noise
             found.append(drop)
         return Told(np.stack(found))
