@@ -16,11 +16,10 @@ from hirelc_deploy.compress.inputs import energies
 from hirelc_deploy.compress.ordering import Strength, Strengths, silenced, spectral_change, weights
 from hirelc_deploy.compress.sensitivity import Perturbations, fisher, rounds_alike
 from hirelc_deploy.cost.latency import Decisions
-from hirelc_deploy.cost.size import Positions, SizePredictor
-from hirelc_deploy.errors import UserError
+from hirelc_deploy.cost.size import Positions, SizePredictor, column_counts
 from hirelc_deploy.graph.calling import tensors
 from hirelc_deploy.kernels import load_format
-from hirelc_deploy.policy import Compute, PerChannel, Policy, Precision, Step, Storage
+from hirelc_deploy.policy import FP16, FP32, Compute, PerChannel, PerGroup, Policy, Precision, Step, Storage
 from hirelc_deploy.search.problem import (
     GroupVariable,
     LayerFacts,
@@ -76,16 +75,8 @@ class Posing:
         self._graph = bench.graph
 
     def problem(self) -> Problem:
-        """Measures what is not known yet.
-
-        Raises UserError for a target whose runtime decodes no weights: menu and recipes are of formats that it lacks.
-        """
+        """Measures what is not known yet."""
         graph, bench = self._graph, self._bench
-        if bench.target.precisions is not None:
-            raise UserError(
-                f"this search chooses among number formats that {bench.target.name} does not decode",
-                fix="give --search recipe, or say what is wanted: --recipe compute=int8, --policy FILE",
-            )
         return Problem(
             variables=self.variables,
             blocks={block.name: block.layers for block in graph.blocks},
@@ -129,14 +120,30 @@ class Posing:
     def _is_offered(self, layer: str, option: Precision) -> bool:
         if option.storage.is_float:
             return True
-        return option.storage in self.menu and option.compute in self._bench.computes_allowed[layer]
+        return (
+            option.storage in self.menu
+            and option.compute in self._bench.computes_allowed[layer]
+            and self._has_whole_groups(layer, option)
+        )
+
+    def _has_whole_groups(self, layer: str, option: Precision) -> bool:
+        """Where weights are held as they are computed with, their groups have to come out even, however few
+        channels stay."""
+        granularity = option.storage.granularity
+        if self._bench.target.precisions is None or not isinstance(granularity, PerGroup):
+            return True
+        columns = column_counts(self._graph.layer[layer], self._graph, self._bench.space.groups)
+        return not (columns % granularity.size).any()
 
     @cached_property
     def menu(self) -> frozenset[Storage]:
         """Storages that are the best of their size in the largest layers, and those of recipes.
 
-        Formats whose tables all layers share are left out: what such a table costs depends on how many read it.
+        Formats whose tables all layers share are left out: what such a table costs depends on how many read it.  A
+        target that holds weights as it computes with them has few storages, and offers all of them.
         """
+        if self._bench.target.precisions is not None:
+            return frozenset(option.storage for each in self._bench.space.layers.values() for option in each)
         found = self._bench.run.step("search/menu", self._menu)
         known = {str(option.storage): option.storage for each in self._bench.space.layers.values() for option in each}
         return frozenset(known[name] for name in found)
@@ -171,25 +178,33 @@ class Posing:
         known: set[str] = set()
         for keep in RECIPE_KEEP_PERCENT:
             fastest = self.predictor.fastest(Recipe(keep, None).counts(space), self._bench.computes_allowed)
-            for bits in RECIPE_BITS:
-                for compute in (*self._uniform_computes, None):
-                    recipe = Recipe(keep, compute, f"int{bits}")
-                    policy = self._offered(recipe.policy(space, fastest))
-                    if policy.digest() not in known:
-                        known.add(policy.digest())
-                        found[str(recipe)] = policy
+            for storage, compute in self._recipe_precisions:
+                recipe = Recipe(keep, compute, storage)
+                policy = self._offered(recipe.policy(space, fastest))
+                if policy.digest() not in known:
+                    known.add(policy.digest())
+                    found[str(recipe)] = policy
         return found
 
+    @property
+    def _recipe_precisions(self) -> "list[tuple[str | None, Compute | None]]":
+        """Storage and compute of recipes; where weights are packed, every width in every compute, and the fastest."""
+        if self._bench.target.precisions is None:
+            return [(f"int{bits}", each) for bits in RECIPE_BITS for each in (*self._uniform_computes, None)]
+        options = {option for each in self._bench.space.layers.values() for option in each}
+        pairs: set[tuple[str | None, Compute | None]] = {(str(each.storage), each.compute) for each in options}
+        return sorted(pairs | {(None, None)}, key=str)
+
     def _offered(self, policy: Policy) -> Policy:
-        """The policy with integers left to the layers whose inputs 8 bits hold."""
+        """The policy with integers left to the layers whose inputs 8 bits hold, and groups to those that have whole
+        ones: the others keep their storage where it can be, and are computed in floats."""
         options = {v.name: v.options for v in self.variables if isinstance(v, LayerVariable)}
-        return Policy(
-            {
-                name: each if each in options[name] else Precision(each.storage, Compute.FP32)
-                for name, each in policy.precisions.items()
-            },
-            policy.keep,
-        )
+
+        def nearest(name: str, wanted: Precision) -> Precision:
+            instead = (wanted, Precision(wanted.storage, Compute.FP32), FP16, FP32)
+            return next(each for each in instead if each in options[name])
+
+        return Policy({name: nearest(name, each) for name, each in policy.precisions.items()}, policy.keep)
 
     @property
     def _uniform_computes(self) -> tuple[Compute, ...]:
@@ -316,6 +331,8 @@ class Posing:
     def _of_group(self, variable: GroupVariable) -> list[float]:
         """Fewer units never do less; between counts that are tried the logarithm is interpolated."""
         counts = variable.options
+        if len(counts) == 1:
+            return [0.0]
         tried = sorted({int(i) for i in np.linspace(0, len(counts) - 2, min(COUNTS_TRIED, len(counts) - 1)).round()})
         seen = [self.perturbations.of_model(self._bench.cut_to({variable.in_policy: counts[i]})) for i in tried]
         falling = np.minimum.accumulate(np.maximum(seen, np.finfo(np.float32).tiny))

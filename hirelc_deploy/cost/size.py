@@ -21,7 +21,7 @@ from hirelc_deploy.policy import Precision
 HELD_OUT = 4
 """Every so many-th sample judges the fit and is no part of it."""
 
-FLOAT_BYTES = 4
+BITS_A_BYTE = 8
 
 Kind = tuple[object, ...]
 """What overheads go by."""
@@ -111,9 +111,7 @@ class _Weight:
         self._options = options
         self._counts = counts
         self._vanishes_with = [g.name for g in graph.groups if g.vanishing and layer.name in g.vanishing.modules]
-        output = 1 if layer.op.startswith("ConvTranspose") else 0
-        columns = [axis for axis in range(len(layer.weight_shape)) if axis != output]
-        self._extents = [_Extent(layer, axes, graph, counts) for axes in ([output], columns)]
+        self._extents = [_Extent(layer, axes, graph, counts) for axes in ([_output(layer)], _columns(layer))]
         shape = (len(options), *(len(extent.sizes) for extent in self._extents))
         # filled as shapes are asked for: a wide network has more of them than a search will see
         self._bytes = np.full(shape, np.nan)
@@ -162,7 +160,7 @@ class _Weight:
         channels, columns = (int(e.sizes[i]) for e, i in zip(self._extents, (row, column), strict=True))
         storage = self._options[option].storage
         if storage.is_float:
-            return FLOAT_BYTES * channels * columns
+            return storage.bits // BITS_A_BYTE * channels * columns
         return load_format(storage.format).packed_bytes(channels, columns, storage) if channels * columns else 0.0
 
 
@@ -200,6 +198,19 @@ class _Extent:
         for i, group, cuts in self._cuts:
             lengths[i] = lengths[i] - cuts[chosen.counts[group]]
         return np.broadcast_to(np.searchsorted(self.sizes, prod(lengths)), len(chosen))
+
+
+def column_counts(layer: Layer, graph: ModelGraph, counts: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """Every number of columns, of weights that one output channel reads, that a layer can come to have; ascending."""
+    return _Extent(layer, _columns(layer), graph, {name: np.asarray(options) for name, options in counts.items()}).sizes
+
+
+def _output(layer: Layer) -> int:
+    return 1 if layer.op.startswith("ConvTranspose") else 0
+
+
+def _columns(layer: Layer) -> list[int]:
+    return [axis for axis in range(len(layer.weight_shape)) if axis != _output(layer)]
 
 
 def _stored_layers(graph: ModelGraph) -> list[Layer]:
