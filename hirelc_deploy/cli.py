@@ -196,8 +196,9 @@ def export(
         str | None,
         typer.Option(
             metavar="METHOD",
-            help="What chooses channels and formats: recipe (default) tries uniform recipes, smallest change first; "
-            "hierarchical, greedy, knapsack, evolution and random search layer by layer.",
+            help="What chooses channels and formats: hierarchical, greedy, knapsack, evolution and random search layer "
+            "by layer; recipe tries uniform recipes. Default: hierarchical; recipe where nothing is limited or nothing "
+            "is fine-tuned.",
             rich_help_panel=CHOICE,
         ),
     ] = None,

@@ -98,7 +98,8 @@ class ExportSettings:
     max_memory_bytes: int | None = None
     max_drop: float | None = None
     """In the unit of the task's score: percentage points for classification."""
-    search: str = "recipe"
+    search: str | None = None
+    """One of SEARCHES; None is the one of `method`."""
     recipe: str | None = None
     """One uniform recipe instead of a search: keep=50%,compute=int8"""
     policy: Path | None = None
@@ -125,7 +126,8 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         for name, choices in (("search", SEARCHES), ("order", ORDERS), ("importance", IMPORTANCES)):
-            _require_one_of(name, getattr(self, name), choices)
+            if getattr(self, name) is not None:
+                _require_one_of(name, getattr(self, name), choices)
         for name in ("evaluations", "threads", "batch"):
             require_at_least(1, name, getattr(self, name))
         for name in ("epochs", "seed"):
@@ -135,13 +137,22 @@ class ExportSettings:
                 f"post-training says how weights are corrected that are not fine-tuned, and epochs is {self.epochs}",
                 fix="give epochs 0 as well, or leave post-training out",
             )
-        if self.search != "recipe" and not self.epochs and self.recipe is None and self.policy is None:
+        if self.method != "recipe" and not self.epochs and self.recipe is None and self.policy is None:
             raise UserError(
                 f"epochs is 0, and the evaluations of search {self.search} are trained",
                 fix="leave epochs out, or give search recipe, which can do without",
             )
         if self.recipe is not None and self.policy is not None:
             raise UserError("recipe and policy are both given", fix="each says what to build: give one of them")
+
+    @property
+    def method(self) -> str:
+        """Of the search: hierarchical if none was given, or recipe, where nothing is fine-tuned or no limit asks for
+        more than that."""
+        if self.search is not None:
+            return self.search
+        limits = (self.max_latency_ms, self.min_speedup, self.max_size_bytes, self.max_memory_bytes, self.max_drop)
+        return "hierarchical" if self.epochs and any(limit is not None for limit in limits) else "recipe"
 
 
 def _require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

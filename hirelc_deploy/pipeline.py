@@ -288,11 +288,9 @@ def demo(out: Path, *, resume: bool = False) -> Outcome:
             data=demonstration.DATA,
             target="host",
             checkpoint=demonstration.CHECKPOINT,
-            recipe=demonstration.RECIPE,
+            evaluations=demonstration.EVALUATIONS,
             epochs=demonstration.EPOCHS,
             max_drop=demonstration.MAX_DROP,
-            min_speedup=demonstration.MIN_SPEEDUP,
-            max_size_bytes=demonstration.MAX_SIZE_BYTES,
             out=out,
             resume=resume,
         )
@@ -355,7 +353,7 @@ def _choose(
     if given is not None:
         evaluation = bench.evaluate(given if settings.policy is not None else ordered(given))
         return Choice(evaluation, (evaluation,))
-    if settings.search == "recipe":
+    if settings.method == "recipe":
         return recipes.search(
             bench.space,
             budget,
@@ -373,7 +371,7 @@ def _searched(settings: ExportSettings, bench: Workbench, posing: Posing) -> Cho
     with console.progress("searching", limit) as advance:
         seen = Evaluations(problem, limit, lambda each: advance(describe(each, bench.task.unit)), console.note)
         with suppress(Spent):
-            methods.load(settings.search)(problem, seen, seed=settings.seed)
+            methods.load(settings.method)(problem, seen, seed=settings.seed)
     return finish(problem, seen.seen, lambda policy: bench.evaluate(_ordered(settings.order, posing, policy)))
 
 
@@ -397,7 +395,7 @@ def describe(evaluation: Evaluation, unit: str) -> str:
 def _method(settings: ExportSettings) -> str:
     if settings.policy is not None:
         return "policy"
-    return f"recipe {settings.recipe}" if settings.recipe is not None else settings.search
+    return f"recipe {settings.recipe}" if settings.recipe is not None else settings.method
 
 
 def _measured(

@@ -21,9 +21,11 @@ def evaluation(number: int, drop: float, size_bytes: int, latency_ms: float = 1.
     return Evaluation(Policy({}, {"g": number}), figures, 90.0 - drop)
 
 
-def finished(budget: Budget, seen: Sequence[Evaluation], gain: float) -> tuple[Choice, list[int]]:
+def finished(
+    budget: Budget, seen: Sequence[Evaluation], gain: float, *, score_error: float = 0.0
+) -> tuple[Choice, list[int]]:
     """The choice where fine-tuning leaves such a part of every drop, and what was finished, in order."""
-    problem: Problem = replace(toy().problem, budget=budget, before=BEFORE)
+    problem: Problem = replace(toy().problem, budget=budget, before=BEFORE, score_error=score_error)
     order: list[int] = []
     by_policy = {each.policy.digest(): each for each in seen}
 
@@ -52,6 +54,13 @@ def test_what_is_finished_corrects_what_is_expected(gain: float, best: int) -> N
     assert choice.best.policy.keep["g"] == best
     assert len(order) <= FINALISTS
     assert len(set(order)) == len(order)
+
+
+def test_one_that_holds_the_limit_by_a_margin_comes_before_one_that_just_does() -> None:
+    choice, _ = finished(Budget(drop=1.0), LADDER, gain=0.5, score_error=0.25)
+    assert choice.best.policy.keep["g"] == 3, "0.75 holds a limit of 1.0 by 0.8 x 0.25, 1.0 just holds it"
+    only = [LADDER[3]]
+    assert finished(Budget(drop=1.0), only, gain=0.5, score_error=0.25)[0].best.policy.keep["g"] == 4
 
 
 def test_where_nothing_holds_the_mildest_is_taken() -> None:

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from exporting import digits, policy_of, trained_digit_net, write_policy
 
-from hirelc_deploy import pipeline
+from hirelc_deploy import pipeline, posing, workbench
 from hirelc_deploy.choices import search_space
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.errors import ExitStatus, UserError
@@ -159,10 +159,19 @@ def test_a_packed_format_is_refused_by_what_there_is(board: str, tmp_path: Path)
         export(tmp_path, board, policy=write_policy(tmp_path / "policy.json", dynamic))
 
 
-def test_a_search_among_packed_formats_is_refused_before_it_begins(board: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="number formats that board does not decode") as refused:
-        export(tmp_path, board, search="hierarchical", epochs=1, max_size_bytes=9000)
-    assert "--search recipe" in refused.value.fix
+def test_a_search_chooses_among_what_the_board_holds(
+    board: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(posing, "SIZE_SAMPLES", 24)
+    monkeypatch.setattr(workbench, "RECOVERY_EXAMPLES", 128)
+    outcome = export(tmp_path, board, search="evolution", evaluations=3, epochs=1, max_drop=50.0)
+    manifest = outcome.manifest
+    assert outcome.status is ExitStatus.UNVERIFIED
+    assert manifest.search.method == "evolution"
+    assert manifest.measured.size_bytes == manifest.predicted.size_bytes
+    stored = {(layer.storage, layer.compute) for layer in manifest.layers}
+    in_halves = {("int4/group64", "fp16"), ("int4/channel", "fp16"), ("fp16/tensor", "fp16")}
+    assert stored <= {("fp32/tensor", "fp32"), ("int8/channel", "int8"), *in_halves}
 
 
 @pytest.mark.parametrize(

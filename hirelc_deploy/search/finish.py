@@ -17,6 +17,10 @@ from hirelc_deploy.search.space import Choice, Evaluation
 FINALISTS = 4
 """At most so many policies are finished."""
 
+MARGIN = 0.8
+"""In standard errors of a score, how far below the limit a drop has to be to be relied on: the test split has other
+examples.  The error of a difference of two scores on the same examples is about so much of one score's."""
+
 GAIN = 0.5
 """Part of an evaluation's drop that fine-tuning leaves, before any was seen."""
 
@@ -27,33 +31,44 @@ def finish(
     """The best policy under the budget, as `complete` sees it: trained in full, its file timed and weighed.
 
     With a limit on the drop: the cheapest that is told to hold it is finished, then a cheaper or a dearer one, by what
-    was seen, until `most` or until nothing cheaper is left.  Without one: those with the best reward.
+    was seen, until `most` or until nothing cheaper is left; one that holds it by MARGIN comes before one that just
+    does.  Without one: those with the best reward.
     """
     goal, budget = Goal.of(problem.budget, problem.before), problem.budget
+    safe = None if budget.drop is None else _safe(budget.drop, problem.score_error)
     finished: dict[str, tuple[Evaluation, Evaluation]] = {}
     while len(finished) < most:
-        wanted = _next(seen, finished, goal, budget)
+        wanted = _next(seen, finished, goal, budget, safe)
         if wanted is None:
             break
         finished[wanted.policy.digest()] = (wanted, complete(wanted.policy))
     ends = [after for _, after in finished.values()]
-    return Choice(min(ends, key=lambda each: _rank(each, goal, budget)), tuple(seen))
+    return Choice(min(ends, key=lambda each: _rank(each, goal, budget, safe)), tuple(seen))
+
+
+def _safe(drop: float, score_error: float) -> float:
+    """What a drop has to stay below to be relied on; at least half of the limit is left to it."""
+    return drop - min(MARGIN * score_error, abs(drop) / 2)
 
 
 def _next(
-    seen: Sequence[Evaluation], finished: dict[str, tuple[Evaluation, Evaluation]], goal: Goal[float], budget: Budget
+    seen: Sequence[Evaluation],
+    finished: dict[str, tuple[Evaluation, Evaluation]],
+    goal: Goal[float],
+    budget: Budget,
+    safe: float | None,
 ) -> Evaluation | None:
     """What is worth finishing now; None if nothing can be better than what is."""
     open_ = [each for each in seen if each.policy.digest() not in finished]
     if not open_:
         return None
-    if budget.drop is None:
+    if safe is None:
         return min(open_, key=lambda each: (_excess(each, budget), -_reward(each, goal)))
     gain = _gain(list(finished.values()))
-    holding = [after for _, after in finished.values() if met(budget, after.figures)]
+    holding = [after for _, after in finished.values() if met(budget, after.figures) and after.drop <= safe]
     cheapest = min((_cost(each) for each in holding), default=float("inf"))
     # of figures that are not judged yet the search's own predictions stand for what will be seen
-    hopeful = [e for e in open_ if gain * e.drop <= budget.drop and not _excess(e, budget) and _cost(e) < cheapest]
+    hopeful = [e for e in open_ if gain * e.drop <= safe and not _excess(e, budget) and _cost(e) < cheapest]
     if hopeful:
         return min(hopeful, key=_cost)
     if holding:
@@ -67,11 +82,12 @@ def _gain(finished: Sequence[tuple[Evaluation, Evaluation]]) -> float:
     return float(np.median(parts)) if parts else GAIN
 
 
-def _rank(evaluation: Evaluation, goal: Goal[float], budget: Budget) -> tuple[float, ...]:
-    """The lower, the better: limits that are missed, and by how much; then what it is for."""
+def _rank(evaluation: Evaluation, goal: Goal[float], budget: Budget, safe: float | None) -> tuple[float, ...]:
+    """The lower, the better: limits that are missed, and by how much; whether that is safe; then what it is for."""
     missed = sum(check.ok is False for check in judge(budget, evaluation.figures))
     over = 0.0 if budget.drop is None else max(0.0, evaluation.drop - budget.drop)
-    return (missed > 0, _excess(evaluation, budget) + over, -_reward(evaluation, goal))
+    unsafe = safe is not None and evaluation.drop > safe
+    return (missed > 0, _excess(evaluation, budget) + over, unsafe, -_reward(evaluation, goal))
 
 
 def _reward(evaluation: Evaluation, goal: Goal[float]) -> float:

@@ -56,7 +56,7 @@ DROP_OCTAVES = (-2.0, 1.0)
 """Goals of drop, as powers of two times the user's."""
 
 DOUBT_BELOW = 0.4
-"""A rank correlation of the surrogate with new evaluations from which on it is trusted half."""
+"""A rank correlation of the surrogate with new evaluations below which it is trusted half."""
 
 NOTHING_GAINED, PATIENCE = 1e-3, 4
 """Part of the hypervolume that a cycle has to add, and cycles without that, before the search ends early."""
@@ -305,12 +305,12 @@ class _Search:
                 harsh = middle - 1
 
     def _learn_from(self, seen: list[Evaluation], told: np.ndarray, origins: list[int | None]) -> None:
-        correlation = self._surrogate.judge(told[: len(seen)], seen)
+        correlation = self._surrogate.judge(told, seen)
         if correlation is not None:
             self._doubt = 2.0 if correlation < DOUBT_BELOW else 1.0
             if self._doubt > 1:
                 self._evaluations.note(
-                    f"the surrogate ranked {len(seen)} new policies with a correlation of {correlation:.2f}: doubted"
+                    f"the surrogate ranked the last policies with a correlation of {correlation:.2f}: it is doubted"
                 )
         drops, prices = np.array([each.drop for each in seen]), prices_of(seen)
         rewards = self._goal.reward(drops, prices, self._multipliers)

@@ -27,6 +27,9 @@ WEIGHT_DECAY = 0.1
 JITTER = 0.1
 """Of the features while a network learns, in their standard deviations: between policies seen lie others."""
 
+JUDGED = 16
+"""New evaluations that a rank correlation is taken over: a few that are all near the limit have none."""
+
 TRIALS = 8
 """New evaluations at least that networks have to tell better than the formula before they count."""
 LESS = 0.9
@@ -71,6 +74,7 @@ class Surrogate:
         self._seen = np.zeros((0, len(problem.variables)), int)
         self._misses: list[tuple[float, float]] = []
         """Of evaluations that came after a prediction: what the formula, and the networks, were off, as logarithms."""
+        self._judged: list[tuple[float, float]] = []
         self.rank_correlation: float | None = None
         """Of predictions with evaluations that were made after them; None before there are any."""
 
@@ -109,11 +113,15 @@ class Surrogate:
             self._misses += zip(*(np.abs(each - logs).tolist() for each in told), strict=True)
 
     def judge(self, told: np.ndarray, seen: Sequence[Evaluation]) -> float | None:
-        """Rank correlation of what was told of policies with what was seen; None of fewer than three, or all alike."""
-        drops = [each.drop for each in seen]
-        if len(seen) < 3 or np.ptp(told) == 0 or np.ptp(drops) == 0:
+        """Rank correlation of what was told of new policies with what was seen, of the last JUDGED there were.
+
+        None before there are JUDGED / 2, and where all are alike.
+        """
+        self._judged = [*self._judged, *zip(told.tolist(), (each.drop for each in seen), strict=True)][-JUDGED:]
+        before, after = np.array(self._judged).reshape(-1, 2).T
+        if len(before) < JUDGED / 2 or np.ptp(before) == 0 or np.ptp(after) == 0:
             return None
-        self.rank_correlation = float(spearmanr(told, drops).statistic)
+        self.rank_correlation = float(spearmanr(before, after).statistic)
         return self.rank_correlation
 
     def __call__(self, rows: Rows) -> Told:
