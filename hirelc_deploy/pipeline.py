@@ -353,7 +353,7 @@ def _choose(
     if given is not None:
         evaluation = bench.evaluate(given if settings.policy is not None else ordered(given))
         return Choice(evaluation, (evaluation,))
-    if settings.method == "recipe":
+    if settings.method == "recipe" and not (settings.epochs and budget.given):
         return recipes.search(
             bench.space,
             budget,
