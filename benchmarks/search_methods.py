@@ -36,6 +36,7 @@ MAX_DROP = 2.0
 WITHOUT = {
     "hierarchical": Parts(),
     "without hierarchy": Parts(hierarchy=False),
+    "an agent a block": Parts(shared=False),
     "without Fisher": Parts(fisher=False),
     "without surrogate": Parts(surrogate=False),
     "without vote": Parts(vote=False),

@@ -145,6 +145,22 @@ Batch = Annotated[
     int | None,
     typer.Option(metavar="N", help="Examples of the measured inference (default 1).", rich_help_panel=RUN),
 ]
+Host = Annotated[
+    str | None,
+    typer.Option(
+        metavar="USER@DEVICE",
+        help="Build the engine on a device with TensorRT, over ssh, and measure it there.",
+        rich_help_panel=RUN,
+    ),
+]
+HostTrtexec = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COMMAND",
+        help="The device's trtexec, if it is not found by itself (default trtexec).",
+        rich_help_panel=RUN,
+    ),
+]
 Out = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Where to write the artifact (default out/export).", rich_help_panel=RUN),
@@ -235,6 +251,8 @@ def export(
     seed: Seed = None,
     threads: Threads = None,
     batch: Batch = None,
+    host: Host = None,
+    host_trtexec: HostTrtexec = None,
     out: Out = None,
     resume: Resume = None,
     config: Config = None,
@@ -255,19 +273,15 @@ def export(
 def verify(
     folder: Artifact,
     allow_estimates: AllowEstimates = None,
-    host: Annotated[
-        str | None,
-        typer.Option(metavar="USER@DEVICE", help="Build the engine on a device with TensorRT, and measure it there."),
-    ] = None,
-    host_trtexec: Annotated[
-        str, typer.Option(metavar="COMMAND", help="The device's trtexec, if it is not found by itself.")
-    ] = "trtexec",
+    host: Host = None,
+    host_trtexec: HostTrtexec = None,
 ) -> ExitStatus:
     """Measure an artifact again, on this machine or on its device, and judge it by the limits it was exported with."""
     from hirelc_deploy import pipeline
 
     if host is not None:
-        return _close(pipeline.verify_on(folder, host, trtexec=host_trtexec, allow_estimates=bool(allow_estimates)))
+        trtexec = host_trtexec or "trtexec"
+        return _close(pipeline.verify_on(folder, host, trtexec=trtexec, allow_estimates=bool(allow_estimates)))
     return _close(pipeline.verify(folder, allow_estimates=bool(allow_estimates)))
 
 

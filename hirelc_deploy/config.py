@@ -121,6 +121,9 @@ class ExportSettings:
     """Of the runtime that is measured."""
     batch: int = 1
     """Examples an inference that is measured."""
+    host: str | None = None
+    """A device with TensorRT, for `ssh`: the engine is built and measured there."""
+    host_trtexec: str = "trtexec"
     out: Path = Path("out/export")
     resume: bool = False
 
@@ -239,6 +242,8 @@ OPTIONS: Mapping[str, Option] = {
     "seed": Option("seed", _whole),
     "threads": Option("threads", _whole),
     "batch": Option("batch", _whole),
+    "host": Option("host", _text),
+    "host_trtexec": Option("host_trtexec", _text),
     "out": Option("out", _path),
     "resume": Option("resume", _flag),
 }

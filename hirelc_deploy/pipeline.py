@@ -62,7 +62,9 @@ RUN_FOLDER = "run"
 EVALUATIONS = 32
 """Of a search, where no number was given."""
 
-DECIDES_NOTHING = frozenset({"out", "resume", "model", "data", "checkpoint", "target", "policy", "kernels"})
+DECIDES_NOTHING = frozenset(
+    {"out", "resume", "model", "data", "checkpoint", "target", "policy", "kernels", "host", "host_trtexec"}
+)
 """Settings that are no part of a run's identity, or that are part of it by their contents."""
 
 
@@ -84,6 +86,8 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
     """
     budget = budget_of(settings)
     asked_for = _asked_for(settings)
+    if settings.host is not None:
+        _check_host(settings.target, settings.host)
     with opened(settings, asked_for, model=model, task=task) as (bench, trained, given):
         run, task, target, network = bench.run, bench.task, bench.target, bench.graph
         began = time.monotonic()
@@ -149,7 +153,30 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
                 *bench.notes_on_rounding(policy),
             ),
         )
-        return _judged(settings.out, manifest, allow_estimates=settings.allow_estimates)
+        outcome = _judged(settings.out, manifest, allow_estimates=settings.allow_estimates)
+    if settings.host is None:
+        return outcome
+    return verify_on(
+        settings.out,
+        settings.host,
+        trtexec=settings.host_trtexec,
+        allow_estimates=settings.allow_estimates,
+        task=task,
+        target=target,
+    )
+
+
+def _check_host(spec: str, host: str) -> None:
+    """Whether there is something to build there and the device answers: before hours are spent, not after."""
+    target = load_target(spec)
+    if not load_runtime(target.runtime.name).builds_on_device:
+        raise UserError(
+            f"a file for {target.name} is measured where this program runs, and --host is for what TensorRT builds on "
+            "a device",
+            fix="leave --host out; `verify` on the device itself measures the artifact there",
+        )
+    with remote.linked(host):
+        pass
 
 
 @contextmanager
@@ -210,11 +237,18 @@ def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" =
 
 
 def verify_on(
-    folder: Path, host: str, *, trtexec: str = "trtexec", allow_estimates: bool = False, task: "Task | None" = None
+    folder: Path,
+    host: str,
+    *,
+    trtexec: str = "trtexec",
+    allow_estimates: bool = False,
+    task: "Task | None" = None,
+    target: Target | None = None,
 ) -> Outcome:
     """Build an artifact's engine on a device that `ssh` reaches, measure it there, and judge it.
 
-    The engine takes the file's place as the artifact.  Raises UserError if the device cannot be reached, refuses the
+    The engine takes the file's place as the artifact.  `target` is that of the export, where it is at hand: a user's
+    own is a file that the manifest does not name.  Raises UserError if the device cannot be reached, refuses the
     file, or has another TensorRT than the target, and as `verify`.
     """
     manifest = manifests.read(folder)
@@ -226,6 +260,8 @@ def verify_on(
         )
     task = _same_task(manifest, task)
     tensors = {layer.name: layer.tensor for layer in manifest.layers if layer.tensor is not None}
+    if target is None and manifest.target in target_names():
+        target = load_target(manifest.target)
     with remote.linked(host) as link:
         found = engines.measure_on(
             engines.Board(link, trtexec),
@@ -233,10 +269,7 @@ def verify_on(
             f"model{runtime.suffix}",
             tensors,
             task,
-            # a user's own target is a file that is not named in the manifest
-            min_version=load_target(manifest.target).runtime.min_version
-            if manifest.target in target_names()
-            else engines.FIRST_VERSION,
+            min_version=engines.FIRST_VERSION if target is None else target.runtime.min_version,
             batch=manifest.environment.batch,
             seed=manifest.search.seed,
         )

@@ -279,7 +279,7 @@ class Posing:
     def perturbations(self) -> Perturbations:
         bench = self._bench
         batches = bench.look_at(LOOKED_AT, LOOKED_AT_BATCH)
-        model = bench.folded()
+        model = bench.trainer.original
         met = energies(model, bench.space.layers, batches)
         return Perturbations(model, batches, met, bench.task.divergence, largest=bench.largest)
 
@@ -334,7 +334,8 @@ class Posing:
         if len(counts) == 1:
             return [0.0]
         tried = sorted({int(i) for i in np.linspace(0, len(counts) - 2, min(COUNTS_TRIED, len(counts) - 1)).round()})
-        seen = [self.perturbations.of_model(self._bench.cut_to({variable.in_policy: counts[i]})) for i in tried]
+        cuts = [Policy({}, {variable.in_policy: counts[i]}) for i in tried]
+        seen = [self.perturbations.of_model(self._bench.trainer.settled(cut)) for cut in cuts]
         falling = np.minimum.accumulate(np.maximum(seen, np.finfo(np.float32).tiny))
         between = np.exp(np.interp(range(len(counts) - 1), tried, np.log(falling)))
         return [*between.tolist(), 0.0]
@@ -348,11 +349,11 @@ class Posing:
     def strengths(self, policy: Policy) -> Strengths:
         """How far pruning alone and formats alone move the network that was trained."""
         bench, graph, looking = self._bench, self._graph, self.perturbations
-        model = bench.folded()
+        model, cut = bench.trainer.original, Policy({}, policy.keep)
         before = weights(model, graph)
-        kept = bench.kept(policy.keep)
+        kept = bench.trainer.kept(cut)
         pruned = Strength(
-            looking.of_model(bench.cut_to(policy.keep)), spectral_change(before, silenced(model, graph, kept))
+            looking.of_model(bench.trainer.settled(cut)), spectral_change(before, silenced(model, graph, kept))
         )
         with looking.stored(policy.precisions) as rounded:
             return Strengths(

@@ -4,17 +4,15 @@
 run folder before it is used, so that a run that was killed goes on with the same figures and weights.
 """
 
-import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -23,15 +21,10 @@ from hirelc_deploy import __version__
 from hirelc_deploy.budget import Figures
 from hirelc_deploy.calibration import Calibration
 from hirelc_deploy.choices import search_space
-from hirelc_deploy.compress.batchnorm import reestimate
-from hirelc_deploy.compress.distil import FineTuning, Teacher, as_tensors, distil
-from hirelc_deploy.compress.fold import Pairs, fold, foldable, present
+from hirelc_deploy.compress.distil import FineTuning, as_tensors
 from hirelc_deploy.compress.grids import fitted, put_on
-from hirelc_deploy.compress.importance import Method, scores
-from hirelc_deploy.compress.inputs import energies
-from hirelc_deploy.compress.posttraining import PostTraining, post_train
-from hirelc_deploy.compress.prune import Pruned, prune
-from hirelc_deploy.compress.simulate import Simulation, put_on_unfolded, simulated
+from hirelc_deploy.compress.importance import Method
+from hirelc_deploy.compress.posttraining import PostTraining
 from hirelc_deploy.cost.network import Network
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.errors import UserError
@@ -39,9 +32,10 @@ from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import RoundingErrors
 from hirelc_deploy.graph import forward, shapes_after
 from hirelc_deploy.kernels._base import Grid
-from hirelc_deploy.policy import FP16, INT8, QUANTIZE_FIRST, Compute, Policy, Precision
+from hirelc_deploy.policy import FP16, INT8, Compute, Policy, Precision
 from hirelc_deploy.pricing import Pricing
 from hirelc_deploy.search.space import Evaluation
+from hirelc_deploy.trainer import Trainer
 from hirelc_deploy.verify import accuracy, text, timing
 from hirelc_deploy.verify.machines import Here
 from hirelc_deploy.verify.measure import Measurement, example, foretold
@@ -58,17 +52,9 @@ ROUNDS_BADLY = 1e-3
 """Of the outputs' variance: what rounding one activation to 8 bits may change.  On the example networks the worst
 tensor changes a tenth of that, most a thousandth."""
 
-Learning = tuple["Task", Teacher]
-"""Whose train split is learned from, and what the original says of it."""
-
 GRID = "grid/"
 """What the names of grids begin with, where they are saved beside weights."""
 
-TAYLOR_BATCHES = 8
-
-RECOVERY_EXAMPLES, RECOVERY_BATCH = 4096, 32
-"""Train examples of an evaluation's fine-tuning, which sees each of them once.  In small batches: many steps mend more
-than smooth ones (8,192 examples leave `small14` at half its width a drop of 3.2 points, in batches of 128 of 5.7)."""
 PREDICTION_SECONDS = 1.0
 """Spent on timing one policy's file beside the baseline."""
 
@@ -132,15 +118,24 @@ class Workbench:
         self.space = search_space(graph, target)
         self.runtime = load_runtime(target.runtime.name)
         self.largest = target.largest_code(target.flags(cpu_flags()))
-        self._importance = importance
-        self._fine_tuning = fine_tuning
-        self._post_training = post_training
         self._calibration = Calibration(task, fine_tuning.seed)
         self._threads = threads
         self._batch = batch
         self.progress = progress
         self._skeletons: dict[frozenset[str], Any] = {}
-        self._recoveries: dict[tuple[int, int], Learning] = {}
+        self.trainer = Trainer(
+            self.model,
+            task,
+            graph,
+            run,
+            self._calibration,
+            importance=importance,
+            fine_tuning=fine_tuning,
+            post_training=post_training,
+            largest=self.largest,
+            is_symmetric=self.runtime.is_symmetric,
+            progress=progress,
+        )
         here = Here(self.runtime, threads=threads)
         self.pricing = Pricing(target, tables_at(target_spec or target.name, target, here.where), here, progress)
 
@@ -173,7 +168,7 @@ class Workbench:
         name = policy.digest()
         saved = safetensors.torch.load(self.run.blob(f"weights/{name}", lambda: self._made(policy, name)))
         # a new model, so that a resumed run goes on with the very same tensors
-        model = self._folded(self._pruned(policy).model)
+        model = self.trainer.cut(policy)
         grids: dict[str, dict[str, Tensor]] = {}
         for key in [key for key in saved if key.startswith(GRID)]:
             layer, _, role = key.removeprefix(GRID).rpartition("/")
@@ -185,18 +180,7 @@ class Workbench:
 
     def _made(self, policy: Policy, name: str) -> bytes:
         """Weights and grids to be saved."""
-        pruned = self._pruned(policy)
-        if self._fine_tuning.epochs:
-            if policy.order == QUANTIZE_FIRST and self._is_smaller(pruned):
-                epochs = self._fine_tuning.epochs
-                first = replace(self._fine_tuning, epochs=epochs // 2, rate=self._fine_tuning.gentle_rate)
-                second = replace(self._fine_tuning, epochs=epochs - epochs // 2)
-                model, grids = self._quantised_first(policy, name, (first, None), (second, None))
-            else:
-                model, grids = self._fine_tuned(pruned, policy, name)
-            put_on(model, policy.precisions, grids, largest=self.largest)
-        else:
-            model, grids = self._corrected(pruned, policy)
+        model, grids = self.trainer.trained(policy, name)
         tensors = dict(model.state_dict())
         for layer, grid in grids.items():
             tensors |= {f"{GRID}{layer}/{role}": values for role, values in grid.items()}
@@ -204,142 +188,11 @@ class Workbench:
             {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
         )
 
-    def _fine_tuned(self, pruned: Pruned, policy: Policy, name: str) -> tuple[nn.Module, dict[str, Grid]]:
-        """Trained under the formats.
-
-        With all channels there, a network that was corrected is near where it should be: it is trained gently from
-        there, as it will be stored.  Once channels are gone there is much to learn, and BatchNorm helps with it.
-        """
-        if not self._is_smaller(pruned):
-            model, grids = self._corrected(pruned, policy)
-            settings = replace(self._fine_tuning, rate=self._fine_tuning.gentle_rate)
-            return (model, self._distilled(model, policy, grids, {}, settings, name)) if grids else (model, grids)
-        model = pruned.model
-        reestimate(model, self._calibration.tensors())
-        norms = present(self._norms, model)
-        grids = self._distilled(model, policy, self._fitted(model, policy, norms), norms, self._fine_tuning, name)
-        return self._folded(model), grids
-
-    def _quantised_first(
-        self, policy: Policy, name: str, *stages: "tuple[FineTuning, Learning | None]"
-    ) -> tuple[nn.Module, dict[str, Grid]]:
-        """Formats are fitted and trained on the whole network, what its quantised weights need least is removed, and
-        formats are fitted and trained again; a stage of fine-tuning for each."""
-        (first, learn_first), (second, learn_second) = stages
-        whole = copy.deepcopy(self.model)
-        norms = present(self._norms, whole)
-        grids = self._fitted(whole, policy, norms)
-        if first.epochs and grids:
-            grids = self._distilled(whole, policy, grids, norms, first, f"{name}/whole", learn_first)
-            self.run.drop_state(f"{name}/whole")
-        put_on_unfolded(whole, policy.precisions, grids, largest=self.largest, norms=norms)
-        model = prune(whole, self.graph, policy, self._scores_of(whole)).model
-        reestimate(model, self._calibration.tensors())
-        norms = present(self._norms, model)
-        grids = self._fitted(model, policy, norms)
-        grids = self._distilled(model, policy, grids, norms, second, name, learn_second)
-        return self._folded(model), grids
-
-    def _distilled(
-        self,
-        model: nn.Module,
-        policy: Policy,
-        grids: dict[str, Grid],
-        norms: Pairs,
-        settings: FineTuning,
-        name: str,
-        learning: "Learning | None" = None,
-    ) -> dict[str, Grid]:
-        """Train a model in place, and what of its grids can be trained; the grids.
-
-        On all of the train split, or on what `learning` gives.
-        """
-        task, teacher = learning or (self.task, self._teacher)
-        with self._simulated(model, policy, grids, norms) as simulation:
-            simulation.calibrate(self._calibration.tensors())
-            with self.progress("fine-tuning", settings.epochs) as advance:
-                distil(
-                    model,
-                    teacher,
-                    task,
-                    simulation,
-                    settings,
-                    settle=lambda: reestimate(model, self._calibration.tensors()),
-                    checkpoints=self.run,
-                    name=name,
-                    advance=advance,
-                )
-            return simulation.weight_grids()
-
-    def _corrected(self, pruned: Pruned, policy: Policy) -> tuple[nn.Module, dict[str, Grid]]:
-        """What can be done without training."""
-        # with all channels there, statistics are what training has left
-        if self._is_smaller(pruned) and self._post_training.statistics:
-            reestimate(pruned.model, self._calibration.tensors())
-        model = self._folded(pruned.model)
-        grids = post_train(
-            model,
-            policy.precisions,
-            self._post_training,
-            self._calibration.few,
-            largest=self.largest,
-            graph=self.graph,
-            kept=pruned.kept,
-            progress=self.progress,
-        )
-        return model, grids
-
-    def _is_smaller(self, pruned: Pruned) -> bool:
-        return any(len(pruned.kept[group.name]) < group.total for group in self.graph.groups)
-
-    def _fitted(self, model: nn.Module, policy: Policy, norms: Pairs) -> dict[str, Grid]:
-        layers = [name for name, precision in policy.precisions.items() if not precision.storage.is_float]
-        if not layers:
-            return {}
-        met = energies(model, layers, self._calibration.few())
-        return fitted(model, policy.precisions, met, largest=self.largest, norms=norms)
-
-    @cached_property
-    def _norms(self) -> Pairs:
-        """The BatchNorms that can be folded."""
-        return foldable(self.model, as_tensors(self.task.example))
-
-    def _folded(self, model: nn.Module) -> nn.Module:
-        return fold(model, present(self._norms, model)).eval()
-
     def simulated_outputs(self, model: nn.Module, policy: Policy) -> accuracy.Outputs:
         """What a compressed model says of the search split under its number formats: the file, foreseen."""
-        with self._simulated(model, policy, {}) as simulation:
+        with self.trainer.simulated(model, policy, {}) as simulation:
             simulation.calibrate(self._calibration.tensors())
             return self._search_outputs(model)
-
-    def _simulated(
-        self, model: nn.Module, policy: Policy, grids: Mapping[str, Grid], norms: Pairs | None = None
-    ) -> AbstractContextManager[Simulation]:
-        """The arithmetic of the runtime's file on a model, until the end of the block."""
-        return simulated(
-            model,
-            policy.precisions,
-            grids,
-            largest=self.largest,
-            norms=norms,
-            is_symmetric=self.runtime.is_symmetric,
-        )
-
-    def _pruned(self, policy: Policy) -> Pruned:
-        return prune(self.model, self.graph, policy, self._scores)
-
-    @cached_property
-    def _scores(self) -> Mapping[str, Tensor]:
-        return self._scores_of(self.model)
-
-    def _scores_of(self, model: nn.Module) -> Mapping[str, Tensor]:
-        batches = [batch for batch, _ in zip(self.task.train, range(TAYLOR_BATCHES), strict=False)]
-        return scores(model, self.graph, self._importance, batches, self.task.loss)
-
-    @cached_property
-    def _teacher(self) -> Teacher:
-        return Teacher(self.model, self.task.train)
 
     def _search_outputs(self, model: nn.Module) -> accuracy.Outputs:
         return accuracy.outputs(torch_session(model), self.task.search)[0]
@@ -361,60 +214,15 @@ class Workbench:
         What an evaluation is: the same for all policies, and seconds long.
         """
         name = f"recovery/{policy.digest()}"
-        score = self.run.step(name, lambda: self._recovered_score(policy, name))
+        score = self.run.step(
+            name, lambda: self._score(self.simulated_outputs(self.trainer.recovered(policy, name), policy))
+        )
         self.run.drop_state(name)
         return score
-
-    def _recovered_score(self, policy: Policy, name: str) -> float:
-        pruned = self._pruned(policy)
-        model, smaller = pruned.model, self._is_smaller(pruned)
-        once = replace(self._fine_tuning, epochs=1)
-        gently = replace(once, rate=once.gentle_rate)
-        if smaller and policy.order == QUANTIZE_FIRST:
-            stages = (gently, self._recovery(0, 2)), (once, self._recovery(1, 2))
-            model, grids = self._quantised_first(policy, name, *stages)
-        else:
-            if smaller:
-                reestimate(model, self._calibration.tensors())
-            norms = present(self._norms, model)
-            grids = self._fitted(model, policy, norms)
-            if smaller or grids:
-                grids = self._distilled(
-                    model, policy, grids, norms, once if smaller else gently, name, self._recovery(0, 1)
-                )
-            model = self._folded(model)
-        put_on(model, policy.precisions, grids, largest=self.largest)
-        return self._score(self.simulated_outputs(model, policy))
-
-    def _recovery(self, part: int, parts: int) -> "Learning":
-        """What an evaluation is trained on, drawn by the seed, and what the original says of it; in several parts where
-        it is trained in several stages."""
-        if (part, parts) not in self._recoveries:
-            task = copy.copy(self.task)
-            train = self.task.train
-            drawn = np.random.default_rng(self._fine_tuning.seed).permutation(train.examples)[:RECOVERY_EXAMPLES]
-            indices = train.indices[np.sort(drawn[part::parts])]
-            task.train = replace(train, indices=indices, batch=min(RECOVERY_BATCH, train.batch))
-            self._recoveries[part, parts] = (task, Teacher(self.model, task.train))
-        return self._recoveries[part, parts]
 
     def look_at(self, examples: int, batch: int) -> list[dict[str, Tensor]]:
         """The first train examples of those that are only looked at, in batches."""
         return list(self._calibration.first(examples, batch))
-
-    def folded(self) -> nn.Module:
-        """The original, norms folded."""
-        return self._folded(self.model)
-
-    def kept(self, keep: Mapping[str, int]) -> Mapping[str, tuple[int, ...]]:
-        """The units of each group that would stay."""
-        return self._pruned(Policy({}, keep)).kept
-
-    def cut_to(self, keep: Mapping[str, int]) -> nn.Module:
-        """A copy with so many units of some groups, statistics estimated again, norms folded, and not trained."""
-        model = self._pruned(Policy({}, keep)).model
-        reestimate(model, self._calibration.few())
-        return self._folded(model)
 
     # -- files -----------------------------------------------------------------------------------------------
 
@@ -480,7 +288,7 @@ class Workbench:
 
     @cached_property
     def _original_graph(self) -> Any:
-        return self._float_graph(self._folded(self.model))
+        return self._float_graph(self.trainer.original)
 
     def write_baseline(self) -> "Exported":
         """The original in fp32, stripped in the same way."""
@@ -575,9 +383,7 @@ class Workbench:
     def _skeleton(self, gone: frozenset[str]) -> Any:
         """The float graph without these branches, everything else at full width."""
         if gone not in self._skeletons:
-            self._skeletons[gone] = self._float_graph(
-                self._folded(self._pruned(Policy({}, dict.fromkeys(gone, 0))).model)
-            )
+            self._skeletons[gone] = self._float_graph(self.trainer.cut(Policy({}, dict.fromkeys(gone, 0))))
         return self._skeletons[gone]
 
     def _float_graph(self, model: nn.Module) -> Any:
@@ -585,7 +391,7 @@ class Workbench:
 
     def draft(self, policy: Policy) -> "Exported":
         """A file with the policy's shapes and formats and untrained weights: it weighs and runs like the real one."""
-        model = self._folded(self._pruned(policy).model)
+        model = self.trainer.cut(policy)
         grids = fitted(model, policy.precisions, {}, largest=self.largest)
         put_on(model, policy.precisions, grids, largest=self.largest)
         return self._drafted(self._float_graph(model), policy, grids)
@@ -673,7 +479,7 @@ class Workbench:
 
     def _times(self, keep: Mapping[str, int], candidates: Sequence[Mapping[str, Compute]]) -> list[float]:
         """Milliseconds of the network with these counts in each of these computes, side by side, in 8 bits."""
-        model = self._folded(self._pruned(Policy({}, keep)).model)
+        model = self.trainer.cut(Policy({}, keep))
         graph = self._float_graph(model)
         grids = fitted(model, dict.fromkeys(self.space.layers, INT8), {}, largest=self.largest)
 

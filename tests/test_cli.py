@@ -55,7 +55,8 @@ def test_every_option_reaches_the_pipeline_in_its_unit(pipeline):
     limits = "--max-latency 5ms --min-speedup 3 --max-size 400KB --max-memory 2MiB --max-drop 1.5 --allow-estimates"
     rest = (
         "--checkpoint net.pt --search recipe --recipe keep=50% --importance taylor --evaluations 7 "
-        "--epochs 0 --seed 1 --threads 3 --batch 4 --out here --resume"
+        "--epochs 0 --seed 1 --threads 3 --batch 4 --out here --resume "
+        "--host user@orin --host-trtexec /opt/trtexec"
     )
     assert main([*EXPORT, *limits.split(), *rest.split()]) == 0
     assert pipeline.asked == ExportSettings(
@@ -77,6 +78,8 @@ def test_every_option_reaches_the_pipeline_in_its_unit(pipeline):
         seed=1,
         threads=3,
         batch=4,
+        host="user@orin",
+        host_trtexec="/opt/trtexec",
         out=Path("here"),
         resume=True,
     )

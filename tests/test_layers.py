@@ -27,6 +27,7 @@ LAYERS = (
     ("exporters",),
     ("verify", "search"),
     ("calibration", "choices", "pricing"),
+    ("trainer",),
     ("report", "workbench", "demo", "plots"),
     ("console", "posing"),
     ("pipeline", "tables"),

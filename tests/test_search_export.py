@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from exporting import digits, export, hasten, policy_of, quick_target, trained_digit_net
 
-from hirelc_deploy import compare as comparing, pipeline, posing, workbench
+from hirelc_deploy import compare as comparing, pipeline, posing, trainer
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.search import hierarchical
@@ -24,7 +24,7 @@ def small_effort() -> Iterator[None]:
         patch.setattr(posing, "SIZE_SAMPLES", 60)
         patch.setattr(posing, "COUNTS_TRIED", 3)
         patch.setattr(posing, "LOOKED_AT", 64)
-        patch.setattr(workbench, "RECOVERY_EXAMPLES", 256)
+        patch.setattr(trainer, "RECOVERY_EXAMPLES", 256)
         patch.setattr(hierarchical, "HIGH_STEPS", 512)
         patch.setattr(hierarchical, "LOW_STEPS", 1024)
         patch.setattr(hierarchical, "PROPOSALS", 32)
@@ -67,7 +67,7 @@ def test_a_search_goes_on_where_it_was(
     def no_more(*_: object) -> float:
         raise AssertionError("an evaluation that the journal has is made again")
 
-    monkeypatch.setattr(workbench.Workbench, "_recovered_score", no_more)
+    monkeypatch.setattr(trainer.Trainer, "recovered", no_more)
     again = export(
         searched.folder,
         trained_digit_net(),

@@ -11,10 +11,11 @@ from toy_search import BEST_COST, COUNTS, DROP_MAX, TIED, chosen, toy
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.search import hierarchical
 from hirelc_deploy.search.additive import DropModel
+from hirelc_deploy.search.agents import OwnGame
 from hirelc_deploy.search.board import DAMAGE, LATENCY, MODE, MODES, SIZE, Board, Goals
 from hirelc_deploy.search.council import Council, count
 from hirelc_deploy.search.front import most_added
-from hirelc_deploy.search.hierarchical import recipe_ladder, search
+from hirelc_deploy.search.hierarchical import Parts, recipe_ladder, search
 from hirelc_deploy.search.problem import Evaluations, GroupVariable, LayerVariable
 from hirelc_deploy.search.proposals import refined
 from hirelc_deploy.search.space import Evaluation
@@ -257,3 +258,37 @@ def test_hard_budgets_of_size_and_latency_are_held() -> None:
         and (each.figures.latency_ms or 0) <= (budget.latency_ms or 0)
     ]
     assert min(drop for drop in held if drop is not None) < 2.2
+
+
+def test_every_block_can_have_an_agent_of_its_own() -> None:
+    toyed = toy()
+    evaluations = Evaluations(toyed.problem, 10)
+    search(toyed.problem, evaluations, seed=0, parts=Parts(shared=False))
+    assert len(evaluations.seen) == 10
+    seen: list[int] = []
+    board = Board(toyed.problem)
+    others = lambda _, block: seen.append(block)  # noqa: E731
+    game = OwnGame(board, 2, lambda games: np.zeros(len(games)), goals, lambda _: None, others)
+    observed = game.reset()
+    assert (observed == board.see_low(game.games, 2)).all()
+    assert seen == [0, 1], "blocks before it have chosen"
+    game.step_async(np.zeros((len(game.games), len(board.low_move)), int))
+    _, _, done, _ = game.step_wait()
+    assert done.all(), "one move, one game"
+    assert seen == [0, 1, 3, 0, 1], "those behind it choose, and the next game begins"
+
+
+def test_a_search_for_another_target_finds_another_policy_that_is_faster_there() -> None:
+    """One computes integers quickly, the other slowly."""
+    found = {}
+    for name, per_ms in (("integers", 20e6), ("floats", 1e6)):
+        target = toy(Budget(drop=DROP_MAX), int8_macs_per_ms=per_ms)
+        evaluations = Evaluations(target.problem, EVALUATIONS)
+        search(target.problem, evaluations, seed=0)
+        found[name] = target, target.problem.row(chosen(target.problem, evaluations.seen).policy)
+    (integers, for_integers), (floats, for_floats) = found["integers"], found["floats"]
+    assert (for_integers != for_floats).any()
+    for mine, other, target in ((for_integers, for_floats, integers), (for_floats, for_integers, floats)):
+        assert target.cost(mine[None]) < target.cost(other[None])
+        mine_ms, other_ms = target.problem.costs(np.stack([mine, other])).latency_ms
+        assert mine_ms < other_ms

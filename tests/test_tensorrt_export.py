@@ -8,7 +8,7 @@ import onnx
 import pytest
 from exporting import digits, policy_of, trained_digit_net, write_policy
 
-from hirelc_deploy import pipeline, posing, workbench
+from hirelc_deploy import pipeline, posing, trainer
 from hirelc_deploy.choices import search_space
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.errors import ExitStatus, UserError
@@ -163,7 +163,7 @@ def test_a_search_chooses_among_what_the_board_holds(
     board: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(posing, "SIZE_SAMPLES", 24)
-    monkeypatch.setattr(workbench, "RECOVERY_EXAMPLES", 128)
+    monkeypatch.setattr(trainer, "RECOVERY_EXAMPLES", 128)
     outcome = export(tmp_path, board, search="evolution", evaluations=3, epochs=1, max_drop=50.0)
     manifest = outcome.manifest
     assert outcome.status is ExitStatus.UNVERIFIED

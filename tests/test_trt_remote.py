@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,40 @@ def test_an_artifact_is_built_timed_scored_and_read_back_on_the_device(
     assert any("the GPU alone takes 0.418 ms" in note for note in after.notes)
     assert after.environment.packages == {"tensorrt": "10.3.0"}
     assert not list(device.folder.glob("tmp.*")), "the folder on the device is left behind"
+
+
+def test_an_export_ends_on_the_device_where_it_has_one(
+    device: Device, trtexec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_trt_build, "_trt", lambda: None)
+    settings = ExportSettings(
+        model="in memory",
+        data="digits",
+        epochs=0,
+        out=tmp_path / "out",
+        target="jetson-orin",
+        recipe="compute=int8",
+        max_drop=5.0,
+        host="device",
+        host_trtexec=str(trtexec),
+    )
+    outcome = pipeline.export(settings, model=trained_digit_net(), task=digits())
+    assert (outcome.manifest.verdict, outcome.status) == ("pass", ExitStatus.OK)
+    assert outcome.manifest.artifact.path == "model.engine"
+    assert outcome.manifest.measured.basis.latency == "measured"
+
+
+def test_an_export_for_a_device_that_is_not_there_does_not_begin(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SSH_VARIABLE, shlex.join([*device.ssh, "-p", "1"]))
+    out = tmp_path / "out"
+    settings = ExportSettings(model="in memory", data="digits", target="jetson-orin", host="device", out=out)
+    with pytest.raises(UserError, match="device"):
+        pipeline.export(settings, model=trained_digit_net(), task=digits())
+    with pytest.raises(UserError, match="measured where this program runs"):
+        pipeline.export(replace(settings, target="host"), model=trained_digit_net(), task=digits())
+    assert not out.exists()
 
 
 def test_an_engine_runs_nowhere_else(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from exporting import hasten
 from torch import Tensor, nn
 
-from hirelc_deploy import workbench
+from hirelc_deploy import trainer, workbench
 from hirelc_deploy.choices import completed, search_space
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.compress.grids import put_on
@@ -311,7 +311,7 @@ def test_an_evaluation_is_replayed_bit_for_bit(tmp_path: Path, monkeypatch: pyte
         made = bench.compressed(policy)
         weights = made.model.state_dict()
         file = written_file(bench, policy)
-    monkeypatch.setattr(workbench, "distil", None)  # a replay computes nothing
+    monkeypatch.setattr(trainer, "distil", None)  # a replay computes nothing
     monkeypatch.setattr(workbench.timing, "interleave", None)
     with opened("convolutions", tmp_path, epochs=1) as again:
         assert again.evaluate(policy) == first

@@ -9,6 +9,7 @@ pruning and rounding in one block make each other worse.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -57,7 +58,7 @@ PLACES = {"l0": 1024, "l1": 1024, "l2": 1024, "l3": 256, "l4": 256, "l5": 1}
 
 BITS = np.array([precision.storage.bits for precision in PRECISIONS])
 IN_INT8 = np.array([precision.compute is Compute.INT8 for precision in PRECISIONS])
-MACS_PER_MS = np.where(IN_INT8, 9e6, 4e6)
+INT8_MACS_PER_MS, FP32_MACS_PER_MS = 9e6, 4e6
 CONVERTED_PER_MS = 2e6
 
 DAMAGE = np.array([0.0, 0.004, 0.035, 0.03, 0.3])
@@ -112,8 +113,9 @@ class Toy:
         return tuple(self.problem.position)
 
 
-def toy(budget: Budget | None = None) -> Toy:
+def toy(budget: Budget | None = None, *, int8_macs_per_ms: float = INT8_MACS_PER_MS) -> Toy:
     """The problem under a budget; a drop of DROP_MAX where none is given."""
+    prices_at = partial(_costs, int8_macs_per_ms=int8_macs_per_ms)
     variables = (
         *(
             LayerVariable(name, PRECISIONS, (block,), tuple(n for n in TIED if n != name) if name in TIED else ())
@@ -129,12 +131,12 @@ def toy(budget: Budget | None = None) -> Toy:
         blocks=BLOCKS,
         budget=Budget(drop=DROP_MAX) if budget is None else budget,
         before=Figures(),
-        costs=_costs,
+        costs=prices_at,
         sensitivity=Sensitivity(damage, dict.fromkeys(BLOCKS, 1.0)),
         layers={name: LayerFacts(macs=PLACES[name] * 48 * 48, parameters=WEIGHTS[name] * 48 * 48) for name in LAYERS},
         evaluate=_not_yet,
     )
-    prices = _costs(bare.as_trained[None])
+    prices = prices_at(bare.as_trained[None])
     before = Figures(
         latency_ms=float(prices.latency_ms[0]), speedup=1.0, size_bytes=int(prices.size_bytes[0]), drop=0.0
     )
@@ -175,7 +177,8 @@ def _recipes() -> dict[str, Policy]:
     }
 
 
-def _costs(rows: Rows) -> Prices:
+def _costs(rows: Rows, *, int8_macs_per_ms: float) -> Prices:
+    macs_per_ms = np.where(IN_INT8, int8_macs_per_ms, FP32_MACS_PER_MS)
     option = {name: rows[:, i] for i, name in enumerate(LAYERS)}
     kept = {name: np.array(COUNTS)[rows[:, len(LAYERS) + i]] for i, name in enumerate(GROUPS)}
     size_bytes = np.full(len(rows), 600.0)
@@ -186,7 +189,7 @@ def _costs(rows: Rows) -> Prices:
         size_bytes += WEIGHTS[name] * comes * goes * BITS[option[name]] / 8 + 8 * goes
         in_int8 = IN_INT8[option[name]]
         width = np.where(in_int8, -(-comes // 16) * 16 * (-(-goes // 16) * 16), comes * goes)
-        latency_ms += PLACES[name] * width * WEIGHTS[name] / 9 / MACS_PER_MS[option[name]]
+        latency_ms += PLACES[name] * width * WEIGHTS[name] / 9 / macs_per_ms[option[name]]
         latency_ms += np.where(in_int8 != computed, PLACES[name] * comes / CONVERTED_PER_MS, 0.0)
         computed = in_int8
     return Prices(size_bytes, latency_ms)

@@ -41,6 +41,8 @@ class Game(VecEnv):
         self.worth = worth
         self.draw = draw
         self.games = board.begin(draw(GAMES))
+        self.turns = len(board.blocks)
+        """Moves that the agent makes in a game."""
         self.block = 0
         self._moves = np.zeros((GAMES, len(entries)), int)
         self._infos: list[dict[str, Any]] = [{} for _ in range(GAMES)]
@@ -75,7 +77,7 @@ class Game(VecEnv):
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         self.play(self._moves)
         self.block += 1
-        if self.block < len(self.board.blocks):
+        if self.block < self.turns:
             return self.see(), np.zeros(GAMES, np.float32), np.zeros(GAMES, bool), self._infos
         self.finish()
         rewards = self.worth(self.games).astype(np.float32)
@@ -114,6 +116,39 @@ class LowGame(Game):
         self.board.play_low(self.games, self.block, moves)
 
 
+class OwnGame(LowGame):
+    """One block alone chooses, once a game; those before and behind it are played by their own agents."""
+
+    def __init__(
+        self,
+        board: Board,
+        own: int,
+        worth: Worth,
+        draw: Draw,
+        allot: Callable[[Games], None],
+        others: Callable[[Games, int], None],
+    ) -> None:
+        super().__init__(board, worth, draw, allot)
+        self.turns = 1
+        self._own = own
+        self._others = others
+
+    def start(self) -> None:
+        super().start()
+        for block in range(self._own):
+            self._others(self.games, block)
+
+    def see(self) -> np.ndarray:
+        return self.board.see_low(self.games, self._own)
+
+    def play(self, moves: np.ndarray) -> None:
+        self.board.play_low(self.games, self._own, moves)
+
+    def finish(self) -> None:
+        for block in range(self._own + 1, len(self.board.blocks)):
+            self._others(self.games, block)
+
+
 class HighGame(Game):
     """Blocks in turn are allotted their shares; then the low-level agents play."""
 
@@ -136,7 +171,7 @@ class Agent:
 
     def __init__(self, algorithm: str, game: Game, *, seed: int) -> None:
         """`ppo` or `a2c`; an update follows GAMES games."""
-        steps = len(game.board.blocks)
+        steps = game.turns
         settings: dict[str, Any] = {
             "n_steps": steps,
             "learning_rate": 2e-3,

@@ -20,7 +20,7 @@ import torch
 
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.search.additive import UNFITTED, efficient, recipes
-from hirelc_deploy.search.agents import Agent, HighGame, LowGame
+from hirelc_deploy.search.agents import Agent, HighGame, LowGame, OwnGame
 from hirelc_deploy.search.board import Board, Games, Goals
 from hirelc_deploy.search.council import Council
 from hirelc_deploy.search.front import hypervolume, most_added, places_of, points
@@ -68,6 +68,8 @@ class Parts:
 
     hierarchy: bool = True
     """Without: low-level agents alone, shares natural, widths across blocks drawn from the recipes."""
+    shared: bool = True
+    """Without: every block has a low-level agent of its own."""
     fisher: bool = True
     surrogate: bool = True
     """Without: the formula of additive damage alone, as the other methods have it."""
@@ -128,8 +130,15 @@ class _Search:
         self._surrogate = Surrogate(problem, seed=seed, learned=parts.surrogate)
         self._doubt = 1.0
         self._board = Board(problem, corrected_by_fisher=parts.fisher)
-        low = LowGame(self._board, self._worth, self._draw, self._allot)
-        self._low = Agent("ppo", low, seed=seed)
+        games = (self._worth, self._draw, self._allot)
+        self._low = (
+            [Agent("ppo", LowGame(self._board, *games), seed=seed)]
+            if parts.shared
+            else [
+                Agent("ppo", OwnGame(self._board, block, *games, self._move), seed=seed)
+                for block in range(len(self._board.blocks))
+            ]
+        )
         names = HIGH_AGENTS if parts.vote else HIGH_AGENTS[:1]
         high = [HighGame(self._board, self._worth, self._draw, self._decide) for _ in names]
         self._council = Council(
@@ -161,7 +170,8 @@ class _Search:
         if self._parts.hierarchy:
             for agent in self._council.agents:
                 agent.learn(HIGH_STEPS)
-        self._low.learn(LOW_STEPS)
+        for agent in self._low:
+            agent.learn(LOW_STEPS // len(self._low))
 
     def _worth(self, games: Games) -> np.ndarray:
         return self._reward(games.rows, games.goals)
@@ -199,8 +209,12 @@ class _Search:
     def _decide(self, games: Games) -> None:
         """The low-level agents play."""
         for block in range(len(self._board.blocks)):
-            moves = self._low.move(self._board.see_low(games, block), explore=True)
-            self._board.play_low(games, block, moves)
+            self._move(games, block)
+
+    def _move(self, games: Games, block: int) -> None:
+        """The one low-level agent plays, or the block's own."""
+        agent = self._low[block % len(self._low)]
+        self._board.play_low(games, block, agent.move(self._board.see_low(games, block), explore=True))
 
     # -- proposing -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,285 @@
+"""Policies made real in PyTorch: channels removed, formats fitted, the network trained under them, norms folded.
+
+In full for what may be shipped (`trained`), for seconds for what a search asks about (`recovered`).
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from hirelc_deploy.calibration import Calibration
+from hirelc_deploy.compress.batchnorm import reestimate
+from hirelc_deploy.compress.distil import FineTuning, Teacher, as_tensors, distil
+from hirelc_deploy.compress.fold import Pairs, fold, foldable, present
+from hirelc_deploy.compress.grids import fitted, put_on
+from hirelc_deploy.compress.importance import Method, scores
+from hirelc_deploy.compress.inputs import energies
+from hirelc_deploy.compress.posttraining import PostTraining, post_train
+from hirelc_deploy.compress.prune import Pruned, prune
+from hirelc_deploy.compress.simulate import Simulation, put_on_unfolded, simulated
+from hirelc_deploy.kernels._base import Grid
+from hirelc_deploy.policy import QUANTIZE_FIRST, Policy
+
+if TYPE_CHECKING:
+    from hirelc_deploy.graph.model_graph import ModelGraph
+    from hirelc_deploy.rundir import RunFolder
+    from hirelc_deploy.task import Task
+
+Learning = tuple["Task", Teacher]
+"""Whose train split is learned from, and what the original says of it."""
+
+TAYLOR_BATCHES = 8
+
+RECOVERY_EXAMPLES, RECOVERY_BATCH = 4096, 32
+"""Train examples of an evaluation's fine-tuning, which sees each of them once.  In small batches: many steps mend more
+than smooth ones (8,192 examples leave `small14` at half its width a drop of 3.2 points, in batches of 128 of 5.7)."""
+
+
+class Trainer:
+    """One network, and how its copies are cut, rounded and trained."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: "Task",
+        graph: "ModelGraph",
+        run: "RunFolder",
+        calibration: Calibration,
+        *,
+        importance: Method,
+        fine_tuning: FineTuning,
+        post_training: PostTraining,
+        largest: int,
+        is_symmetric: bool,
+        progress: Callable[[str, int], Any],
+    ) -> None:
+        """`run` holds the states of a training that was interrupted; `largest` bounds the integers of int8 layers, and
+        `is_symmetric` says whether the runtime has activations around nought; `progress` as in `Workbench`."""
+        self._model = model
+        self._task = task
+        self._graph = graph
+        self._run = run
+        self._calibration = calibration
+        self._importance = importance
+        self._fine_tuning = fine_tuning
+        self._post_training = post_training
+        self._largest = largest
+        self._is_symmetric = is_symmetric
+        self._progress = progress
+        self._recoveries: dict[tuple[int, int], Learning] = {}
+
+    # -- without training ------------------------------------------------------------------------------------
+
+    @property
+    def original(self) -> nn.Module:
+        """A copy of the network as it was trained, norms folded."""
+        return self._folded(self._model)
+
+    def cut(self, policy: Policy) -> nn.Module:
+        """A copy with the policy's channels, norms folded, and not trained."""
+        return self._folded(self._pruned(policy).model)
+
+    def settled(self, policy: Policy) -> nn.Module:
+        """The same with its statistics estimated again."""
+        model = self._pruned(policy).model
+        reestimate(model, self._calibration.few())
+        return self._folded(model)
+
+    def kept(self, policy: Policy) -> Mapping[str, tuple[int, ...]]:
+        """The units of each group that stay."""
+        return self._pruned(policy).kept
+
+    def simulated(
+        self, model: nn.Module, policy: Policy, grids: Mapping[str, Grid], norms: Pairs | None = None
+    ) -> AbstractContextManager[Simulation]:
+        """The arithmetic of the runtime's file on a model, until the end of the block."""
+        return simulated(
+            model,
+            policy.precisions,
+            grids,
+            largest=self._largest,
+            norms=norms,
+            is_symmetric=self._is_symmetric,
+        )
+
+    # -- in full ---------------------------------------------------------------------------------------------
+
+    def trained(self, policy: Policy, name: str) -> tuple[nn.Module, dict[str, Grid]]:
+        """The policy's network, norms folded, every weight on its grid, and the grids; `name` is that of its states.
+
+        Fine-tuned, or without epochs corrected.
+        """
+        pruned = self._pruned(policy)
+        epochs = self._fine_tuning.epochs
+        if not epochs:
+            return self._corrected(pruned, policy)
+        if policy.order == QUANTIZE_FIRST and self._is_smaller(pruned):
+            first = replace(self._fine_tuning, epochs=epochs // 2, rate=self._fine_tuning.gentle_rate)
+            second = replace(self._fine_tuning, epochs=epochs - epochs // 2)
+            model, grids = self._quantised_first(policy, name, (first, None), (second, None))
+        else:
+            model, grids = self._fine_tuned(pruned, policy, name)
+        put_on(model, policy.precisions, grids, largest=self._largest)
+        return model, grids
+
+    def _fine_tuned(self, pruned: Pruned, policy: Policy, name: str) -> tuple[nn.Module, dict[str, Grid]]:
+        """Trained under the formats.
+
+        With all channels there, a network that was corrected is near where it should be: it is trained gently from
+        there, as it will be stored.  Once channels are gone there is much to learn, and BatchNorm helps with it.
+        """
+        if not self._is_smaller(pruned):
+            model, grids = self._corrected(pruned, policy)
+            settings = replace(self._fine_tuning, rate=self._fine_tuning.gentle_rate)
+            return (model, self._distilled(model, policy, grids, {}, settings, name)) if grids else (model, grids)
+        model = pruned.model
+        reestimate(model, self._calibration.tensors())
+        norms = present(self._norms, model)
+        grids = self._distilled(model, policy, self._fitted(model, policy, norms), norms, self._fine_tuning, name)
+        return self._folded(model), grids
+
+    def _quantised_first(
+        self, policy: Policy, name: str, *stages: "tuple[FineTuning, Learning | None]"
+    ) -> tuple[nn.Module, dict[str, Grid]]:
+        """Formats are fitted and trained on the whole network, what its quantised weights need least is removed, and
+        formats are fitted and trained again; a stage of fine-tuning for each."""
+        (first, learn_first), (second, learn_second) = stages
+        whole = copy.deepcopy(self._model)
+        norms = present(self._norms, whole)
+        grids = self._fitted(whole, policy, norms)
+        if first.epochs and grids:
+            grids = self._distilled(whole, policy, grids, norms, first, f"{name}/whole", learn_first)
+            self._run.drop_state(f"{name}/whole")
+        put_on_unfolded(whole, policy.precisions, grids, largest=self._largest, norms=norms)
+        model = prune(whole, self._graph, policy, self._scores_of(whole)).model
+        reestimate(model, self._calibration.tensors())
+        norms = present(self._norms, model)
+        grids = self._fitted(model, policy, norms)
+        grids = self._distilled(model, policy, grids, norms, second, name, learn_second)
+        return self._folded(model), grids
+
+    def _distilled(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        grids: dict[str, Grid],
+        norms: Pairs,
+        settings: FineTuning,
+        name: str,
+        learning: "Learning | None" = None,
+    ) -> dict[str, Grid]:
+        """Train a model in place, and what of its grids can be trained; the grids.
+
+        On all of the train split, or on what `learning` gives.
+        """
+        task, teacher = learning or (self._task, self._teacher)
+        with self.simulated(model, policy, grids, norms) as simulation:
+            simulation.calibrate(self._calibration.tensors())
+            with self._progress("fine-tuning", settings.epochs) as advance:
+                distil(
+                    model,
+                    teacher,
+                    task,
+                    simulation,
+                    settings,
+                    settle=lambda: reestimate(model, self._calibration.tensors()),
+                    checkpoints=self._run,
+                    name=name,
+                    advance=advance,
+                )
+            return simulation.weight_grids()
+
+    def _corrected(self, pruned: Pruned, policy: Policy) -> tuple[nn.Module, dict[str, Grid]]:
+        """What can be done without training."""
+        # with all channels there, statistics are what training has left
+        if self._is_smaller(pruned) and self._post_training.statistics:
+            reestimate(pruned.model, self._calibration.tensors())
+        model = self._folded(pruned.model)
+        grids = post_train(
+            model,
+            policy.precisions,
+            self._post_training,
+            self._calibration.few,
+            largest=self._largest,
+            graph=self._graph,
+            kept=pruned.kept,
+            progress=self._progress,
+        )
+        return model, grids
+
+    def _is_smaller(self, pruned: Pruned) -> bool:
+        return any(len(pruned.kept[group.name]) < group.total for group in self._graph.groups)
+
+    def _fitted(self, model: nn.Module, policy: Policy, norms: Pairs) -> dict[str, Grid]:
+        layers = [name for name, precision in policy.precisions.items() if not precision.storage.is_float]
+        if not layers:
+            return {}
+        met = energies(model, layers, self._calibration.few())
+        return fitted(model, policy.precisions, met, largest=self._largest, norms=norms)
+
+    # -- for seconds -----------------------------------------------------------------------------------------
+
+    def recovered(self, policy: Policy, name: str) -> nn.Module:
+        """The policy's network after a training of seconds, norms folded, every weight on its grid."""
+        pruned = self._pruned(policy)
+        model, smaller = pruned.model, self._is_smaller(pruned)
+        once = replace(self._fine_tuning, epochs=1)
+        gently = replace(once, rate=once.gentle_rate)
+        if smaller and policy.order == QUANTIZE_FIRST:
+            stages = (gently, self._recovery(0, 2)), (once, self._recovery(1, 2))
+            model, grids = self._quantised_first(policy, name, *stages)
+        else:
+            if smaller:
+                reestimate(model, self._calibration.tensors())
+            norms = present(self._norms, model)
+            grids = self._fitted(model, policy, norms)
+            if smaller or grids:
+                grids = self._distilled(
+                    model, policy, grids, norms, once if smaller else gently, name, self._recovery(0, 1)
+                )
+            model = self._folded(model)
+        put_on(model, policy.precisions, grids, largest=self._largest)
+        return model
+
+    def _recovery(self, part: int, parts: int) -> "Learning":
+        """What an evaluation is trained on, drawn by the seed, and what the original says of it; in several parts where
+        it is trained in several stages."""
+        if (part, parts) not in self._recoveries:
+            task = copy.copy(self._task)
+            train = self._task.train
+            drawn = np.random.default_rng(self._fine_tuning.seed).permutation(train.examples)[:RECOVERY_EXAMPLES]
+            indices = train.indices[np.sort(drawn[part::parts])]
+            task.train = replace(train, indices=indices, batch=min(RECOVERY_BATCH, train.batch))
+            self._recoveries[part, parts] = (task, Teacher(self._model, task.train))
+        return self._recoveries[part, parts]
+
+    # -- what both need --------------------------------------------------------------------------------------
+
+    def _pruned(self, policy: Policy) -> Pruned:
+        return prune(self._model, self._graph, policy, self._scores)
+
+    @cached_property
+    def _scores(self) -> Mapping[str, Tensor]:
+        return self._scores_of(self._model)
+
+    def _scores_of(self, model: nn.Module) -> Mapping[str, Tensor]:
+        batches = [batch for batch, _ in zip(self._task.train, range(TAYLOR_BATCHES), strict=False)]
+        return scores(model, self._graph, self._importance, batches, self._task.loss)
+
+    @cached_property
+    def _norms(self) -> Pairs:
+        """The BatchNorms that can be folded."""
+        return foldable(self._model, as_tensors(self._task.example))
+
+    def _folded(self, model: nn.Module) -> nn.Module:
+        return fold(model, present(self._norms, model)).eval()
+
+    @cached_property
+    def _teacher(self) -> Teacher:
+        return Teacher(self._model, self._task.train)
