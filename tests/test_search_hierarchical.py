@@ -194,7 +194,7 @@ def test_networks_count_once_they_tell_what_is_new_better_than_the_formula() -> 
         ]
 
     formula = DropModel(2.0, 1.0, 1.0).drop(problem, rows) * np.exp(0.3 * random.normal(size=len(rows)))
-    for drops, helps in ((formula * np.exp(2 * np.sin(5 * width)), True), (formula, False)):
+    for drops, helps in ((formula * np.exp(3 * np.sin(5 * width)), True), (formula, False)):
         surrogate, seen = Surrogate(problem, seed=0), evaluations(drops)
         surrogate.fit(seen[:48])
         assert not surrogate.networks_count, "nothing was told yet"
@@ -283,7 +283,7 @@ def test_a_search_for_another_target_finds_another_policy_that_is_faster_there()
     found = {}
     for name, per_ms in (("integers", 20e6), ("floats", 1e6)):
         target = toy(Budget(drop=DROP_MAX), int8_macs_per_ms=per_ms)
-        evaluations = Evaluations(target.problem, EVALUATIONS)
+        evaluations = Evaluations(target.problem, 16)
         search(target.problem, evaluations, seed=0)
         found[name] = target, target.problem.row(chosen(target.problem, evaluations.seen).policy)
     (integers, for_integers), (floats, for_floats) = found["integers"], found["floats"]

@@ -93,18 +93,18 @@ class Surrogate:
             self._try_on(rows[len(self._seen) :], logs[len(self._seen) :])
         self._seen = rows
         x = self._features(rows) if self._learned else None
+        drawn = random.integers(len(seen), size=(MEMBERS, len(seen)))
+        formulas = [fit(self._problem, [seen[i] for i in each]) for each in drawn]
+        residuals: Sequence[_Residual | None] = [None] * MEMBERS
+        if x is not None:
+            told = np.stack([formula.drop(self._problem, rows) for formula in formulas])
+            residuals = _Residual.fitted(x, drawn, logs - np.log(told + self._noise), random)
         self._members = []
-        for _ in range(MEMBERS):
-            drawn = random.integers(len(seen), size=len(seen))
-            fitted = fit(self._problem, [seen[i] for i in drawn])
+        for each, formula, residual in zip(drawn, formulas, residuals, strict=True):
             corrections = np.zeros(len(seen))
-            if fitted.corrections is not None:  # those of one policy, drawn more than once, add up
-                np.add.at(corrections, drawn, fitted.corrections)
-            residual = None
-            if x is not None:
-                off = logs - np.log(fitted.drop(self._problem, rows) + self._noise)
-                residual = _Residual.fitted(x, x[drawn], off[drawn], random)
-            self._members.append(_Member(fitted, corrections, residual))
+            if formula.corrections is not None:  # those of one policy, drawn more than once, add up
+                np.add.at(corrections, each, formula.corrections)
+            self._members.append(_Member(formula, corrections, residual))
 
     def _try_on(self, rows: Rows, logs: np.ndarray) -> None:
         """Remember how well formula and networks told evaluations that neither has seen."""
@@ -167,39 +167,45 @@ class _Residual:
         self._centre, self._spread, self._weights = centre, spread, weights
 
     @classmethod
-    def fitted(cls, every: np.ndarray, x: np.ndarray, y: np.ndarray, random: np.random.Generator) -> "_Residual":
-        """To (examples, features) and (examples,); `every` gives what is usual of features."""
-        centre, spread = every.mean(0), every.std(0) + 1e-3
-        inputs = torch.tensor((x - centre) / spread)
-        targets = torch.tensor(y, dtype=torch.float32)
+    def fitted(
+        cls, x: np.ndarray, drawn: np.ndarray, off: np.ndarray, random: np.random.Generator
+    ) -> "list[_Residual]":
+        """One a member, all at once: to the examples that it drew, (members, drawn), of features (examples, features),
+        and to how far off its formula is, (members, examples)."""
+        centre, spread = x.mean(0), x.std(0) + 1e-3
+        inputs = torch.tensor(((x - centre) / spread)[drawn])
+        targets = torch.tensor(np.take_along_axis(off, drawn, axis=1), dtype=torch.float32)
         generator = torch.Generator().manual_seed(int(random.integers(2**31)))
-        net = _Network(x.shape[1], generator)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
+        nets = _Networks(len(drawn), x.shape[1], generator)
+        optimizer = torch.optim.AdamW(nets.parameters(), lr=RATE, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for _ in range(STEPS):
             optimizer.zero_grad()
             jittered = inputs + JITTER * torch.randn(inputs.shape, generator=generator)
-            nn.functional.smooth_l1_loss(net(jittered), targets).backward()
+            # each member's own mean: that of all would teach each of them less
+            (len(drawn) * nn.functional.smooth_l1_loss(nets(jittered), targets)).backward()
             optimizer.step()
             schedule.step()
-        return cls(centre, spread, [p.detach().numpy() for p in net.parameters()])
+        weights = [parameter.detach().numpy() for parameter in nets.parameters()]
+        return [cls(centre, spread, [each[member] for each in weights]) for member in range(len(drawn))]
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         into, into_bias, out, bias = self._weights
         found: np.ndarray = np.tanh((x - self._centre) / self._spread @ into + into_bias) @ out + bias
-        return found
+        return found.squeeze(-1)
 
 
-class _Network(nn.Module):
-    """Begins near nought: where nothing was seen, the formula holds."""
+class _Networks(nn.Module):
+    """One a member, side by side.  They begin near nought: where nothing was seen, the formula holds."""
 
-    def __init__(self, features: int, generator: torch.Generator) -> None:
+    def __init__(self, members: int, features: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.into = nn.Parameter(torch.randn(features, HIDDEN, generator=generator) / features**0.5)
-        self.into_bias = nn.Parameter(torch.zeros(HIDDEN))
-        self.out = nn.Parameter(0.1 * torch.randn(HIDDEN, generator=generator) / HIDDEN**0.5)
-        self.bias = nn.Parameter(torch.zeros(()))
+        self.into = nn.Parameter(torch.randn(members, features, HIDDEN, generator=generator) / features**0.5)
+        self.into_bias = nn.Parameter(torch.zeros(members, 1, HIDDEN))
+        self.out = nn.Parameter(0.1 * torch.randn(members, HIDDEN, 1, generator=generator) / HIDDEN**0.5)
+        self.bias = nn.Parameter(torch.zeros(members, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(members, examples, features) to (members, examples)."""
         found: Tensor = torch.tanh(x @ self.into + self.into_bias) @ self.out + self.bias
-        return found
+        return found.squeeze(-1)
