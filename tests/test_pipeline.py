@@ -235,16 +235,16 @@ def test_a_search_holds_every_limit_and_never_looks_at_the_test_split(tmp_path: 
     task = random_task(source=CountingSource, x=(1, 8, 8))
     short, limits = quick_target(tmp_path, channel_multiple=8), {"max_size_bytes": 10_000, "max_drop": 90.0}
     model = DigitNet(8)
-    outcome = export(tmp_path / "out", model, task, target=short, epochs=1, **limits)
+    outcome = export(tmp_path / "out", model, task, target=short, epochs=1, evaluations=4, **limits)
     manifest = outcome.manifest
     assert (outcome.status, manifest.verdict) == (ExitStatus.OK, "pass")
     assert manifest.measured.size_bytes <= 10_000 < manifest.baseline.size_bytes
     assert {check.name: check.ok for check in manifest.checks}.items() >= {"size_bytes": True, "drop": True}.items()
-    assert (manifest.search.method, manifest.search.evaluations) == ("recipe", 1)
+    assert (manifest.search.method, manifest.search.evaluations) == ("hierarchical", 4)
     assert task.train.source.reads.max() > 1
     assert set(task.test.source.reads) == {1}
 
-    again = export(tmp_path / "out", model, task, target=short, epochs=1, resume=True, **limits)
+    again = export(tmp_path / "out", model, task, target=short, epochs=1, evaluations=4, resume=True, **limits)
     assert set(task.test.source.reads) == {1}
     assert again.manifest.measured == manifest.measured
     assert again.manifest.artifact == manifest.artifact
