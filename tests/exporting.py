@@ -18,6 +18,7 @@ from hirelc_deploy import datasets, pipeline, workbench
 from hirelc_deploy.compress.batchnorm import reestimate
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.policy import Policy
+from hirelc_deploy.search import hierarchical
 from hirelc_deploy.task import ArraySource, Classification
 from hirelc_deploy.verify import manifest as manifests
 
@@ -54,6 +55,7 @@ def hasten() -> None:
     Torch's exporter reads its 1,500 translations anew for every file, which is two thirds of an export's time.
     """
     workbench.PREDICTION_SECONDS = 0.05
+    hierarchical.HIGH_STEPS, hierarchical.LOW_STEPS, hierarchical.PROPOSALS = 512, 1024, 32
     read = getattr(getattr(_registration, "ONNXRegistry", None), "from_torchlib", None)
     if read is not None and not hasattr(read, "cache_info"):
         _registration.ONNXRegistry.from_torchlib = staticmethod(functools.cache(read))

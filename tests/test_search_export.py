@@ -10,7 +10,6 @@ from exporting import digits, export, hasten, policy_of, quick_target, trained_d
 from hirelc_deploy import compare as comparing, pipeline, posing, trainer
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.errors import UserError
-from hirelc_deploy.search import hierarchical
 
 hasten()
 
@@ -25,9 +24,6 @@ def small_effort() -> Iterator[None]:
         patch.setattr(posing, "COUNTS_TRIED", 3)
         patch.setattr(posing, "LOOKED_AT", 64)
         patch.setattr(trainer, "RECOVERY_EXAMPLES", 256)
-        patch.setattr(hierarchical, "HIGH_STEPS", 512)
-        patch.setattr(hierarchical, "LOW_STEPS", 1024)
-        patch.setattr(hierarchical, "PROPOSALS", 32)
         patch.setattr("hirelc_deploy.search.finish.FINALISTS", 2)
         yield
 

@@ -218,7 +218,7 @@ class _Search:
 
     # -- proposing -------------------------------------------------------------------------------------------
 
-    def _proposals(self) -> "_Pool":
+    def _proposals(self) -> _Pool:
         rows, goals, origins = [], [], []
         everyone: list[int | None] = [None]
         if self._parts.hierarchy and len(self._council.agents) > 1:
@@ -248,7 +248,7 @@ class _Search:
         self._refine(pool, ROUNDS)
         return pool
 
-    def _refine(self, pool: "_Pool", rounds: int) -> None:
+    def _refine(self, pool: _Pool, rounds: int) -> None:
         if self._parts.refinement:
             worth = partial(self._reward, goals=pool.goals)
             pool.rows = refined(self._problem, pool.rows, worth, self._random, rounds)
@@ -263,7 +263,7 @@ class _Search:
         rows = np.stack([self._problem.row(seen[i].policy) for i in drawn])
         return rows, self._draw(PROPOSALS)
 
-    def _evaluate_the_best_of(self, pool: "_Pool") -> bool:
+    def _evaluate_the_best_of(self, pool: _Pool) -> bool:
         """A few, one after the other, each chosen with what the one before has taught.  False if there was none."""
         told: list[float] = []
         seen: list[Evaluation] = []
@@ -328,7 +328,7 @@ class _Search:
                 )
         drops, prices = np.array([each.drop for each in seen]), prices_of(seen)
         rewards = self._goal.reward(drops, prices, self._multipliers)
-        for reward, origin in zip(rewards, origins, strict=False):
+        for reward, origin in zip(rewards, origins, strict=True):
             if origin is not None:
                 self._council.earned(origin, float(reward))
         best, goal = int(np.argmax(rewards)), self._goal
