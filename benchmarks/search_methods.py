@@ -77,7 +77,7 @@ def one(problem: Problem, name: str, seed: int, evaluations: int) -> dict[str, A
     return comparing.timed(problem, name, method, seed, evaluations, told)
 
 
-SEEDS = {1: "one seed (differences of a tenth say nothing)"}
+ONE_SEED = "one seed (differences of a tenth say nothing)"
 
 PAGE = ROOT / "docs" / "search.md"
 
@@ -103,7 +103,7 @@ def write_page() -> None:
             found = json.loads(path.read_text())
             network = path.stem.removeprefix(f"search_{step}_")
             seeds = len({run["seed"] for run in found["runs"]})
-            ran = SEEDS.get(seeds, f"{seeds} seeds")
+            ran = ONE_SEED if seeds == 1 else f"{seeds} seeds"
             rows = [comparing.cells(Row(**{**row, "final_range": tuple(row["final_range"])})) for row in found["table"]]
             sections.append(
                 f"## {title.format(network)}\n\n{found['evaluations']} evaluations, {ran}, a drop of "

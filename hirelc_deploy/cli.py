@@ -280,7 +280,9 @@ def verify(
     from hirelc_deploy import pipeline
 
     if host is not None:
-        trtexec = host_trtexec or "trtexec"
+        from hirelc_deploy.config import TRTEXEC
+
+        trtexec = host_trtexec or TRTEXEC
         return _close(pipeline.verify_on(folder, host, trtexec=trtexec, allow_estimates=bool(allow_estimates)))
     return _close(pipeline.verify(folder, allow_estimates=bool(allow_estimates)))
 

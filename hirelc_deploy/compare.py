@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hirelc_deploy import console
+from hirelc_deploy.choosing import EVALUATIONS
 from hirelc_deploy.config import ExportSettings, nearest, require_at_least
 from hirelc_deploy.errors import UserError
-from hirelc_deploy.pipeline import EVALUATIONS, budget_of, opened
+from hirelc_deploy.pipeline import budget_of, opened
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.posing import Posing
 from hirelc_deploy.rundir import write_atomic

@@ -22,6 +22,8 @@ SEARCHES = ("recipe", "hierarchical", "greedy", "knapsack", "evolution", "random
 """What can choose a policy; each name is something that exists."""
 ORDERS = ("prune-first", "quantize-first", "auto")
 IMPORTANCES = ("l2", "taylor")
+TRTEXEC = "trtexec"
+"""The command on a device that has it where its shell looks."""
 POST_TRAINING_STEPS = ("statistics", "equalise", "feed-back", "biases")
 """What is done to weights that are not fine-tuned: BatchNorm's statistics are estimated again, channels are scaled so
 that layers have even ranges, errors of rounding are fed back into weights not yet rounded, and biases make up for what
@@ -99,7 +101,7 @@ class ExportSettings:
     max_drop: float | None = None
     """In the unit of the task's score: percentage points for classification."""
     search: str | None = None
-    """One of SEARCHES; None is the one of `method`."""
+    """One of SEARCHES; None is the hierarchical one, or recipe where nothing is limited or nothing is fine-tuned."""
     recipe: str | None = None
     """One uniform recipe instead of a search: keep=50%,compute=int8"""
     policy: Path | None = None
@@ -123,7 +125,7 @@ class ExportSettings:
     """Examples an inference that is measured."""
     host: str | None = None
     """A device with TensorRT, for `ssh`: the engine is built and measured there."""
-    host_trtexec: str = "trtexec"
+    host_trtexec: str = TRTEXEC
     out: Path = Path("out/export")
     resume: bool = False
 
@@ -140,22 +142,13 @@ class ExportSettings:
                 f"post-training says how weights are corrected that are not fine-tuned, and epochs is {self.epochs}",
                 fix="give epochs 0 as well, or leave post-training out",
             )
-        if self.method != "recipe" and not self.epochs and self.recipe is None and self.policy is None:
+        if self.search not in (None, "recipe") and not self.epochs and self.recipe is None and self.policy is None:
             raise UserError(
                 f"epochs is 0, and the evaluations of search {self.search} are trained",
                 fix="leave epochs out, or give search recipe, which can do without",
             )
         if self.recipe is not None and self.policy is not None:
             raise UserError("recipe and policy are both given", fix="each says what to build: give one of them")
-
-    @property
-    def method(self) -> str:
-        """Of the search: hierarchical if none was given, or recipe, where nothing is fine-tuned or no limit asks for
-        more than that."""
-        if self.search is not None:
-            return self.search
-        limits = (self.max_latency_ms, self.min_speedup, self.max_size_bytes, self.max_memory_bytes, self.max_drop)
-        return "hierarchical" if self.epochs and any(limit is not None for limit in limits) else "recipe"
 
 
 def _require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

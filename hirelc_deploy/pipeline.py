@@ -5,9 +5,8 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import torch
 from hirelc_deploy import (
     __version__,
     checkpoint,
+    choosing,
     console,
     datasets,
     demo as demonstration,
@@ -25,21 +25,17 @@ from hirelc_deploy import (
     report as reports,
 )
 from hirelc_deploy.budget import Budget, Check
-from hirelc_deploy.choices import completed, search_space
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.compress.posttraining import PostTraining
-from hirelc_deploy.config import ExportSettings
+from hirelc_deploy.config import TRTEXEC, ExportSettings
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.exporters import load_runtime
-from hirelc_deploy.policy import PRUNE_FIRST, QUANTIZE_FIRST, Policy
-from hirelc_deploy.posing import Posing
+from hirelc_deploy.policy import Policy
 from hirelc_deploy.profiles import Target, load_target, target_names
 from hirelc_deploy.rundir import RunFolder, write_atomic
-from hirelc_deploy.search import methods, recipe as recipes
-from hirelc_deploy.search.finish import finish
-from hirelc_deploy.search.problem import Evaluations, Spent
-from hirelc_deploy.search.space import Choice, Evaluation
+from hirelc_deploy.search.recipe import Recipe
+from hirelc_deploy.search.space import Choice
 from hirelc_deploy.task import check_labels
 from hirelc_deploy.verify import engines, judge, manifest as manifests, remote
 from hirelc_deploy.verify.accuracy import Outputs
@@ -58,9 +54,6 @@ if TYPE_CHECKING:
 
 POLICY_FILE = "policy.json"
 RUN_FOLDER = "run"
-
-EVALUATIONS = 32
-"""Of a search, where no number was given."""
 
 DECIDES_NOTHING = frozenset(
     {"out", "resume", "model", "data", "checkpoint", "target", "policy", "kernels", "host", "host_trtexec"}
@@ -85,13 +78,13 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
     stays in the run folder.
     """
     budget = budget_of(settings)
-    asked_for = _asked_for(settings)
+    asked_for = choosing.asked_for(settings)
     if settings.host is not None:
         _check_host(settings.target, settings.host)
     with opened(settings, asked_for, model=model, task=task) as (bench, trained, given):
         run, task, target, network = bench.run, bench.task, bench.target, bench.graph
         began = time.monotonic()
-        choice = _choose(settings, budget, bench, asked_for, given)
+        choice = choosing.choose(settings, budget, bench, asked_for, given)
         seconds = run.step("seconds of search", lambda: time.monotonic() - began)
         policy = choice.best.policy
 
@@ -135,7 +128,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             error=PredictionError.between(_predicted(choice), seen.measured, agreement=seen.simulated_agreement),
             layers=layer_records(network, policy, exported, seen.runs_as),
             search=manifests.SearchRecord(
-                method=_method(settings),
+                method=choosing.told(settings, budget),
                 evaluations=len(choice.evaluations),
                 seconds=seconds,
                 seed=settings.seed,
@@ -182,7 +175,7 @@ def _check_host(spec: str, host: str) -> None:
 @contextmanager
 def opened(
     settings: ExportSettings,
-    asked_for: Policy | recipes.Recipe | None = None,
+    asked_for: Policy | Recipe | None = None,
     *,
     model: "nn.Module | None" = None,
     task: "Task | None" = None,
@@ -197,7 +190,7 @@ def opened(
     network = graph.trace(trained.model, task.example)
     _check_labels(trained, task)
     # whatever can be refused was refused before a run begins: a mistake, once mended, begins in a clean folder
-    given = _given(asked_for, network, target)
+    given = choosing.given(asked_for, network, target)
     with RunFolder.open(
         settings.out / RUN_FOLDER, _fingerprint(settings, target, task, trained, given), settings.resume
     ) as run:
@@ -240,7 +233,7 @@ def verify_on(
     folder: Path,
     host: str,
     *,
-    trtexec: str = "trtexec",
+    trtexec: str = TRTEXEC,
     allow_estimates: bool = False,
     task: "Task | None" = None,
     target: Target | None = None,
@@ -354,83 +347,6 @@ def _workbench(
     )
 
 
-def _asked_for(settings: ExportSettings) -> Policy | recipes.Recipe | None:
-    """What is to be built without a search, as far as it can be read before the network is known."""
-    if settings.policy is not None:
-        return _read_policy(settings.policy)
-    return recipes.Recipe.parse(settings.recipe) if settings.recipe is not None else None
-
-
-def _given(asked_for: Policy | recipes.Recipe | None, network: "ModelGraph", target: Target) -> Policy | None:
-    """The policy that it comes to on this network and target; None if it has to be searched or measured for."""
-    if isinstance(asked_for, recipes.Recipe):
-        policy = asked_for.policy(search_space(network, target), {})
-        return None if asked_for.compute is None else policy
-    return None if asked_for is None else completed(asked_for, network, target)
-
-
-def _choose(
-    settings: ExportSettings,
-    budget: Budget,
-    bench: Workbench,
-    asked_for: Policy | recipes.Recipe | None,
-    given: Policy | None,
-) -> Choice:
-    """The policy: a given one, what a recipe comes to where speed is measured, or what a search finds."""
-    for left in bench.graph.left_out:
-        console.note(f"left as it is: {left.name}: {left.reason}")
-    if given is None and isinstance(asked_for, recipes.Recipe):
-        given = asked_for.policy(bench.space, bench.fastest_computes(asked_for.counts(bench.space)))
-    posing = Posing(bench, budget)
-    ordered = partial(_ordered, settings.order, posing)
-    if given is not None:
-        evaluation = bench.evaluate(given if settings.policy is not None else ordered(given))
-        return Choice(evaluation, (evaluation,))
-    if settings.method == "recipe" and not (settings.epochs and budget.given):
-        return recipes.search(
-            bench.space,
-            budget,
-            bench.predict,
-            lambda policy: bench.evaluate(ordered(policy)),
-            evaluations=settings.evaluations,
-        )
-    return _searched(settings, bench, posing)
-
-
-def _searched(settings: ExportSettings, bench: Workbench, posing: Posing) -> Choice:
-    """What a method finds with its evaluations, the best few of them finished."""
-    problem = posing.problem()
-    limit = settings.evaluations or EVALUATIONS
-    with console.progress("searching", limit) as advance:
-        seen = Evaluations(problem, limit, lambda each: advance(describe(each, bench.task.unit)), console.note)
-        with suppress(Spent):
-            methods.load(settings.method)(problem, seen, seed=settings.seed)
-    return finish(problem, seen.seen, lambda policy: bench.evaluate(_ordered(settings.order, posing, policy)))
-
-
-def _ordered(order: str, posing: Posing, policy: Policy) -> Policy:
-    """The policy with the steps in the order that was asked for.  A policy from a file has its own."""
-    if order == "auto":
-        return replace(policy, order=posing.weaker_first(policy)) if policy.keep and policy.precisions else policy
-    return replace(policy, order=PRUNE_FIRST if order == "prune-first" else QUANTIZE_FIRST)
-
-
-def describe(evaluation: Evaluation, unit: str) -> str:
-    """An evaluation in a few words: what it costs, and what it loses."""
-    figures = evaluation.figures
-    assert figures.size_bytes is not None
-    return (
-        f"{figures.size_bytes / 1e3:.1f} KB, {figures.speedup:.2f} x faster, drop {figures.drop:.2f} {unit} "
-        "before it is finished"
-    )
-
-
-def _method(settings: ExportSettings) -> str:
-    if settings.policy is not None:
-        return "policy"
-    return f"recipe {settings.recipe}" if settings.recipe is not None else settings.method
-
-
 def _measured(
     run: RunFolder,
     settings: ExportSettings,
@@ -541,15 +457,6 @@ def _check_labels(trained: "Checkpoint", task: "Task") -> None:
     name = "logits" if "logits" in outputs else next(iter(outputs))
     if outputs[name].dim() > 1:
         check_labels(task, outputs[name].shape[1])
-
-
-def _read_policy(path: Path) -> Policy:
-    try:
-        return Policy.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}", fix="name a policy.json of an artifact") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}", fix="name a policy.json of an artifact") from error
 
 
 def _fingerprint(

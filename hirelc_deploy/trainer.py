@@ -138,10 +138,16 @@ class Trainer:
             model, grids = self._corrected(pruned, policy)
             settings = replace(self._fine_tuning, rate=self._fine_tuning.gentle_rate)
             return (model, self._distilled(model, policy, grids, {}, settings, name)) if grids else (model, grids)
-        model = pruned.model
+        return self._relearned(pruned.model, policy, self._fine_tuning, name)
+
+    def _relearned(
+        self, model: nn.Module, policy: Policy, settings: FineTuning, name: str, learning: "Learning | None" = None
+    ) -> tuple[nn.Module, dict[str, Grid]]:
+        """What channels were taken from: statistics estimated again, formats fitted, trained, norms folded."""
         reestimate(model, self._calibration.tensors())
         norms = present(self._norms, model)
-        grids = self._distilled(model, policy, self._fitted(model, policy, norms), norms, self._fine_tuning, name)
+        grids = self._fitted(model, policy, norms)
+        grids = self._distilled(model, policy, grids, norms, settings, name, learning)
         return self._folded(model), grids
 
     def _quantised_first(
@@ -158,11 +164,7 @@ class Trainer:
             self._run.drop_state(f"{name}/whole")
         put_on_unfolded(whole, policy.precisions, grids, largest=self._largest, norms=norms)
         model = prune(whole, self._graph, policy, self._scores_of(whole)).model
-        reestimate(model, self._calibration.tensors())
-        norms = present(self._norms, model)
-        grids = self._fitted(model, policy, norms)
-        grids = self._distilled(model, policy, grids, norms, second, name, learn_second)
-        return self._folded(model), grids
+        return self._relearned(model, policy, second, name, learn_second)
 
     def _distilled(
         self,
@@ -228,22 +230,20 @@ class Trainer:
     def recovered(self, policy: Policy, name: str) -> nn.Module:
         """The policy's network after a training of seconds, norms folded, every weight on its grid."""
         pruned = self._pruned(policy)
-        model, smaller = pruned.model, self._is_smaller(pruned)
         once = replace(self._fine_tuning, epochs=1)
         gently = replace(once, rate=once.gentle_rate)
-        if smaller and policy.order == QUANTIZE_FIRST:
+        if not self._is_smaller(pruned):
+            model = pruned.model
+            norms = present(self._norms, model)
+            grids = self._fitted(model, policy, norms)
+            if grids:
+                grids = self._distilled(model, policy, grids, norms, gently, name, self._recovery(0, 1))
+            model = self._folded(model)
+        elif policy.order == QUANTIZE_FIRST:
             stages = (gently, self._recovery(0, 2)), (once, self._recovery(1, 2))
             model, grids = self._quantised_first(policy, name, *stages)
         else:
-            if smaller:
-                reestimate(model, self._calibration.tensors())
-            norms = present(self._norms, model)
-            grids = self._fitted(model, policy, norms)
-            if smaller or grids:
-                grids = self._distilled(
-                    model, policy, grids, norms, once if smaller else gently, name, self._recovery(0, 1)
-                )
-            model = self._folded(model)
+            model, grids = self._relearned(pruned.model, policy, once, name, self._recovery(0, 1))
         put_on(model, policy.precisions, grids, largest=self._largest)
         return model
 

@@ -30,6 +30,7 @@ LAYERS = (
     ("trainer",),
     ("report", "workbench", "demo", "plots"),
     ("console", "posing"),
+    ("choosing",),
     ("pipeline", "tables"),
     ("compare",),
     ("cli",),

@@ -56,7 +56,7 @@ DROP_OCTAVES = (-2.0, 1.0)
 """Goals of drop, as powers of two times the user's."""
 
 DOUBT_BELOW = 0.4
-"""A rank correlation of the surrogate with new evaluations below which it is trusted half."""
+"""A rank correlation of the surrogate with new evaluations below which its uncertainty counts twice."""
 
 NOTHING_GAINED, PATIENCE = 1e-3, 4
 """Part of the hypervolume that a cycle has to add, and cycles without that, before the search ends early."""
@@ -128,17 +128,14 @@ class _Search:
         self._reference = reference(self._goal)
         self._multipliers = Multipliers()
         self._surrogate = Surrogate(problem, seed=seed, learned=parts.surrogate)
-        self._doubt = 1.0
         self._board = Board(problem, corrected_by_fisher=parts.fisher)
-        games = (self._worth, self._draw, self._allot)
-        self._low = (
-            [Agent("ppo", LowGame(self._board, *games), seed=seed)]
-            if parts.shared
-            else [
-                Agent("ppo", OwnGame(self._board, block, *games, self._move), seed=seed)
-                for block in range(len(self._board.blocks))
-            ]
-        )
+        low: list[LowGame]
+        if parts.shared:
+            low = [LowGame(self._board, self._worth, self._draw, self._allot)]
+        else:
+            blocks = range(len(self._board.blocks))
+            low = [OwnGame(self._board, own, self._worth, self._draw, self._allot, self._move) for own in blocks]
+        self._low = [Agent("ppo", game, seed=seed) for game in low]
         names = HIGH_AGENTS if parts.vote else HIGH_AGENTS[:1]
         high = [HighGame(self._board, self._worth, self._draw, self._decide) for _ in names]
         self._council = Council(
@@ -183,9 +180,16 @@ class _Search:
         return goals.goal(self._goal).reward(self._drop(rows), prices, self._multipliers)
 
     def _drop(self, rows: Rows) -> np.ndarray:
-        """As the surrogate tells it, with its uncertainty counted half: what is hardly known is not hoped for."""
+        """As the surrogate tells it, with its uncertainty counted half, or in full where it is doubted: what is hardly
+        known is not hoped for."""
         told = self._surrogate(rows)
-        return told.mean + 0.5 * self._doubt * told.deviation
+        return told.mean + (1.0 if self._is_doubted else 0.5) * told.deviation
+
+    @property
+    def _is_doubted(self) -> bool:
+        """Whether the surrogate was wrong about what comes before what."""
+        correlation = self._surrogate.rank_correlation
+        return correlation is not None and correlation < DOUBT_BELOW
 
     def _draw(self, count: int) -> Goals:
         octaves = self._random.uniform(*DROP_OCTAVES, count)
@@ -296,7 +300,7 @@ class _Search:
         if not len(fresh):
             return None
         prices, told = self._problem.costs(rows[fresh]), self._surrogate(rows[fresh])
-        drop = told.members[self._random.integers(len(told.members))] if self._doubt > 1 else told.mean
+        drop = told.members[self._random.integers(len(told.members))] if self._is_doubted else told.mean
         if len(seen) % FOR_THE_GOAL == 0:
             return int(fresh[self._goal.reward(drop, prices, HARD).argmax()])
         before = self._problem.before
@@ -320,12 +324,10 @@ class _Search:
 
     def _learn_from(self, seen: list[Evaluation], told: np.ndarray, origins: list[int | None]) -> None:
         correlation = self._surrogate.judge(told, seen)
-        if correlation is not None:
-            self._doubt = 2.0 if correlation < DOUBT_BELOW else 1.0
-            if self._doubt > 1:
-                self._evaluations.note(
-                    f"the surrogate ranked the last policies with a correlation of {correlation:.2f}: it is doubted"
-                )
+        if correlation is not None and self._is_doubted:
+            self._evaluations.note(
+                f"the surrogate ranked the last policies with a correlation of {correlation:.2f}: it is doubted"
+            )
         drops, prices = np.array([each.drop for each in seen]), prices_of(seen)
         rewards = self._goal.reward(drops, prices, self._multipliers)
         for reward, origin in zip(rewards, origins, strict=True):

@@ -1,0 +1,115 @@
+"""Which policy is built: one that was given, what a recipe comes to, or what a search finds."""
+
+import json
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hirelc_deploy import console
+from hirelc_deploy.budget import Budget
+from hirelc_deploy.choices import completed, search_space
+from hirelc_deploy.config import ExportSettings
+from hirelc_deploy.errors import UserError
+from hirelc_deploy.policy import PRUNE_FIRST, QUANTIZE_FIRST, Policy
+from hirelc_deploy.posing import Posing
+from hirelc_deploy.search import methods, recipe as recipes
+from hirelc_deploy.search.finish import finish
+from hirelc_deploy.search.problem import Evaluations, Spent
+from hirelc_deploy.search.recipe import Recipe
+from hirelc_deploy.search.space import Choice, Evaluation
+from hirelc_deploy.workbench import Workbench
+
+if TYPE_CHECKING:
+    from hirelc_deploy.graph.model_graph import ModelGraph
+    from hirelc_deploy.profiles import Target
+
+EVALUATIONS = 32
+"""Of a search, where no number was given."""
+
+
+def asked_for(settings: ExportSettings) -> Policy | Recipe | None:
+    """What is to be built without a search, as far as it can be read before the network is known."""
+    if settings.policy is not None:
+        return _read_policy(settings.policy)
+    return Recipe.parse(settings.recipe) if settings.recipe is not None else None
+
+
+def given(asked: Policy | Recipe | None, network: "ModelGraph", target: "Target") -> Policy | None:
+    """The policy that it comes to on this network and target; None if it has to be searched or measured for."""
+    if isinstance(asked, Recipe):
+        policy = asked.policy(search_space(network, target), {})
+        return None if asked.compute is None else policy
+    return None if asked is None else completed(asked, network, target)
+
+
+def choose(
+    settings: ExportSettings, budget: Budget, bench: Workbench, asked: Policy | Recipe | None, policy: Policy | None
+) -> Choice:
+    """The policy: the given one, what a recipe comes to where speed is measured, or what a search finds."""
+    for left in bench.graph.left_out:
+        console.note(f"left as it is: {left.name}: {left.reason}")
+    if policy is None and isinstance(asked, Recipe):
+        policy = asked.policy(bench.space, bench.fastest_computes(asked.counts(bench.space)))
+    posing = Posing(bench, budget)
+
+    def complete(found: Policy) -> Evaluation:
+        # a policy from a file has an order of its own
+        return bench.evaluate(found if settings.policy is not None else _ordered(settings.order, posing, found))
+
+    if policy is not None:
+        evaluation = complete(policy)
+        return Choice(evaluation, (evaluation,))
+    name = method(settings, budget)
+    if name == "recipe" and not _can_search(settings, budget):
+        return recipes.search(bench.space, budget, bench.predict, complete, evaluations=settings.evaluations)
+    problem = posing.problem()
+    limit = settings.evaluations or EVALUATIONS
+    with console.progress("searching", limit) as advance:
+        seen = Evaluations(problem, limit, lambda each: advance(describe(each, bench.task.unit)), console.note)
+        with suppress(Spent):
+            methods.load(name)(problem, seen, seed=settings.seed)
+    return finish(problem, seen.seen, complete)
+
+
+def _ordered(order: str, posing: Posing, policy: Policy) -> Policy:
+    """The policy with the steps in the order that was asked for."""
+    if order == "auto":
+        return replace(policy, order=posing.weaker_first(policy)) if policy.keep and policy.precisions else policy
+    return replace(policy, order=PRUNE_FIRST if order == "prune-first" else QUANTIZE_FIRST)
+
+
+def describe(evaluation: Evaluation, unit: str) -> str:
+    """An evaluation in a few words: what it costs, and what it loses."""
+    figures = evaluation.figures
+    assert figures.size_bytes is not None
+    return (
+        f"{figures.size_bytes / 1e3:.1f} KB, {figures.speedup:.2f} x faster, drop {figures.drop:.2f} {unit} "
+        "before it is finished"
+    )
+
+
+def method(settings: ExportSettings, budget: Budget) -> str:
+    """Of the search: the one that was asked for, else the hierarchical one where there is something to search for."""
+    return settings.search or ("hierarchical" if _can_search(settings, budget) else "recipe")
+
+
+def _can_search(settings: ExportSettings, budget: Budget) -> bool:
+    """Evaluations are trained, and without a limit there is nothing to trade."""
+    return bool(settings.epochs) and budget.given
+
+
+def told(settings: ExportSettings, budget: Budget) -> str:
+    """How the policy was chosen, for the manifest."""
+    if settings.policy is not None:
+        return "policy"
+    return f"recipe {settings.recipe}" if settings.recipe is not None else method(settings, budget)
+
+
+def _read_policy(path: Path) -> Policy:
+    try:
+        return Policy.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", fix="name a policy.json of an artifact") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}", fix="name a policy.json of an artifact") from error
