@@ -36,9 +36,10 @@ def measure(network: str, out: Path) -> dict[str, Any]:
             for storage in STORAGES:
                 policy = Recipe.parse(f"keep={keep}%,storage={storage},compute=fp32").policy(bench.space)
                 strengths = posing.strengths(policy)
+                scores = bench.recovered_scores([replace(policy, order=steps) for steps in ORDERS.values()])
                 drops = {
-                    name: bench.task.drop(bench.original_score, bench.recovered_score(replace(policy, order=steps)))
-                    for name, steps in ORDERS.items()
+                    name: bench.task.drop(bench.original_score, score)
+                    for name, score in zip(ORDERS, scores, strict=True)
                 }
                 asked_for = next(name for name, steps in ORDERS.items() if steps == strengths.weaker_first)
                 rows.append(

@@ -51,7 +51,7 @@ def choose(
         console.note(f"left as it is: {left.name}: {left.reason}")
     if policy is None and isinstance(asked, Recipe):
         policy = asked.policy(bench.space, bench.fastest_computes(asked.counts(bench.space)))
-    posing = Posing(bench, budget)
+    posing = Posing(bench, budget, at_once=settings.workers)
 
     def complete(found: Policy) -> Evaluation:
         # a policy from a file has an order of its own

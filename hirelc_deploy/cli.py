@@ -121,6 +121,15 @@ Importance = Annotated[
         rich_help_panel=CHOICE,
     ),
 ]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Processes that make evaluations side by side, one thread each, for hierarchical and random; the others "
+        "choose each by the last. 1 (default) has all threads.",
+        rich_help_panel=TUNING,
+    ),
+]
 EvaluationCount = Annotated[
     int | None,
     typer.Option(
@@ -248,6 +257,7 @@ def export(
             rich_help_panel=TUNING,
         ),
     ] = None,
+    workers: Workers = None,
     seed: Seed = None,
     threads: Threads = None,
     batch: Batch = None,
@@ -351,6 +361,7 @@ def compare(
     importance: Importance = None,
     evaluations: EvaluationCount = None,
     epochs: Epochs = None,
+    workers: Workers = None,
     seed: Seed = None,
     threads: Threads = None,
     batch: Batch = None,

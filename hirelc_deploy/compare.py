@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from hirelc_deploy.choosing import EVALUATIONS
 from hirelc_deploy.config import ExportSettings, nearest, require_at_least
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.pipeline import budget_of, opened
-from hirelc_deploy.policy import Policy
 from hirelc_deploy.posing import Posing
 from hirelc_deploy.rundir import write_atomic
 from hirelc_deploy.search import methods
@@ -114,20 +113,26 @@ def read(value: Mapping[str, Any]) -> Run:
     )
 
 
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
+
+
 class _Clock:
     """Seconds that evaluations take, so that the method's own can be told apart."""
 
     def __init__(self, problem: Problem) -> None:
         self.seconds = 0.0
-        self._evaluate = problem.evaluate
-        self.problem = replace(problem, evaluate=self._timed)
+        self.problem = replace(problem, evaluate=self._timed(problem.evaluate), prepare=self._timed(problem.prepare))
 
-    def _timed(self, policy: Policy) -> Evaluation:
-        began = time.monotonic()
-        try:
-            return self._evaluate(policy)
-        finally:
-            self.seconds += time.monotonic() - began
+    def _timed(self, call: Callable[[Asked], Answer]) -> Callable[[Asked], Answer]:
+        def timed(asked: Asked) -> Answer:
+            began = time.monotonic()
+            try:
+                return call(asked)
+            finally:
+                self.seconds += time.monotonic() - began
+
+        return timed
 
 
 # -- what it comes to ----------------------------------------------------------------------------------------
@@ -265,7 +270,7 @@ def compare(settings: ExportSettings, names: Sequence[str], seeds: int) -> list[
         raise UserError("epochs is 0, and evaluations are trained", fix="leave epochs out")
     evaluations = settings.evaluations or EVALUATIONS
     with opened(settings) as (bench, _, _):
-        problem = Posing(bench, budget_of(settings)).problem()
+        problem = Posing(bench, budget_of(settings), at_once=settings.workers).problem()
         every = range(settings.seed, settings.seed + seeds)
         with console.progress("evaluations", len(names) * seeds * evaluations) as advance:
             runs = run(problem, bench.run, names, every, evaluations, lambda name, *_: advance(name))

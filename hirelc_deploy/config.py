@@ -118,6 +118,8 @@ class ExportSettings:
     """Of fine-tuning; 0 is post-training only."""
     post_training: tuple[str, ...] | None = None
     """The steps of POST_TRAINING_STEPS to take where nothing is fine-tuned; None takes all."""
+    workers: int = 1
+    """Processes that make evaluations side by side."""
     seed: int = 0
     threads: int = 1
     """Of the runtime that is measured."""
@@ -133,7 +135,7 @@ class ExportSettings:
         for name, choices in (("search", SEARCHES), ("order", ORDERS), ("importance", IMPORTANCES)):
             if getattr(self, name) is not None:
                 _require_one_of(name, getattr(self, name), choices)
-        for name in ("evaluations", "threads", "batch"):
+        for name in ("evaluations", "workers", "threads", "batch"):
             require_at_least(1, name, getattr(self, name))
         for name in ("epochs", "seed"):
             require_at_least(0, name, getattr(self, name))
@@ -232,6 +234,7 @@ OPTIONS: Mapping[str, Option] = {
     "evaluations": Option("evaluations", _whole),
     "epochs": Option("epochs", _whole),
     "post_training": Option("post_training", _steps),
+    "workers": Option("workers", _whole),
     "seed": Option("seed", _whole),
     "threads": Option("threads", _whole),
     "batch": Option("batch", _whole),

@@ -1,6 +1,8 @@
 """What can go wrong, and the exit status that says so."""
 
 from enum import IntEnum
+from functools import partial
+from typing import Any
 
 
 class ExitStatus(IntEnum):
@@ -23,3 +25,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n  fix: {self.fix}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # as it comes back from another process
+        return partial(UserError, self.what, fix=self.fix), ()

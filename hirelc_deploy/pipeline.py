@@ -5,7 +5,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.policy import Policy
+from hirelc_deploy.pool import Engine, Pool, in_turn
 from hirelc_deploy.profiles import Target, load_target, target_names
 from hirelc_deploy.rundir import RunFolder, write_atomic
 from hirelc_deploy.search.recipe import Recipe
@@ -56,7 +57,7 @@ POLICY_FILE = "policy.json"
 RUN_FOLDER = "run"
 
 DECIDES_NOTHING = frozenset(
-    {"out", "resume", "model", "data", "checkpoint", "target", "policy", "kernels", "host", "host_trtexec"}
+    {"out", "resume", "workers", "model", "data", "checkpoint", "target", "policy", "kernels", "host", "host_trtexec"}
 )
 """Settings that are no part of a run's identity, or that are part of it by their contents."""
 
@@ -191,10 +192,13 @@ def opened(
     _check_labels(trained, task)
     # whatever can be refused was refused before a run begins: a mistake, once mended, begins in a clean folder
     given = choosing.given(asked_for, network, target)
-    with RunFolder.open(
-        settings.out / RUN_FOLDER, _fingerprint(settings, target, task, trained, given), settings.resume
-    ) as run:
-        yield _workbench(settings, target, task, trained, network, run), trained, given
+    with (
+        RunFolder.open(
+            settings.out / RUN_FOLDER, _fingerprint(settings, target, task, trained, given), settings.resume
+        ) as run,
+        Pool(settings.workers) if settings.workers > 1 else nullcontext(in_turn) as engine,
+    ):
+        yield _workbench(settings, target, task, trained, network, run, engine), trained, given
 
 
 def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" = None) -> Outcome:
@@ -330,6 +334,7 @@ def _workbench(
     trained: "Checkpoint",
     network: "ModelGraph",
     run: RunFolder,
+    engine: Engine,
 ) -> Workbench:
     return Workbench(
         trained.model,
@@ -344,6 +349,7 @@ def _workbench(
         batch=settings.batch,
         progress=console.progress,
         target_spec=settings.target,
+        engine=engine,
     )
 
 

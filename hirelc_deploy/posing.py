@@ -69,8 +69,10 @@ quarter."""
 class Posing:
     """The problem that one workbench's network is."""
 
-    def __init__(self, bench: "Workbench", budget: Budget) -> None:
+    def __init__(self, bench: "Workbench", budget: Budget, *, at_once: int = 1) -> None:
+        """`at_once` evaluations are made side by side."""
         self._bench = bench
+        self._at_once = at_once
         self._budget = budget
         self._graph = bench.graph
 
@@ -86,6 +88,9 @@ class Posing:
             sensitivity=self.sensitivity,
             layers={layer.name: LayerFacts(layer.macs, layer.parameters) for layer in graph.layers},
             evaluate=self.evaluate,
+            prepare=self.prepare,
+            # a run that goes on with another number of processes chooses as it did before
+            at_once=bench.run.step("search/at once", lambda: self._at_once),
             recipes=self.recipes,
             score_error=score_error(bench.original_score, bench.task.search.examples, bench.task.unit),
         )
@@ -363,10 +368,14 @@ class Posing:
 
     # -- the expensive step ----------------------------------------------------------------------------------
 
+    def prepare(self, policies: Sequence[Policy]) -> None:
+        """Scores of what is evaluated next, side by side if there are processes for it."""
+        self._bench.recovered_scores(policies)
+
     def evaluate(self, policy: Policy) -> Evaluation:
-        """Made real on a copy, shortly trained and scored on the search split (`Workbench.recovered_score`)."""
+        """Made real on a copy, shortly trained and scored on the search split (`Workbench.recovered_scores`)."""
         bench = self._bench
-        score = bench.recovered_score(policy)
+        (score,) = bench.recovered_scores([policy])
         ms = float(self.predictor.foretell([policy]).ms[0])
         assert self.before.latency_ms is not None
         figures = Figures(

@@ -71,6 +71,10 @@ class RunFolder:
                     _sync_folder(path)
             return cls(path, journal, resources.pop_all())
 
+    def __contains__(self, key: str) -> bool:
+        """Whether a step is finished."""
+        return key in self._steps
+
     def step(self, key: str, compute: Callable[[], Value]) -> Value:
         """The value of a step: replayed where the journal has it, else computed and recorded.
 

@@ -5,7 +5,7 @@ In full for what may be shipped (`trained`), for seconds for what a search asks 
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,10 @@ TAYLOR_BATCHES = 8
 RECOVERY_EXAMPLES, RECOVERY_BATCH = 4096, 32
 """Train examples of an evaluation's fine-tuning, which sees each of them once.  In small batches: many steps mend more
 than smooth ones (8,192 examples leave `small14` at half its width a drop of 3.2 points, in batches of 128 of 5.7)."""
+
+
+def _unseen(detail: str = "") -> None:
+    """Of a step of training that nobody is shown."""
 
 
 class Trainer:
@@ -183,7 +187,9 @@ class Trainer:
         task, teacher = learning or (self._task, self._teacher)
         with self.simulated(model, policy, grids, norms) as simulation:
             simulation.calibrate(self._calibration.tensors())
-            with self._progress("fine-tuning", settings.epochs) as advance:
+            # of an evaluation the search shows the progress
+            shown = self._progress("fine-tuning", settings.epochs) if learning is None else nullcontext(_unseen)
+            with shown as advance:
                 distil(
                     model,
                     teacher,

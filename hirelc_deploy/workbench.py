@@ -33,6 +33,7 @@ from hirelc_deploy.exporters._base import RoundingErrors
 from hirelc_deploy.graph import forward, shapes_after
 from hirelc_deploy.kernels._base import Grid
 from hirelc_deploy.policy import FP16, INT8, Compute, Policy, Precision
+from hirelc_deploy.pool import Engine, in_turn
 from hirelc_deploy.pricing import Pricing
 from hirelc_deploy.search.space import Evaluation
 from hirelc_deploy.trainer import Trainer
@@ -105,6 +106,7 @@ class Workbench:
         batch: int,
         progress: Callable[[str, int], Any],
         target_spec: str | None = None,
+        engine: Engine = in_turn,
     ) -> None:
         """`progress(what, steps)` gives a context manager that yields what is called after each step.
 
@@ -122,6 +124,7 @@ class Workbench:
         self._threads = threads
         self._batch = batch
         self.progress = progress
+        self._engine = engine
         self._skeletons: dict[frozenset[str], Any] = {}
         self.trainer = Trainer(
             self.model,
@@ -208,17 +211,20 @@ class Workbench:
 
     # -- what a search looks at ------------------------------------------------------------------------------
 
-    def recovered_score(self, policy: Policy) -> float:
+    def recovered_scores(self, policies: Sequence[Policy]) -> list[float]:
         """On the search split, after channels are gone, weights on their grids, and a short fine-tuning.
 
         What an evaluation is: the same for all policies, and seconds long.
         """
-        name = f"recovery/{policy.digest()}"
-        score = self.run.step(
-            name, lambda: self._score(self.simulated_outputs(self.trainer.recovered(policy, name), policy))
-        )
-        self.run.drop_state(name)
-        return score
+        new = {name: policy for policy in policies if (name := _recovery(policy)) not in self.run}
+        scores = self._engine(self._recovered_score, list(new.values()))
+        found = [self.run.step(_recovery(policy), lambda: next(scores)) for policy in policies]
+        for name in new:
+            self.run.drop_state(name)
+        return found
+
+    def _recovered_score(self, policy: Policy) -> float:
+        return self._score(self.simulated_outputs(self.trainer.recovered(policy, _recovery(policy)), policy))
 
     def look_at(self, examples: int, batch: int) -> list[dict[str, Tensor]]:
         """The first train examples of those that are only looked at, in batches."""
@@ -509,6 +515,11 @@ class Workbench:
             "speedup": speedup.value,
             "memory_bytes": None if needs is None else needs.memory_bytes,
         }
+
+
+def _recovery(policy: Policy) -> str:
+    """Names the step, and the states of its training."""
+    return f"recovery/{policy.digest()}"
 
 
 def _has_integers(policy: Policy) -> bool:

@@ -27,7 +27,7 @@ LAYERS = (
     ("exporters",),
     ("verify", "search"),
     ("calibration", "choices", "pricing"),
-    ("trainer",),
+    ("pool", "trainer"),
     ("report", "workbench", "demo", "plots"),
     ("console", "posing"),
     ("choosing",),

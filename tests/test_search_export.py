@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from exporting import digits, export, hasten, policy_of, quick_target, trained_digit_net
 
-from hirelc_deploy import compare as comparing, pipeline, posing, trainer
+from hirelc_deploy import compare as comparing, pipeline, posing, trainer, workbench
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.errors import UserError
 
@@ -77,6 +77,30 @@ def test_a_search_goes_on_where_it_was(
     )
     assert policy_of(again) == policy_of(searched)
     assert again.manifest.artifact.sha256 == searched.manifest.artifact.sha256
+
+
+def test_processes_evaluate_side_by_side_and_the_run_goes_on_with_another_number_of_them(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "target": target,
+        "search": "hierarchical",
+        "evaluations": EVALUATIONS,
+        "epochs": 1,
+        "max_drop": 40.0,  # there is much to try below it
+    }
+    asked: list[int] = []
+    recovered = workbench.Workbench.recovered_scores
+    monkeypatch.setattr(
+        workbench.Workbench,
+        "recovered_scores",
+        lambda bench, policies: asked.append(len(policies)) or recovered(bench, policies),
+    )
+    first = export(tmp_path / "out", trained_digit_net(), digits(), workers=2, **settings)
+    assert max(asked) == 2
+    again = export(tmp_path / "out", trained_digit_net(), digits(), workers=1, resume=True, **settings)
+    assert again.manifest.artifact == first.manifest.artifact
+    assert again.manifest.search == first.manifest.search
 
 
 def test_methods_are_compared_and_the_folder_says_how(tmp_path: Path, target: str) -> None:

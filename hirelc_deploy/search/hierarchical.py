@@ -268,44 +268,51 @@ class _Search:
         return rows, self._draw(PROPOSALS)
 
     def _evaluate_the_best_of(self, pool: _Pool) -> bool:
-        """A few, one after the other, each chosen with what the one before has taught.  False if there was none."""
+        """A few, one after the other, each chosen with what the one before has taught, or as many at once as are made
+        side by side.  False if there was none."""
         told: list[float] = []
         seen: list[Evaluation] = []
         origins: list[int | None] = []
-        while len(seen) < A_CYCLE and self._evaluations.left:
+        most, at_once = max(A_CYCLE, self._problem.at_once), self._problem.at_once
+        while len(seen) < most and self._evaluations.left:
             if seen:
                 self._surrogate.fit(self._evaluations.seen)
                 self._refine(pool, MENDING)
-            best = self._best(pool.rows)
-            if best is None:
+            best = self._best(pool.rows, min(at_once, most - len(seen), self._evaluations.left))
+            if not best:
                 break
-            row = pool.rows[best : best + 1]
-            told.append(float(self._surrogate(row).mean[0]))
-            seen += self._evaluations.of_rows(row)
-            origins.append(pool.origins[best])
+            told += self._surrogate(pool.rows[best]).mean.tolist()
+            seen += self._evaluations.of_rows(pool.rows[best])
+            origins += [pool.origins[i] for i in best]
         if seen:
             self._learn_from(seen, np.array(told), origins)
         return bool(seen)
 
-    def _best(self, rows: Rows) -> int | None:
-        """Which of them to evaluate now; None if there is none that the surrogate would try.
+    def _best(self, rows: Rows, count: int) -> list[int]:
+        """Which of them to evaluate now, at most `count`; none if there is none that the surrogate would try.
 
         As the surrogate tells it; where it has been wrong about what comes before what, as one of its members does,
-        another every time.
+        another every time.  What is chosen counts as seen where it was told, so that the next one is another.
         """
-        seen = self._evaluations.seen
+        seen, before = self._evaluations.seen, self._problem.before
         known = {self._problem.row(each.policy).tobytes() for each in seen}
         _, first = np.unique(rows, axis=0, return_index=True)
         fresh = np.array([i for i in np.sort(first) if rows[i].tobytes() not in known], int)
-        if not len(fresh):
-            return None
-        prices, told = self._problem.costs(rows[fresh]), self._surrogate(rows[fresh])
-        drop = told.members[self._random.integers(len(told.members))] if self._is_doubted else told.mean
-        if len(seen) % FOR_THE_GOAL == 0:
-            return int(fresh[self._goal.reward(drop, prices, HARD).argmax()])
-        before = self._problem.before
-        found = most_added(places_of(drop, prices, before), points(seen, before), self._reference)
-        return None if found is None else int(fresh[found[0]])
+        places, found = points(seen, before), []
+        for turn in range(len(seen), len(seen) + min(count, len(fresh))):
+            prices, told = self._problem.costs(rows[fresh]), self._surrogate(rows[fresh])
+            drop = told.members[self._random.integers(len(told.members))] if self._is_doubted else told.mean
+            expected = places_of(drop, prices, before)
+            if turn % FOR_THE_GOAL == 0:
+                best = int(self._goal.reward(drop, prices, HARD).argmax())
+            elif (added := most_added(expected, places, self._reference)) is not None:
+                best = added[0]
+            else:
+                break
+            found.append(int(fresh[best]))
+            places = np.vstack([places, expected[best]])
+            fresh = np.delete(fresh, best)
+        return found
 
     # -- evaluating ------------------------------------------------------------------------------------------
 

@@ -113,6 +113,10 @@ class Problem:
     layers: Mapping[str, LayerFacts]
     evaluate: Callable[[Policy], Evaluation]
     """The expensive step."""
+    prepare: Callable[[Sequence[Policy]], None] = lambda _: None
+    """Told of policies that are evaluated next, so that the expensive part is made for all of them side by side."""
+    at_once: int = 1
+    """So many are worth handing to `prepare` together."""
     recipes: Mapping[str, Policy] = field(default_factory=dict)
     """What an engineer would try by hand, by name."""
     score_error: float = 0.0
@@ -225,6 +229,8 @@ class Evaluations:
     def of_rows(self, rows: Rows) -> list[Evaluation]:
         """Those of some rows, in order, as far as the limit goes: Spent is raised if there is not one of them left."""
         found: list[Evaluation] = []
+        new = {each.digest(): each for each in map(self.problem.policy, rows) if each not in self}
+        self.problem.prepare(list(new.values())[: max(0, self.left)])
         for row in rows:
             try:
                 found.append(self.of(self.problem.policy(row)))

@@ -35,5 +35,6 @@ def search(problem: Problem, evaluations: Evaluations, *, seed: int) -> None:
             pool = pool[hopeful] if hopeful.any() else pool
         pool = unseen(evaluations, pool)
         empty = 0 if len(pool) else empty + 1
-        for row in generator.permutation(pool)[:BATCH]:
-            evaluations.of(problem.policy(row))
+        drawn = generator.permutation(pool)[:BATCH]
+        for begin in range(0, len(drawn), problem.at_once):
+            evaluations.of_rows(drawn[begin : begin + problem.at_once])
