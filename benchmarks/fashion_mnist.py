@@ -46,7 +46,7 @@ EPOCHS = 6
 """Of each policy that a search finishes."""
 
 
-def run(network: str, search: str | None, out: Path) -> Outcome:
+def run(network: str, search: str | None, out: Path, workers: int) -> Outcome:
     """The network by its recipe, or as a search finds it, judged by its limits."""
     how = BY_HAND[network] if search is None else {"search": search, "epochs": EPOCHS, "max_drop": MAX_DROP[network]}
     task = "task14" if network.endswith("14") else "task"
@@ -57,6 +57,7 @@ def run(network: str, search: str | None, out: Path) -> Outcome:
             checkpoint=EXAMPLE / "checkpoints" / f"{network}.safetensors",
             data=f"{EXAMPLE}/task.py:{task}",
             out=out,
+            workers=workers,
             resume=True,
             **how,
         )
@@ -67,13 +68,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("networks", nargs="+", choices=MAX_DROP)
     parser.add_argument("--search", choices=("hierarchical", "recipe"))
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"))
     options = parser.parse_args()
     for network in options.networks:
         if options.search is None and network not in BY_HAND:
             parser.error(f"there is no recipe for {network}: give --search")
         name = network if options.search is None else f"{network}_{options.search}"
-        outcome = run(network, options.search, options.out / name)
+        outcome = run(network, options.search, options.out / name, options.workers)
         shutil.copy(outcome.folder / "manifest.json", RESULTS / f"export_{name}.json")
         print(f"{name}: {outcome.manifest.verdict}, {outcome.folder}")
 
