@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hirelc_deploy import console
+from hirelc_deploy import console, tensorboard
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.choices import completed, search_space
 from hirelc_deploy.config import ExportSettings
@@ -63,11 +63,11 @@ def choose(
     name = method(settings, budget)
     if name == "recipe" and not _can_search(settings, budget):
         return recipes.search(bench.space, budget, bench.predict, complete, evaluations=settings.evaluations)
-    problem = posing.problem()
     limit = settings.evaluations or EVALUATIONS
-    with console.progress("searching", limit) as advance:
-        seen = Evaluations(problem, limit, lambda each: advance(describe(each, bench.task.unit)), console.note)
-        with suppress(Spent):
+    with tensorboard.logged(settings.tensorboard) as log:
+        problem = posing.problem()
+        with console.progress("searching", limit) as advance, suppress(Spent):
+            seen = Evaluations(problem, limit, lambda each: advance(describe(each, bench.task.unit)), console.note, log)
             methods.load(name)(problem, seen, seed=settings.seed)
     return finish(problem, seen.seen, complete)
 

@@ -121,6 +121,14 @@ Importance = Annotated[
         rich_help_panel=CHOICE,
     ),
 ]
+Tensorboard = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Write what the search does for TensorBoard: evaluations, rewards and losses of agents.",
+        rich_help_panel=RUN,
+    ),
+]
 Workers = Annotated[
     int | None,
     typer.Option(
@@ -263,6 +271,7 @@ def export(
     batch: Batch = None,
     host: Host = None,
     host_trtexec: HostTrtexec = None,
+    tensorboard: Tensorboard = None,
     out: Out = None,
     resume: Resume = None,
     config: Config = None,
@@ -365,6 +374,7 @@ def compare(
     seed: Seed = None,
     threads: Threads = None,
     batch: Batch = None,
+    tensorboard: Tensorboard = None,
     out: Out = None,
     resume: Resume = None,
     config: Config = None,

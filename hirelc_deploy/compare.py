@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from hirelc_deploy import console
+from hirelc_deploy import console, tensorboard
 from hirelc_deploy.choosing import EVALUATIONS
 from hirelc_deploy.config import ExportSettings, nearest, require_at_least
 from hirelc_deploy.errors import UserError
@@ -66,15 +66,16 @@ def run(
     seeds: Iterable[int],
     evaluations: int,
     told: "Told" = lambda *_: None,
+    logs: Path | None = None,
 ) -> list[Run]:
-    """Every method with every seed; what the folder holds is not done again."""
+    """Every method with every seed; what the folder holds is not done again.  `logs` is for TensorBoard."""
     wanted = list(names)
     found = []
     for seed in seeds:
         for name in wanted:
-            key = f"compare/{name}/{seed}/{evaluations}"
-            method = methods.load(name)
-            found.append(read(folder.step(key, partial(timed, problem, name, method, seed, evaluations, told))))
+            method, own = methods.load(name), None if logs is None else logs / f"{name}-{seed}"
+            one = partial(timed, problem, name, method, seed, evaluations, told, own)
+            found.append(read(folder.step(f"compare/{name}/{seed}/{evaluations}", one)))
     return found
 
 
@@ -83,14 +84,23 @@ Told = Callable[[str, int, Evaluation], None]
 
 
 def timed(
-    problem: Problem, name: str, method: methods.Method, seed: int, evaluations: int, told: Told
+    problem: Problem,
+    name: str,
+    method: methods.Method,
+    seed: int,
+    evaluations: int,
+    told: Told,
+    logs: Path | None = None,
 ) -> dict[str, Any]:
     """One run of a method, as it is written; `read` is the inverse."""
     clock = _Clock(problem)
-    seen = Evaluations(clock.problem, evaluations, lambda each: told(f"{name}/{seed}", len(seen.seen), each))
-    began = time.monotonic()
-    with suppress(Spent):
-        method(clock.problem, seen, seed=seed)
+    with tensorboard.logged(logs) as log:
+        seen = Evaluations(
+            clock.problem, evaluations, lambda each: told(f"{name}/{seed}", len(seen.seen), each), log=log
+        )
+        began = time.monotonic()
+        with suppress(Spent):
+            method(clock.problem, seen, seed=seed)
     spent = time.monotonic() - began - clock.seconds
     places = points(seen.seen, problem.before)
     return {
@@ -273,7 +283,9 @@ def compare(settings: ExportSettings, names: Sequence[str], seeds: int) -> list[
         problem = Posing(bench, budget_of(settings), at_once=settings.workers).problem()
         every = range(settings.seed, settings.seed + seeds)
         with console.progress("evaluations", len(names) * seeds * evaluations) as advance:
-            runs = run(problem, bench.run, names, every, evaluations, lambda name, *_: advance(name))
+            runs = run(
+                problem, bench.run, names, every, evaluations, lambda name, *_: advance(name), settings.tensorboard
+            )
         goal = Goal.of(problem.budget, problem.before)
         rows = table(runs, goal, evaluations)
         record = {"evaluations": evaluations, "goal": asdict(goal), "runs": [asdict(each) for each in runs]}

@@ -128,6 +128,8 @@ class ExportSettings:
     host: str | None = None
     """A device with TensorRT, for `ssh`: the engine is built and measured there."""
     host_trtexec: str = TRTEXEC
+    tensorboard: Path | None = None
+    """A folder for TensorBoard: what the search did."""
     out: Path = Path("out/export")
     resume: bool = False
 
@@ -240,6 +242,7 @@ OPTIONS: Mapping[str, Option] = {
     "batch": Option("batch", _whole),
     "host": Option("host", _text),
     "host_trtexec": Option("host_trtexec", _text),
+    "tensorboard": Option("tensorboard", _path),
     "out": Option("out", _path),
     "resume": Option("resume", _flag),
 }

@@ -57,7 +57,20 @@ POLICY_FILE = "policy.json"
 RUN_FOLDER = "run"
 
 DECIDES_NOTHING = frozenset(
-    {"out", "resume", "workers", "model", "data", "checkpoint", "target", "policy", "kernels", "host", "host_trtexec"}
+    {
+        "out",
+        "resume",
+        "workers",
+        "tensorboard",
+        "model",
+        "data",
+        "checkpoint",
+        "target",
+        "policy",
+        "kernels",
+        "host",
+        "host_trtexec",
+    }
 )
 """Settings that are no part of a run's identity, or that are part of it by their contents."""
 

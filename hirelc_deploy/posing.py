@@ -47,8 +47,11 @@ RECIPE_KEEP_PERCENT = (100.0, 75.0, 62.5, 50.0, 37.5, 25.0, 18.75, 12.5)
 TIMED_KEEP_PERCENT = (100.0, 50.0, 25.0)
 """Of the recipes whose files correct the predicted latency."""
 
-LOOKED_AT, LOOKED_AT_BATCH = 256, 64
-"""Train examples on which single choices are tried."""
+LOOKED_AT, LOOKED_AT_BATCH = 256, 32
+"""Train examples on which single choices are tried: at most, and in a batch."""
+
+LOOKING_MACS = 8e9
+"""Of one choice on all these examples.  Hundreds of choices are tried, so a large network is shown fewer of them."""
 
 FISHER_BATCHES = 8
 
@@ -283,7 +286,10 @@ class Posing:
     @cached_property
     def perturbations(self) -> Perturbations:
         bench = self._bench
-        batches = bench.look_at(LOOKED_AT, LOOKED_AT_BATCH)
+        of_a_batch = LOOKED_AT_BATCH * max(1, sum(layer.macs for layer in self._graph.layers))
+        # whole batches, since each counts the same
+        count = max(1, min(LOOKED_AT // LOOKED_AT_BATCH, round(LOOKING_MACS / of_a_batch)))
+        batches = bench.look_at(count * LOOKED_AT_BATCH, LOOKED_AT_BATCH)
         model = bench.trainer.original
         met = energies(model, bench.space.layers, batches)
         return Perturbations(model, batches, met, bench.task.divergence, largest=bench.largest)

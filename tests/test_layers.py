@@ -29,7 +29,7 @@ LAYERS = (
     ("calibration", "choices", "pricing"),
     ("pool", "trainer"),
     ("report", "workbench", "demo", "plots"),
-    ("console", "posing"),
+    ("console", "posing", "tensorboard"),
     ("choosing",),
     ("pipeline", "tables"),
     ("compare",),

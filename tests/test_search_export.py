@@ -1,13 +1,15 @@
 """A search from the command line's settings to a judged artifact, and methods compared, on a network of seconds."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from exporting import digits, export, hasten, policy_of, quick_target, trained_digit_net
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hirelc_deploy import compare as comparing, pipeline, posing, trainer, workbench
+from hirelc_deploy import compare as comparing, pipeline, posing, tensorboard, trainer, workbench
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.errors import UserError
 
@@ -45,6 +47,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, target: str) -> pipeline.
         evaluations=EVALUATIONS,
         epochs=1,
         max_drop=5.0,
+        tensorboard=tmp_path_factory.getbasetemp() / "board",
     )
 
 
@@ -55,6 +58,26 @@ def test_a_search_ends_in_a_judged_artifact(searched: pipeline.Outcome) -> None:
     assert {check.name for check in manifest.checks} >= {"drop"}
     assert manifest.predicted.latency_ms is not None
     assert manifest.predicted.size_bytes == manifest.artifact.size_bytes
+
+
+def test_tensorboard_shows_evaluations_and_agents(
+    searched: pipeline.Outcome, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    accumulated = EventAccumulator(str(tmp_path_factory.getbasetemp() / "board"))
+    accumulated.Reload()
+    names = accumulated.Tags()["scalars"]
+    count = searched.manifest.search.evaluations
+    assert [event.step for event in accumulated.Scalars("evaluation/drop")] == list(range(1, count + 1))
+    assert all(event.value > 0 for event in accumulated.Scalars("evaluation/size_bytes"))
+    for name in ("high-level agent 2 (a2c)/reward", "low-level agent 0 (ppo)/train/value_loss", "search/hypervolume"):
+        assert name in names, names
+
+
+def test_without_tensorboard_a_wish_for_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="not installed") as caught, tensorboard.logged(tmp_path):
+        pass
+    assert "hirelc-deploy[tensorboard]" in caught.value.fix
 
 
 def test_a_search_goes_on_where_it_was(

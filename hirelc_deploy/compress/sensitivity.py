@@ -68,7 +68,8 @@ class Perturbations:
         largest: int,
     ) -> None:
         """`energies` as `compress.inputs` has them; `largest` bounds the integers of int8 layers."""
-        self._model = model.eval()
+        # convolutions run half again as fast; nothing else notices
+        self._model = model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._batches = batches
         self._energies = energies
         self._divergence = divergence
@@ -77,7 +78,8 @@ class Perturbations:
 
     def of_model(self, other: nn.Module) -> float:
         """Of another network on the same inputs: a pruned one."""
-        return self._from_original(_outputs(other.eval(), self._batches))
+        other = other.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self._from_original(_outputs(other, self._batches))
 
     def of_storage(self, layer: str, precision: Precision) -> float:
         """A layer's weights on their grid, and nothing else changed."""

@@ -40,6 +40,8 @@ class Game(VecEnv):
         self.board = board
         self.worth = worth
         self.draw = draw
+        self.reward = 0.0
+        """Mean of the games that were finished last."""
         self.games = board.begin(draw(GAMES))
         self.turns = len(board.blocks)
         """Moves that the agent makes in a game."""
@@ -81,6 +83,7 @@ class Game(VecEnv):
             return self.see(), np.zeros(GAMES, np.float32), np.zeros(GAMES, bool), self._infos
         self.finish()
         rewards = self.worth(self.games).astype(np.float32)
+        self.reward = float(rewards.mean())
         return self.reset(), rewards, np.ones(GAMES, bool), self._infos
 
     def close(self) -> None:
@@ -171,6 +174,8 @@ class Agent:
 
     def __init__(self, algorithm: str, game: Game, *, seed: int) -> None:
         """`ppo` or `a2c`; an update follows GAMES games."""
+        self.game = game
+        self.name = algorithm
         steps = game.turns
         settings: dict[str, Any] = {
             "n_steps": steps,
@@ -192,9 +197,12 @@ class Agent:
         # the library's own logger makes a folder for every call of `learn`, and writes nothing into it
         self.model.set_logger(Logger(folder=None, output_formats=[]))
 
-    def learn(self, steps: int) -> None:
-        """At least so many steps of the board."""
+    def learn(self, steps: int) -> dict[str, float]:
+        """At least so many steps of the board.  How it went: the reward of the last games, and what the algorithm
+        says of its last update."""
         self.model.learn(steps, reset_num_timesteps=False)
+        said = self.model.logger.name_to_value.items()
+        return {"reward": self.game.reward, **{name: float(value) for name, value in said if name.startswith("train/")}}
 
     @torch.no_grad()
     def move(self, seen: np.ndarray, *, explore: bool) -> np.ndarray:

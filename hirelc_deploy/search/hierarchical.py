@@ -12,7 +12,7 @@ Agents play for goals that vary about the user's own, so that one search finds a
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
@@ -156,6 +156,9 @@ class _Search:
                 self._evaluations.note("no policy is left that the surrogate would try: the search ends")
                 return
             volumes.append(self._volume())
+            self._evaluations.log({"hypervolume": volumes[-1]} | asdict(self._multipliers), "search")
+            told = {"rank correlation": self._surrogate.rank_correlation, "networks": self._surrogate.networks_count}
+            self._evaluations.log(told, "surrogate")
             self._evaluations.note(f"cycle {cycle}: {len(self._evaluations.seen)} evaluations, {self._summary()}")
             if len(volumes) > PATIENCE and volumes[-1] <= (1 + NOTHING_GAINED) * volumes[-1 - PATIENCE]:
                 self._evaluations.note(f"nothing was gained in {PATIENCE} cycles: the search ends")
@@ -165,10 +168,12 @@ class _Search:
 
     def _learn(self) -> None:
         if self._parts.hierarchy:
-            for agent in self._council.agents:
-                agent.learn(HIGH_STEPS)
-        for agent in self._low:
-            agent.learn(LOW_STEPS // len(self._low))
+            for i, agent in enumerate(self._council.agents):
+                self._evaluations.log(agent.learn(HIGH_STEPS), f"high-level agent {i} ({agent.name})")
+            weights = {f"weight of agent {i}": float(weight) for i, weight in enumerate(self._council.weights)}
+            self._evaluations.log(weights, "votes")
+        for i, agent in enumerate(self._low):
+            self._evaluations.log(agent.learn(LOW_STEPS // len(self._low)), f"low-level agent {i} ({agent.name})")
 
     def _worth(self, games: Games) -> np.ndarray:
         return self._reward(games.rows, games.goals)

@@ -186,6 +186,12 @@ def policy_of(variables: Sequence[Variable], row: Sequence[int] | np.ndarray) ->
     )
 
 
+class Log(Protocol):
+    """Takes a value that people may want to follow, and the number of evaluations there were."""
+
+    def __call__(self, name: str, value: float, step: int, /) -> object: ...
+
+
 class Spent(Exception):  # noqa: N818  # not an error: the method has had its evaluations
     """No evaluation is left."""
 
@@ -199,13 +205,15 @@ class Evaluations:
         limit: int,
         told: Callable[[Evaluation], None] = lambda _: None,
         note: Callable[[str], None] = lambda _: None,
+        log: Log = lambda name, value, step: None,
     ) -> None:
-        """`told` hears of each new one; `note` takes what a method has to say to people."""
+        """`told` hears of each new one; `note` takes what a method has to say to people, `log` what it did."""
         self.problem = problem
         self.limit = limit
         self.seen: list[Evaluation] = []
         self.note = note
         self._told = told
+        self._log = log
         self._known: dict[str, Evaluation] = {}
 
     @property
@@ -223,8 +231,16 @@ class Evaluations:
                 raise Spent
             self._known[digest] = evaluation = self.problem.evaluate(policy)
             self.seen.append(evaluation)
+            figures = evaluation.figures
+            self.log({"drop": figures.drop, "size_bytes": figures.size_bytes, "latency_ms": figures.latency_ms})
             self._told(evaluation)
         return self._known[digest]
+
+    def log(self, values: Mapping[str, float | None], prefix: str = "evaluation") -> None:
+        """Values by name, as of now; None is left out."""
+        for name, value in values.items():
+            if value is not None:
+                self._log(f"{prefix}/{name}", value, len(self.seen))
 
     def of_rows(self, rows: Rows) -> list[Evaluation]:
         """Those of some rows, in order, as far as the limit goes: Spent is raised if there is not one of them left."""
