@@ -37,8 +37,9 @@ def workbench(
     epochs: int = 0,
     seed: int = 0,
     post_training: tuple[str, ...] = POST_TRAINING_STEPS,
+    target: str = "host",
 ) -> Iterator[Workbench]:
-    """A network as it was trained, on this machine; what was computed in the folder `run` before is not done again."""
+    """A network as it was trained, on its target; what was computed in the folder `run` before is not done again."""
     task = load_task(network, seed)
     file = EXAMPLE / "checkpoints" / f"{network}.safetensors"
     trained = checkpoint.load(f"{EXAMPLE}/networks.py:{network}", file)
@@ -50,7 +51,7 @@ def workbench(
             trained.model,
             task,
             graph.trace(trained.model, task.example),
-            load_target("host"),
+            load_target(target),
             folder,
             importance="l2",
             fine_tuning=FineTuning(epochs=epochs, seed=seed),

@@ -2,6 +2,7 @@
 
     python benchmarks/search_methods.py run NETWORK…     every method, what the folder holds is not done again
     python benchmarks/search_methods.py parts NETWORK…   the hierarchical search without one of its parts
+    python benchmarks/search_methods.py targets NETWORK…  the same search for two targets, priced on both
     python benchmarks/search_methods.py page             docs/search.md from the result files
 
 The same evaluations for all: a policy made real, trained for 4,096 images, scored on 2,000 search images.  Target host;
@@ -11,23 +12,27 @@ benchmarks/results/.
 
 import argparse
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from _bench import RESULTS, ROOT, machine, markdown, save, workbench
 from latency_prediction import hasten
 
 from hirelc_deploy import compare as comparing
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.compare import Row, Run
+from hirelc_deploy.policy import Policy
 from hirelc_deploy.posing import Posing
-from hirelc_deploy.search.goal import Goal
+from hirelc_deploy.search.goal import Goal, Multipliers
 from hirelc_deploy.search.hierarchical import Parts, search
 from hirelc_deploy.search.methods import FILES
-from hirelc_deploy.search.problem import Evaluations, Problem
+from hirelc_deploy.search.problem import Evaluations, Problem, Spent, prices_of
 from hirelc_deploy.search.space import Evaluation
+from hirelc_deploy.workbench import Workbench
 
 OUT = Path("out/benchmarks/search_methods")
 MAX_DROP = 2.0
@@ -77,6 +82,56 @@ def one(problem: Problem, name: str, seed: int, evaluations: int) -> dict[str, A
     return comparing.timed(problem, name, method, seed, evaluations, told)
 
 
+TARGETS = ("host", "raspberry-pi-5")
+"""A table that was measured, and an estimate."""
+
+SMALLER = 10.0
+"""Times that a file has to be smaller in the search for two targets, so that what is left to gain is latency."""
+
+
+def targets(network: str, out: Path, evaluations: int) -> dict[str, Any]:
+    """A search for each target, from the same seed, and what either policy costs on both."""
+    chosen: dict[str, Evaluation] = {}
+    for target in TARGETS:
+        with workbench(network, out / f"{network}-{target}", epochs=4, target=target) as bench:
+            chosen[target] = best_for(bench, target, evaluations)
+    rows = []
+    for target in TARGETS:
+        with workbench(network, out / f"{network}-{target}", epochs=4, target=target) as bench:
+            policies = [chosen[each].policy for each in TARGETS]
+            told = Posing(bench, Budget()).predictor.foretell([*policies, Policy({}, {})]).ms.tolist()
+            seen = bench.times_ms(policies) if target == "host" else None
+            rows += [
+                {
+                    "target": target,
+                    "searched_for": searched_for,
+                    "predicted_speedup": told[-1] / told[i],
+                    "predicted_ms": told[i],
+                    "measured_ms": None if seen is None else seen[i],
+                    "drop": chosen[searched_for].drop,
+                    "size_bytes": chosen[searched_for].figures.size_bytes,
+                }
+                for i, searched_for in enumerate(TARGETS)
+            ]
+    policies_by_target = {target: each.policy.to_dict() for target, each in chosen.items()}
+    return {"machine": machine(), "evaluations": evaluations, "rows": rows, "policies": policies_by_target}
+
+
+def best_for(bench: Workbench, target: str, evaluations: int) -> Evaluation:
+    """The fastest policy that a search finds which holds drop and size."""
+    size_bytes = int(len(bench.write_baseline().data) / SMALLER)
+    problem = Posing(bench, Budget(drop=MAX_DROP, size_bytes=size_bytes)).problem()
+    seen = Evaluations(problem, evaluations, lambda each: told(target, len(seen.seen), each))
+    with suppress(Spent):
+        search(problem, seen, seed=0)
+    goal = Goal.of(problem.budget, problem.before)
+    rewards = [float(goal.reward(np.array([e.drop]), prices_of([e]), STRICT)[0]) for e in seen.seen]
+    return seen.seen[int(np.argmax(rewards))]
+
+
+STRICT = Multipliers(1000.0, 1000.0, 1000.0)
+"""What misses a limit is not wanted."""
+
 ONE_SEED = "one seed (differences of a tenth say nothing)"
 
 PAGE = ROOT / "docs" / "search.md"
@@ -111,7 +166,35 @@ def write_page() -> None:
                 f"{found['machine']['cpu']} ({', '.join(found['machine']['flags'])}).\n\n"
                 + markdown(comparing.HEAD, rows)
             )
+    sections += [
+        section_of_targets(path.stem.removeprefix("search_targets_"), json.loads(path.read_text()))
+        for path in sorted(RESULTS.glob("search_targets_*.json"))
+    ]
     PAGE.write_text("\n".join(sections), encoding="utf-8")
+
+
+def section_of_targets(network: str, found: dict[str, Any]) -> str:
+    rows = [
+        (
+            row["target"],
+            row["searched_for"],
+            f"{row['predicted_speedup']:.2f} x",
+            "-" if row["measured_ms"] is None else f"{row['predicted_ms'] / row['measured_ms']:.2f}",
+            f"{row['size_bytes'] / 1e3:.1f} KB",
+            f"{row['drop']:.2f}",
+        )
+        for row in found["rows"]
+    ]
+    layers, groups = (
+        sum(a != b for a, b in zip(*(policy[part].values() for policy in found["policies"].values()), strict=True))
+        for part in ("precisions", "keep")
+    )
+    return (
+        f"## `{network}`: the same search for two targets\n\n{found['evaluations']} evaluations each, a drop of "
+        f"{MAX_DROP:g} points and a tenth of the original's bytes allowed, so that latency is what is left to gain.  "
+        f"The two policies differ in {layers} layers and {groups} groups.\n\n"
+        + markdown(("on", "searched for", "faster, by its table", "predicted / measured", "file", "drop"), rows)
+    )
 
 
 def told(run: str, number: int, evaluation: Evaluation) -> None:
@@ -143,12 +226,13 @@ def main() -> None:
     hasten()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     steps = parser.add_subparsers(dest="step", required=True)
-    for name in ("run", "parts"):
+    for name in ("run", "parts", "targets"):
         step = steps.add_parser(name)
         step.add_argument("networks", nargs="+")
-        step.add_argument("--seeds", type=int, default=5)
         step.add_argument("--evaluations", type=int, default=32)
         step.add_argument("--out", type=Path, default=OUT)
+    for name in ("run", "parts"):
+        steps.choices[name].add_argument("--seeds", type=int, default=5)
     steps.choices["run"].add_argument("--methods", default=",".join(FILES))
     steps.add_parser("page")
     options = parser.parse_args()
@@ -158,6 +242,8 @@ def main() -> None:
     for network in options.networks:
         if options.step == "run":
             found = compare(network, options.out, options.methods.split(","), options.seeds, options.evaluations)
+        elif options.step == "targets":
+            found = targets(network, options.out, options.evaluations)
         else:
             found = parts(network, options.out, options.seeds, options.evaluations)
         save(found, RESULTS / f"search_{options.step}_{network}.json")
