@@ -3,6 +3,7 @@
 Whatever takes long to import is imported by the verb that needs it: `--help` and `targets` answer at once.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -506,6 +507,8 @@ def _close(outcome: "Outcome") -> ExitStatus:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, by default that of `sys.argv`, and return its exit status (DESIGN: the command line)."""
+    # torch's threads spin while they wait for one another: beside other work that makes training four times as long
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         status = app(arguments, prog_name=NAME, standalone_mode=False)
     except UserError as error:
