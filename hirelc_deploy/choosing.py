@@ -14,7 +14,7 @@ from hirelc_deploy.errors import UserError
 from hirelc_deploy.policy import PRUNE_FIRST, QUANTIZE_FIRST, Policy
 from hirelc_deploy.posing import Posing
 from hirelc_deploy.search import methods, recipe as recipes
-from hirelc_deploy.search.finish import finish
+from hirelc_deploy.search.finish import aimed, finish
 from hirelc_deploy.search.problem import Evaluations, Spent
 from hirelc_deploy.search.recipe import Recipe
 from hirelc_deploy.search.space import Choice, Evaluation
@@ -66,10 +66,16 @@ def choose(
     limit = settings.evaluations or EVALUATIONS
     with tensorboard.logged(settings.tensorboard) as log:
         problem = posing.problem()
+        aim, pairs = aimed(problem, complete)
+        for before, after in pairs:
+            console.note(
+                f"fine-tuning leaves {after.drop:.2f} of a drop of {before.drop:.2f} {bench.task.unit}: where "
+                f"{budget.drop:g} are allowed, an evaluation may have {aim.budget.drop:.2f}"
+            )
         with console.progress("searching", limit) as advance, suppress(Spent):
-            seen = Evaluations(problem, limit, lambda each: advance(describe(each, bench.task.unit)), console.note, log)
-            methods.load(name)(problem, seen, seed=settings.seed)
-    return finish(problem, seen.seen, complete)
+            seen = Evaluations(aim, limit, lambda each: advance(describe(each, bench.task.unit)), console.note, log)
+            methods.load(name)(aim, seen, seed=settings.seed)
+    return finish(problem, seen.seen, complete, pairs)
 
 
 def _ordered(order: str, posing: Posing, policy: Policy) -> Policy:

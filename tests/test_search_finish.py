@@ -8,7 +8,7 @@ from toy_search import toy
 
 from hirelc_deploy.budget import Budget, Figures
 from hirelc_deploy.policy import Policy
-from hirelc_deploy.search.finish import FINALISTS, finish
+from hirelc_deploy.search.finish import FINALISTS, Pair, aimed, finish
 from hirelc_deploy.search.problem import Problem
 from hirelc_deploy.search.space import Choice, Evaluation
 
@@ -86,3 +86,52 @@ def test_few_evaluations_are_enough(count: int) -> None:
     assert choice.best.policy.keep["g"] in range(1, count + 1)
     assert choice.evaluations == tuple(LADDER[:count])
     assert len(order) <= count
+
+
+def aim(budget: Budget, before: float, after: float, *, score_error: float = 0.0) -> tuple[float | None, list[Pair]]:
+    """The drop that evaluations may have, where the first recipe's is seen to shrink so."""
+    problem = replace(
+        toy().problem,
+        budget=budget,
+        score_error=score_error,
+        evaluate=lambda policy: evaluation(0, before, 500),
+    )
+    found, pairs = aimed(problem, lambda policy: evaluation(0, after, 500))
+    return found.budget.drop, pairs
+
+
+def test_evaluations_may_drop_by_what_fine_tuning_mends() -> None:
+    allowed, pairs = aim(Budget(drop=1.0), before=4.0, after=0.5)
+    assert allowed == pytest.approx(4.0 * 2 ** (1 / 1.5)), "0.5 grows to 1.0 with the power 1.5 of an evaluation's drop"
+    assert [(a.drop, b.drop) for a, b in pairs] == [(4.0, 0.5)]
+
+
+@pytest.mark.parametrize(("before", "after", "allowed"), [(5.0, 5.0, 1.71), (0.5, 2.0, 1.0), (8.0, -0.3, 10.0)])
+def test_the_aim_is_never_stricter_than_the_limit_and_never_far_beyond_it(
+    before: float, after: float, allowed: float
+) -> None:
+    found, _ = aim(Budget(drop=1.0), before, after)
+    assert found == pytest.approx(allowed, abs=0.01)
+
+
+def test_drops_that_a_score_cannot_tell_count_as_half_of_what_it_can() -> None:
+    assert aim(Budget(drop=1.0), 4.0, 0.0, score_error=1.0)[0] == aim(Budget(drop=1.0), 4.0, 0.5)[0]
+
+
+def test_without_a_limit_on_the_drop_nothing_is_finished_before() -> None:
+    assert aim(Budget(size_bytes=500), 4.0, 1.0) == (None, [])
+
+
+def test_what_was_finished_before_is_a_finalist_that_costs_nothing() -> None:
+    problem: Problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE)
+    first = (LADDER[4], replace(LADDER[4], figures=replace(LADDER[4].figures, drop=0.9)))
+    order: list[int] = []
+
+    def complete(policy: Policy) -> Evaluation:
+        order.append(policy.keep["g"])
+        return LADDER[policy.keep["g"] - 1]  # nothing is mended
+
+    choice = finish(problem, LADDER[:4], complete, [first])
+    assert choice.best is first[1]
+    assert first[0] in choice.evaluations
+    assert not order, "all others are dearer"

@@ -10,12 +10,12 @@ from toy_search import BEST_COST, COUNTS, DROP_MAX, TIED, chosen, toy
 
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.search import hierarchical
-from hirelc_deploy.search.additive import DropModel
+from hirelc_deploy.search.additive import DropModel, recipe_ladder
 from hirelc_deploy.search.agents import OwnGame
 from hirelc_deploy.search.board import DAMAGE, LATENCY, MODE, MODES, SIZE, Board, Goals
 from hirelc_deploy.search.council import Council, count
 from hirelc_deploy.search.front import most_added
-from hirelc_deploy.search.hierarchical import Parts, recipe_ladder, search
+from hirelc_deploy.search.hierarchical import Parts, search
 from hirelc_deploy.search.problem import Evaluations, GroupVariable, LayerVariable
 from hirelc_deploy.search.proposals import refined
 from hirelc_deploy.search.space import Evaluation

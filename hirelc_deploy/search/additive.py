@@ -18,6 +18,7 @@ from itertools import cycle
 import numpy as np
 from scipy.optimize import least_squares
 
+from hirelc_deploy.policy import Policy
 from hirelc_deploy.search.front import front, hypervolume, most_added, places_of, points
 from hirelc_deploy.search.goal import Goal, reference
 from hirelc_deploy.search.problem import Evaluations, GroupVariable, Prices, Problem, Rows
@@ -228,6 +229,14 @@ def recipes(problem: Problem) -> Rows:
     """What an engineer would try by hand, as legal rows, each once."""
     rows = [problem.row(policy) for policy in problem.recipes.values()] or [problem.as_trained]
     return np.unique(problem.legal(np.array(rows)), axis=0)
+
+
+def recipe_ladder(problem: Problem) -> list[Policy]:
+    """Recipes worth an engineer's while, the dearest first: none smaller and faster does less damage."""
+    good = efficient(problem, recipes(problem), UNFITTED)
+    prices = problem.costs(good)
+    cost = np.log(prices.size_bytes) + np.log(prices.latency_ms)
+    return [problem.policy(row) for row in good[np.argsort(-cost)]]
 
 
 def draw(problem: Problem, count: int, generator: np.random.Generator) -> Rows:

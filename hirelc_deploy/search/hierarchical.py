@@ -18,8 +18,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from hirelc_deploy.policy import Policy
-from hirelc_deploy.search.additive import UNFITTED, efficient, recipes
+from hirelc_deploy.search.additive import recipe_ladder, recipes
 from hirelc_deploy.search.agents import Agent, HighGame, LowGame, OwnGame
 from hirelc_deploy.search.board import Board, Games, Goals
 from hirelc_deploy.search.council import Council
@@ -359,11 +358,3 @@ class _Search:
         correlation = self._surrogate.rank_correlation
         trusted = "" if correlation is None else f", surrogate's rank correlation {correlation:.2f}"
         return f"hypervolume {self._volume():.3f}{trusted}"
-
-
-def recipe_ladder(problem: Problem) -> list[Policy]:
-    """Recipes worth an engineer's while, the dearest first: none smaller and faster does less damage."""
-    good = efficient(problem, recipes(problem), UNFITTED)
-    prices = problem.costs(good)
-    cost = np.log(prices.size_bytes) + np.log(prices.latency_ms)
-    return [problem.policy(row) for row in good[np.argsort(-cost)]]
