@@ -35,6 +35,7 @@ from hirelc_deploy.policy import Policy
 from hirelc_deploy.pool import Engine, Pool, in_turn
 from hirelc_deploy.profiles import Target, load_target, target_names
 from hirelc_deploy.rundir import RunFolder, write_atomic
+from hirelc_deploy.search.front import front
 from hirelc_deploy.search.recipe import Recipe
 from hirelc_deploy.search.space import Choice
 from hirelc_deploy.task import check_labels
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from hirelc_deploy.task import Task
 
 POLICY_FILE = "policy.json"
+FRONT_FOLDER = "front"
 RUN_FOLDER = "run"
 
 DECIDES_NOTHING = frozenset(
@@ -111,6 +113,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
         if halves is not None:
             _write(settings.out, {BASELINE_FP16_FILE: halves.data})
         _write(settings.out, {POLICY_FILE: _json(policy.to_dict())})
+        others = _write_front(settings.out / FRONT_FOLDER, choice)
         inspected = bench.runtime.inspect(settings.out / file, target, exported.tensors)
         seen = _measured(
             run,
@@ -147,6 +150,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
                 seconds=seconds,
                 seed=settings.seed,
                 order=policy.order,
+                front=others,
             ),
             budget=budget,
             checks=(),
@@ -429,6 +433,33 @@ def _judged(folder: Path, manifest: Manifest, *, allow_estimates: bool, loaded: 
     manifests.write(judged, folder)
     reports.write(judged, folder)
     return Outcome(folder, judged, verdict.status)
+
+
+def _write_front(folder: Path, choice: Choice) -> tuple[manifests.FrontRecord, ...]:
+    """Policies that no other evaluated one beats, each as a file that `--policy` takes.  None without a search."""
+    figures = [(each, each.figures.size_bytes, each.figures.latency_ms) for each in choice.evaluations]
+    priced = [(each, size, ms) for each, size, ms in figures if size is not None and ms is not None]
+    if len(priced) < 2:
+        return ()
+    best = front(numpy.array([(each.drop, size, ms) for each, size, ms in priced], float))
+    chosen = sorted((priced[i] for i in best), key=lambda each: each[1:])
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for number, (each, size_bytes, latency_ms) in enumerate(chosen, start=1):
+        file = folder / f"{number:02}.json"
+        write_atomic(file, _json(each.policy.to_dict()))
+        finished = next((end.drop for end in choice.finished if _alike(end.policy, each.policy)), None)
+        records.append(
+            manifests.FrontRecord(
+                path=f"{folder.name}/{file.name}",
+                size_bytes=size_bytes,
+                latency_ms=latency_ms,
+                speedup=each.figures.speedup,
+                drop_points=each.drop,
+                finished_drop_points=finished,
+            )
+        )
+    return tuple(records)
 
 
 def _predicted(choice: Choice) -> Predicted:

@@ -60,6 +60,25 @@ def test_a_search_ends_in_a_judged_artifact(searched: pipeline.Outcome) -> None:
     assert manifest.predicted.size_bytes == manifest.artifact.size_bytes
 
 
+def test_what_else_was_found_can_be_built(searched: pipeline.Outcome, tmp_path: Path, target: str) -> None:
+    front = searched.manifest.search.front
+    assert [each.size_bytes for each in front] == sorted(each.size_bytes for each in front)
+    for one in front:
+        assert not any(
+            other.size_bytes <= one.size_bytes
+            and other.latency_ms <= one.latency_ms
+            and other.drop_points <= one.drop_points
+            for other in front
+            if other is not one
+        )
+    assert any(each.finished_drop_points is not None for each in front)
+    assert front[0].path in (searched.folder / "report.html").read_text(encoding="utf-8")
+    file = searched.folder / front[0].path
+    built = export(tmp_path / "out", trained_digit_net(), digits(), target=target, policy=file, epochs=1)
+    assert json.loads((built.folder / "policy.json").read_text()) == json.loads(file.read_text())
+    assert not built.manifest.search.front
+
+
 def test_tensorboard_shows_evaluations_and_agents(
     searched: pipeline.Outcome, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

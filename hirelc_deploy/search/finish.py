@@ -105,7 +105,7 @@ def finish(
             break
         finished[wanted.policy.digest()] = (wanted, complete(wanted.policy))
     ends = [after for _, after in finished.values()]
-    return Choice(min(ends, key=lambda each: _rank(each, goal, budget, safe)), tuple(seen))
+    return Choice(min(ends, key=lambda each: _rank(each, goal, budget, safe)), tuple(seen), tuple(ends))
 
 
 def _safe(drop: float, score_error: float) -> float:

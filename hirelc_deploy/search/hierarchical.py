@@ -357,4 +357,12 @@ class _Search:
     def _summary(self) -> str:
         correlation = self._surrogate.rank_correlation
         trusted = "" if correlation is None else f", surrogate's rank correlation {correlation:.2f}"
-        return f"hypervolume {self._volume():.3f}{trusted}"
+        seen = self._evaluations.seen
+        rewards = self._goal.reward(np.array([each.drop for each in seen]), prices_of(seen), HARD)
+        best = seen[int(np.argmax(rewards))]
+        size_bytes, latency_ms = best.figures.size_bytes, best.figures.latency_ms
+        assert size_bytes is not None
+        return (
+            f"the best {size_bytes / 1e3:.1f} KB, {latency_ms:.3f} ms, drop {best.drop:.2f}; "
+            f"hypervolume {self._volume():.3f}{trusted}"
+        )

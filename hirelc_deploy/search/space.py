@@ -52,3 +52,5 @@ class Choice:
 
     best: Evaluation
     evaluations: tuple[Evaluation, ...]
+    finished: tuple[Evaluation, ...] = ()
+    """Those that were fine-tuned in full, the best among them."""

@@ -174,12 +174,29 @@ class LayerRecord(Record):
     """Where its weights lie in the file; None for a layer that is gone."""
 
 
+class FrontRecord(Record):
+    """A policy that no other evaluated one beats in bytes, milliseconds and drop at once."""
+
+    path: str
+    """Its policy file, from the artifact folder."""
+    size_bytes: int
+    latency_ms: Figure
+    """Predicted, as the size is."""
+    speedup: Figure | None
+    drop_points: Figure
+    """Of its evaluation, on the search split."""
+    finished_drop_points: Figure | None
+    """The same once it was fine-tuned in full; None where it was not."""
+
+
 class SearchRecord(Record):
     method: str
     evaluations: int
     seconds: Figure
     seed: int
     order: tuple[str, ...]
+    front: tuple[FrontRecord, ...] = ()
+    """What else there is to choose from, the smallest first."""
 
 
 class Environment(Record):
