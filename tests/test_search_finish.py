@@ -118,6 +118,12 @@ def test_drops_that_a_score_cannot_tell_count_as_half_of_what_it_can() -> None:
     assert aim(Budget(drop=1.0), 4.0, 0.0, score_error=1.0)[0] == aim(Budget(drop=1.0), 4.0, 0.5)[0]
 
 
+def test_a_recipe_that_loses_nothing_teaches_nothing() -> None:
+    allowed, pairs = aim(Budget(drop=1.0), 0.1, 0.0, score_error=1.0)
+    assert allowed == 1.0
+    assert len(pairs) == 1, "it is a finalist all the same"
+
+
 def test_without_a_limit_on_the_drop_nothing_is_finished_before() -> None:
     assert aim(Budget(size_bytes=500), 4.0, 1.0) == (None, [])
 

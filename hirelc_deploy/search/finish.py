@@ -24,8 +24,6 @@ MARGIN = 0.8
 """In standard errors of a score, how far below the limit a drop has to be to be relied on: the test split has other
 examples.  The error of a difference of two scores on the same examples is about so much of one score's."""
 
-TWICE = 2.0
-"""How far an evaluation's drop may be above a limit, before any policy was finished."""
 
 MOST_TIMES = 10.0
 """The same at most, whatever one policy has shown."""
@@ -47,12 +45,13 @@ class Mending:
     power: float
 
     @classmethod
-    def seen_in(cls, pairs: Sequence[Pair], limit: float, score_error: float) -> "Mending":
-        """As far as it was seen; drops below what a score can tell count as half of that."""
+    def seen_in(cls, pairs: Sequence[Pair], limit: float, score_error: float) -> "Mending | None":
+        """As far as it was seen, drops below what a score can tell counting as half of that; None where no evaluation
+        dropped by more."""
         least = max(score_error / 2, limit / 20)
         logs = np.log([(e.drop, max(after.drop, least)) for e, after in pairs if e.drop > least]).reshape(-1, 2)
         if not len(logs):
-            return cls(limit / (TWICE * limit) ** POWER, POWER)
+            return None
         before, after = logs.T
         power = POWER
         if np.ptp(before) > 0:
@@ -64,11 +63,16 @@ class Mending:
         return float((left / self.factor) ** (1 / self.power))
 
 
+UNSEEN = Mending(0.5, 1.0)
+"""Before anything was seen."""
+
+
 def aimed(problem: Problem, complete: Complete) -> tuple[Problem, list[Pair]]:
     """The problem with the drop that an evaluation may have, and what that was learned from.
 
     One recipe is evaluated and finished: the one in the middle of those worth trying, which is a finalist as well.
-    Without a limit on the drop there is nothing to learn.
+    Where it drops by nothing that a score can tell, evaluations may drop by what is allowed in the end.  Without a
+    limit on the drop there is nothing to learn.
     """
     limit = problem.budget.drop
     if limit is None or limit <= 0:
@@ -76,8 +80,10 @@ def aimed(problem: Problem, complete: Complete) -> tuple[Problem, list[Pair]]:
     ladder = recipe_ladder(problem)
     policy = ladder[(len(ladder) - 1) // 2]
     pairs = [(problem.evaluate(policy), complete(policy))]
-    allowed = Mending.seen_in(pairs, limit, problem.score_error).before(limit)
-    allowed = float(np.clip(allowed, limit, MOST_TIMES * limit))
+    mending = Mending.seen_in(pairs, limit, problem.score_error)
+    if mending is None:
+        return problem, pairs
+    allowed = float(np.clip(mending.before(limit), limit, MOST_TIMES * limit))
     return replace(problem, budget=replace(problem.budget, drop=allowed)), pairs
 
 
@@ -127,8 +133,8 @@ def _next(
         return None
     if safe is None:
         return min(open_, key=lambda each: (_excess(each, budget), -_reward(each, goal)))
-    # the limit itself is on the safe side of rounding
-    allowed = Mending.seen_in(list(finished.values()), goal.drop_max, problem.score_error).before(safe) * (1 + 1e-9)
+    mending = Mending.seen_in(list(finished.values()), goal.drop_max, problem.score_error) or UNSEEN
+    allowed = mending.before(safe) * (1 + 1e-9)  # the limit itself is on the safe side of rounding
     holding = [after for _, after in finished.values() if met(budget, after.figures) and after.drop <= safe]
     cheapest = min((_cost(each) for each in holding), default=float("inf"))
     # of figures that are not judged yet the search's own predictions stand for what will be seen
