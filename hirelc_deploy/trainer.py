@@ -66,7 +66,6 @@ class Trainer:
         """`run` holds the states of a training that was interrupted; `largest` bounds the integers of int8 layers, and
         `is_symmetric` says whether the runtime has activations around nought; `progress` as in `Workbench`."""
         self._model = model
-        self._start = model
         self._task = task
         self._graph = graph
         self._run = run
@@ -78,13 +77,6 @@ class Trainer:
         self._is_symmetric = is_symmetric
         self._progress = progress
         self._recoveries: dict[tuple[int, int], Learning] = {}
-
-    def starting_from(self, model: nn.Module) -> "Trainer":
-        """One that makes policies of other weights of the same network, and learns from the original all the same."""
-        found = copy.copy(self)
-        found._start = model.eval()
-        found.__dict__.pop("_scores", None)  # those of the weights before
-        return found
 
     # -- without training ------------------------------------------------------------------------------------
 
@@ -168,7 +160,7 @@ class Trainer:
         """Formats are fitted and trained on the whole network, what its quantised weights need least is removed, and
         formats are fitted and trained again; a stage of fine-tuning for each."""
         (first, learn_first), (second, learn_second) = stages
-        whole = copy.deepcopy(self._start)
+        whole = copy.deepcopy(self._model)
         norms = present(self._norms, whole)
         grids = self._fitted(whole, policy, norms)
         if first.epochs and grids:
@@ -276,11 +268,11 @@ class Trainer:
     # -- what both need --------------------------------------------------------------------------------------
 
     def _pruned(self, policy: Policy) -> Pruned:
-        return prune(self._start, self._graph, policy, self._scores)
+        return prune(self._model, self._graph, policy, self._scores)
 
     @cached_property
     def _scores(self) -> Mapping[str, Tensor]:
-        return self._scores_of(self._start)
+        return self._scores_of(self._model)
 
     def _scores_of(self, model: nn.Module) -> Mapping[str, Tensor]:
         batches = [batch for batch, _ in zip(self._task.train, range(TAYLOR_BATCHES), strict=False)]
