@@ -46,9 +46,9 @@ class Mending:
 
     @classmethod
     def seen_in(cls, pairs: Sequence[Pair], limit: float, score_error: float) -> "Mending | None":
-        """As far as it was seen, drops below what a score can tell counting as half of that; None where no evaluation
+        """As far as it was seen, drops below what a score can tell counting as just that; None where no evaluation
         dropped by more."""
-        least = max(score_error / 2, limit / 20)
+        least = max(score_error, limit / 20)
         logs = np.log([(e.drop, max(after.drop, least)) for e, after in pairs if e.drop > least]).reshape(-1, 2)
         if not len(logs):
             return None
