@@ -26,7 +26,7 @@ examples.  The error of a difference of two scores on the same examples is about
 
 
 MOST_TIMES = 10.0
-"""The same at most, whatever one policy has shown."""
+"""How far an evaluation's drop may be above the limit at most, whatever one policy has shown."""
 
 POWER, POWERS = 1.5, (1.0, 2.0)
 """What is left of a drop grows with this power of it, as long as one policy is known, and between these with more."""
