@@ -27,8 +27,8 @@ from hirelc_deploy.budget import Budget
 from hirelc_deploy.compare import Row, Run
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.posing import Posing
-from hirelc_deploy.search.goal import Goal, Multipliers
-from hirelc_deploy.search.hierarchical import Parts, search
+from hirelc_deploy.search.goal import Goal
+from hirelc_deploy.search.hierarchical import HARD, Parts, search
 from hirelc_deploy.search.methods import FILES
 from hirelc_deploy.search.problem import Evaluations, Problem, Spent, prices_of
 from hirelc_deploy.search.space import Evaluation
@@ -125,12 +125,9 @@ def best_for(bench: Workbench, target: str, evaluations: int) -> Evaluation:
     with suppress(Spent):
         search(problem, seen, seed=0)
     goal = Goal.of(problem.budget, problem.before)
-    rewards = [float(goal.reward(np.array([e.drop]), prices_of([e]), STRICT)[0]) for e in seen.seen]
+    rewards = goal.reward(np.array([each.drop for each in seen.seen]), prices_of(seen.seen), HARD)
     return seen.seen[int(np.argmax(rewards))]
 
-
-STRICT = Multipliers(1000.0, 1000.0, 1000.0)
-"""What misses a limit is not wanted."""
 
 ONE_SEED = "one seed (differences of a tenth say nothing)"
 

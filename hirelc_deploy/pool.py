@@ -76,10 +76,10 @@ def _begin(work: Work) -> None:
     _work = work
     torch.set_num_threads(1)  # the processes share the cores; and threads do not outlive a fork
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupted run ends at once, with one message
-    threading.Thread(target=_end_with_the_first, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with_the_first() -> None:
+def _end_with_parent() -> None:
     """A killed run leaves no process behind, and its folder free."""
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -92,23 +92,23 @@ def test_a_run_that_is_ended_leaves_no_process(end: signal.Signals, tmp_path: Pa
     run = subprocess.Popen(
         [sys.executable, "-c", FOR_EVER, str(written)], start_new_session=True, stderr=subprocess.DEVNULL
     )
-    working = _eventually(lambda: written.exists() and written.read_text().split(), 2)
+    _eventually(lambda: written.exists() and len(written.read_text().split()) >= 2)
+    working = written.read_text().split()
     if end is signal.SIGINT:
         os.killpg(run.pid, end)  # as a terminal sends it: to all of them
     else:
         run.send_signal(end)
     run.wait(60)
     assert len(working) == 2
-    _eventually(lambda: [pid for pid in ("gone",) if not any(map(_runs, working))], 1)
+    _eventually(lambda: not any(map(_runs, working)))
 
 
-def _eventually(look, length: int) -> list[str]:
-    """What `look` finds, once it is so long; the test ends as failed after a minute."""
+def _eventually(holds: Callable[[], bool]) -> None:
+    """Returns once it does; the test ends as failed after a minute."""
     until = time.monotonic() + 60
     while time.monotonic() < until:
-        found = look() or []
-        if len(found) >= length:
-            return found
+        if holds():
+            return
         time.sleep(0.05)
     pytest.fail("a minute has passed")
 

@@ -158,7 +158,9 @@ class _Search:
             self._evaluations.log({"hypervolume": volumes[-1]} | asdict(self._multipliers), "search")
             told = {"rank correlation": self._surrogate.rank_correlation, "networks": self._surrogate.networks_count}
             self._evaluations.log(told, "surrogate")
-            self._evaluations.note(f"cycle {cycle}: {len(self._evaluations.seen)} evaluations, {self._summary()}")
+            self._evaluations.note(
+                f"cycle {cycle}: {len(self._evaluations.seen)} evaluations, {self._summary(volumes[-1])}"
+            )
             if len(volumes) > PATIENCE and volumes[-1] <= (1 + NOTHING_GAINED) * volumes[-1 - PATIENCE]:
                 self._evaluations.note(f"nothing was gained in {PATIENCE} cycles: the search ends")
                 return
@@ -302,20 +304,22 @@ class _Search:
         known = {self._problem.row(each.policy).tobytes() for each in seen}
         _, first = np.unique(rows, axis=0, return_index=True)
         fresh = np.array([i for i in np.sort(first) if rows[i].tobytes() not in known], int)
-        places, found = points(seen, before), []
+        if not len(fresh):
+            return []
+        prices, told = self._problem.costs(rows[fresh]), self._surrogate(rows[fresh])
+        places, left, found = points(seen, before), np.arange(len(fresh)), []
         for turn in range(len(seen), len(seen) + min(count, len(fresh))):
-            prices, told = self._problem.costs(rows[fresh]), self._surrogate(rows[fresh])
             drop = told.members[self._random.integers(len(told.members))] if self._is_doubted else told.mean
-            expected = places_of(drop, prices, before)
+            expected = places_of(drop, prices, before)[left]
             if turn % FOR_THE_GOAL == 0:
-                best = int(self._goal.reward(drop, prices, HARD).argmax())
+                best = int(self._goal.reward(drop, prices, HARD)[left].argmax())
             elif (added := most_added(expected, places, self._reference)) is not None:
                 best = added[0]
             else:
                 break
-            found.append(int(fresh[best]))
+            found.append(int(fresh[left[best]]))
             places = np.vstack([places, expected[best]])
-            fresh = np.delete(fresh, best)
+            left = np.delete(left, best)
         return found
 
     # -- evaluating ------------------------------------------------------------------------------------------
@@ -354,7 +358,7 @@ class _Search:
     def _volume(self) -> float:
         return hypervolume(points(self._evaluations.seen, self._problem.before), self._reference)
 
-    def _summary(self) -> str:
+    def _summary(self, volume: float) -> str:
         correlation = self._surrogate.rank_correlation
         trusted = "" if correlation is None else f", surrogate's rank correlation {correlation:.2f}"
         seen = self._evaluations.seen
@@ -364,5 +368,5 @@ class _Search:
         assert size_bytes is not None
         return (
             f"the best {size_bytes / 1e3:.1f} KB, {latency_ms:.3f} ms, drop {best.drop:.2f}; "
-            f"hypervolume {self._volume():.3f}{trusted}"
+            f"hypervolume {volume:.3f}{trusted}"
         )

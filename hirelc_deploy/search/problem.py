@@ -245,11 +245,12 @@ class Evaluations:
     def of_rows(self, rows: Rows) -> list[Evaluation]:
         """Those of some rows, in order, as far as the limit goes: Spent is raised if there is not one of them left."""
         found: list[Evaluation] = []
-        new = {each.digest(): each for each in map(self.problem.policy, rows) if each not in self}
-        self.problem.prepare(list(new.values())[: max(0, self.left)])
-        for row in rows:
+        policies = [self.problem.policy(row) for row in rows]
+        new = {each.digest(): each for each in policies if each not in self}
+        self.problem.prepare(list(new.values())[: self.left])
+        for policy in policies:
             try:
-                found.append(self.of(self.problem.policy(row)))
+                found.append(self.of(policy))
             except Spent:
                 if not found:
                     raise
