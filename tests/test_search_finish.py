@@ -114,8 +114,14 @@ def test_the_aim_is_never_stricter_than_the_limit_and_never_far_beyond_it(
     assert found == pytest.approx(allowed, abs=0.01)
 
 
-def test_drops_that_a_score_cannot_tell_count_as_what_it_can() -> None:
-    assert aim(Budget(drop=1.0), 4.0, -0.3, score_error=0.5)[0] == aim(Budget(drop=1.0), 4.0, 0.5)[0]
+def test_drops_that_a_score_cannot_tell_count_as_half_of_what_it_can() -> None:
+    assert aim(Budget(drop=1.0), 4.0, -0.3, score_error=0.5)[0] == aim(Budget(drop=1.0), 4.0, 0.25)[0]
+
+
+def test_what_was_seen_to_hold_is_aimed_at_however_coarse_the_score_is() -> None:
+    allowed, _ = aim(Budget(drop=1.0), 4.0, 0.3, score_error=2.0)
+    assert allowed is not None
+    assert allowed >= 4.0
 
 
 def test_a_recipe_that_loses_nothing_teaches_nothing() -> None:

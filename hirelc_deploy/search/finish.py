@@ -46,9 +46,9 @@ class Mending:
 
     @classmethod
     def seen_in(cls, pairs: Sequence[Pair], limit: float, score_error: float) -> "Mending | None":
-        """As far as it was seen, drops below what a score can tell counting as just that; None where no evaluation
-        dropped by more."""
-        least = max(score_error, limit / 20)
+        """As far as it was seen, drops below half of what a score can tell counting as that half; None where no
+        evaluation dropped by more."""
+        least = max(min(score_error, limit) / 2, limit / 20)  # never above what is safe: what held is shown to hold
         logs = np.log([(e.drop, max(after.drop, least)) for e, after in pairs if e.drop > least]).reshape(-1, 2)
         if not len(logs):
             return None
