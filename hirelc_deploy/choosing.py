@@ -2,7 +2,6 @@
 
 import json
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from hirelc_deploy.budget import Budget
 from hirelc_deploy.choices import completed, search_space
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.errors import UserError
-from hirelc_deploy.policy import PRUNE_FIRST, QUANTIZE_FIRST, Policy
+from hirelc_deploy.policy import Policy
 from hirelc_deploy.posing import Posing
 from hirelc_deploy.search import methods, recipe as recipes
 from hirelc_deploy.search.finish import aimed, finish
@@ -51,11 +50,11 @@ def choose(
         console.note(f"left as it is: {left.name}: {left.reason}")
     if policy is None and isinstance(asked, Recipe):
         policy = asked.policy(bench.space, bench.fastest_computes(asked.counts(bench.space)))
-    posing = Posing(bench, budget, at_once=settings.workers)
+    posing = Posing(bench, budget, order=settings.order, at_once=settings.workers)
 
     def complete(found: Policy) -> Evaluation:
         # a policy from a file has an order of its own
-        return bench.evaluate(found if settings.policy is not None else _ordered(settings.order, posing, found))
+        return bench.evaluate(found if settings.policy is not None else posing.ordered(found))
 
     if policy is not None:
         evaluation = complete(policy)
@@ -76,13 +75,6 @@ def choose(
             seen = Evaluations(aim, limit, lambda each: advance(describe(each, bench.task.unit)), console.note, log)
             methods.load(name)(aim, seen, seed=settings.seed)
     return finish(problem, seen.seen, complete, pairs)
-
-
-def _ordered(order: str, posing: Posing, policy: Policy) -> Policy:
-    """The policy with the steps in the order that was asked for."""
-    if order == "auto":
-        return replace(policy, order=posing.weaker_first(policy)) if policy.keep and policy.precisions else policy
-    return replace(policy, order=PRUNE_FIRST if order == "prune-first" else QUANTIZE_FIRST)
 
 
 def describe(evaluation: Evaluation, unit: str) -> str:

@@ -5,6 +5,7 @@ Everything that takes long is a step of the run folder, so that a search that wa
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,19 @@ from hirelc_deploy.cost.latency import Decisions
 from hirelc_deploy.cost.size import Positions, SizePredictor, column_counts
 from hirelc_deploy.graph.calling import tensors
 from hirelc_deploy.kernels import load_format
-from hirelc_deploy.policy import FP16, FP32, Compute, PerChannel, PerGroup, Policy, Precision, Step, Storage
+from hirelc_deploy.policy import (
+    FP16,
+    FP32,
+    PRUNE_FIRST,
+    QUANTIZE_FIRST,
+    Compute,
+    PerChannel,
+    PerGroup,
+    Policy,
+    Precision,
+    Step,
+    Storage,
+)
 from hirelc_deploy.search.problem import (
     GroupVariable,
     LayerFacts,
@@ -72,9 +85,10 @@ quarter."""
 class Posing:
     """The problem that one workbench's network is."""
 
-    def __init__(self, bench: "Workbench", budget: Budget, *, at_once: int = 1) -> None:
-        """`at_once` evaluations are made side by side."""
+    def __init__(self, bench: "Workbench", budget: Budget, *, order: str = "prune-first", at_once: int = 1) -> None:
+        """`order` is one of `config.ORDERS`; `at_once` evaluations are made side by side."""
         self._bench = bench
+        self._order = order
         self._at_once = at_once
         self._budget = budget
         self._graph = bench.graph
@@ -351,9 +365,15 @@ class Posing:
         between = np.exp(np.interp(range(len(counts) - 1), tried, np.log(falling)))
         return [*between.tolist(), 0.0]
 
-    def weaker_first(self, policy: Policy) -> tuple[Step, ...]:
+    def ordered(self, policy: Policy) -> Policy:
+        """The policy with its steps in the order that was asked for."""
+        if self._order != "auto":
+            return replace(policy, order=QUANTIZE_FIRST if self._order == "quantize-first" else PRUNE_FIRST)
+        return replace(policy, order=self._weaker_first(policy)) if policy.keep and policy.precisions else policy
+
+    def _weaker_first(self, policy: Policy) -> tuple[Step, ...]:
         """The order in which the step that moves the network less comes first."""
-        key = f"order/{policy.digest()}"
+        key = f"order/{replace(policy, order=PRUNE_FIRST).digest()}"
         found: list[Step] = self._bench.run.step(key, lambda: list(self.strengths(policy).weaker_first))
         return tuple(found)
 
@@ -376,11 +396,11 @@ class Posing:
 
     def prepare(self, policies: Sequence[Policy]) -> None:
         """Scores of what is evaluated next, side by side if there are processes for it."""
-        self._bench.recovered_scores(policies)
+        self._bench.recovered_scores([self.ordered(policy) for policy in policies])
 
     def evaluate(self, policy: Policy) -> Evaluation:
         """Made real on a copy, shortly trained and scored on the search split (`Workbench.recovered_scores`)."""
-        bench = self._bench
+        bench, policy = self._bench, self.ordered(policy)
         (score,) = bench.recovered_scores([policy])
         ms = float(self.predictor.foretell([policy]).ms[0])
         assert self.before.latency_ms is not None

@@ -1,7 +1,6 @@
 """A real network as a search problem: options that can be built, prices that hold, harm that is measured."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,8 @@ from hirelc_deploy.budget import Budget
 from hirelc_deploy.choices import completed
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.compress.posttraining import PostTraining
-from hirelc_deploy.policy import QUANTIZE_FIRST, Policy
+from hirelc_deploy.config import ORDERS
+from hirelc_deploy.policy import PRUNE_FIRST, QUANTIZE_FIRST, Policy
 from hirelc_deploy.posing import Posing
 from hirelc_deploy.profiles import load_target
 from hirelc_deploy.rundir import RunFolder
@@ -145,9 +145,13 @@ def test_the_weaker_step_is_known(posed: tuple[Posing, Problem]) -> None:
     assert posing.strengths(mild).weaker_first == QUANTIZE_FIRST
 
 
-def test_both_orders_are_evaluated_apart(posed: tuple[Posing, Problem]) -> None:
-    _, problem = posed
-    policy = narrowest(problem, "int4")
-    turned = replace(policy, order=QUANTIZE_FIRST)
-    assert turned.digest() != policy.digest()
-    assert np.isfinite([problem.evaluate(each).score for each in (policy, turned)]).all()
+@pytest.mark.parametrize("order", ORDERS)
+def test_evaluations_take_the_steps_in_the_order_that_was_asked_for(posed: tuple[Posing, Problem], order: str) -> None:
+    posing, problem = posed
+    policy = narrowest(problem, "int8")
+    other = Posing(posing._bench, Budget(drop=1.0), order=order)
+    seen = other.evaluate(policy)
+    # of this policy rounding is the weaker step
+    assert seen.policy.order == (PRUNE_FIRST if order == "prune-first" else QUANTIZE_FIRST)
+    assert (seen.policy.precisions, seen.policy.keep) == (policy.precisions, policy.keep)
+    assert other.ordered(seen.policy) == seen.policy

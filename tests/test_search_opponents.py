@@ -2,7 +2,7 @@
 
 from functools import cache
 from importlib import import_module
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -10,19 +10,20 @@ from toy_search import BEST, BEST_COST, COUNTS, DROP_MAX, TIED, chosen, toy
 
 from hirelc_deploy.budget import Budget, Figures, met
 from hirelc_deploy.policy import FP32, INT8, Compute, PerTensor, Policy, Precision, Storage
-from hirelc_deploy.search.additive import DropModel, damages, draw, efficient, fit
+from hirelc_deploy.search.additive import UNFITTED, DropModel, damages, draw, efficient, fit, goal_of
 from hirelc_deploy.search.front import front, hypervolume, points
 from hirelc_deploy.search.goal import LEAST, MOST, Goal, Multipliers
+from hirelc_deploy.search.greedy_order import rungs, sequence
 from hirelc_deploy.search.problem import Evaluations, Prices, Spent
 from hirelc_deploy.search.space import Evaluation
 
-METHODS = ("grid", "random_search", "greedy", "knapsack", "evolution")
+METHODS = ("grid", "random_search", "greedy", "greedy_order", "knapsack", "evolution")
 DRAWN = ("random_search", "evolution")
 """Those that differ from seed to seed."""
 EVALUATIONS = 24
 SEEDS = (0, 1, 2)
 
-GAPS = {"grid": 0.64, "random_search": 0.55, "greedy": 0.1, "knapsack": 0.2, "evolution": 0.2}
+GAPS = {"grid": 0.64, "random_search": 0.55, "greedy": 0.1, "greedy_order": 0.64, "knapsack": 0.2, "evolution": 0.2}
 """Of bytes times milliseconds to the optimum at most, as a logarithm.  Recipes are uniform, the optimum is not."""
 
 
@@ -142,6 +143,21 @@ def test_a_limit_that_nothing_keeps_is_come_close_to() -> None:
     """No method gives up: the nearest is evaluated."""
     for method in METHODS:
         assert seen(method, 0, 1, Budget(size_bytes=100))
+
+
+def test_the_weaker_step_comes_first_until_both_ladders_are_climbed() -> None:
+    problem = toy().problem
+    places = {row.tobytes(): place for place, row in reversed(rungs(problem, goal_of(problem)).items())}
+    rows = sequence(problem, UNFITTED, goal_of(problem))
+    climbed = [(0, 0), *(places[row.tobytes()] for row in rows)]
+    for (width, bits), after in pairwise(climbed):
+        assert after in {(width + 1, bits), (width, bits + 1)}
+    assert climbed[-1] == max(places.values())
+    damage = UNFITTED.damage(problem, rows)
+    assert (np.diff(damage) >= 0).all(), "no step mends what an earlier one has done"
+    other = (1, 0) if climbed[1] == (0, 1) else (0, 1)
+    row = next(np.frombuffer(key, int) for key, place in places.items() if place == other)
+    assert damage[0] <= UNFITTED.damage(problem, row[None])[0], "the first step is the weaker of the two"
 
 
 # -- what they share -----------------------------------------------------------------------------------------------

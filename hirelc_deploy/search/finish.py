@@ -78,8 +78,8 @@ def aimed(problem: Problem, complete: Complete) -> tuple[Problem, list[Pair]]:
     if limit is None or limit <= 0:
         return problem, []
     ladder = recipe_ladder(problem)
-    policy = ladder[(len(ladder) - 1) // 2]
-    pairs = [(problem.evaluate(policy), complete(policy))]
+    before = problem.evaluate(ladder[(len(ladder) - 1) // 2])
+    pairs = [(before, complete(before.policy))]
     mending = Mending.seen_in(pairs, limit, problem.score_error)
     if mending is None:
         return problem, pairs

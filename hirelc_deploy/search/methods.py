@@ -11,6 +11,7 @@ FILES = {
     HIERARCHICAL: "hierarchical",
     "recipe": "grid",
     "greedy": "greedy",
+    "greedy-order": "greedy_order",
     "knapsack": "knapsack",
     "evolution": "evolution",
     "random": "random_search",
