@@ -231,8 +231,8 @@ def export(
         typer.Option(
             metavar="METHOD",
             help="What chooses channels and formats: hierarchical, greedy, knapsack, evolution and random search layer "
-            "by layer; recipe tries uniform recipes. Default: hierarchical; recipe where nothing is limited or nothing "
-            "is fine-tuned.",
+            "by layer; recipe and greedy-order try uniform recipes. Default: hierarchical; recipe where nothing is "
+            "limited or nothing is fine-tuned.",
             rich_help_panel=CHOICE,
         ),
     ] = None,

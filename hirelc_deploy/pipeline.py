@@ -470,6 +470,7 @@ def _predicted(choice: Choice) -> Predicted:
         size_bytes=told.size_bytes,
         accuracy=best.score,
         latency_ms=told.latency_ms,
+        speedup=told.speedup,
         memory_bytes=best.figures.memory_bytes,
     )
 

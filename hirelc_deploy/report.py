@@ -149,7 +149,7 @@ def _accuracy(manifest: Manifest) -> Row:
 
 def _gains(manifest: Manifest) -> tuple[Row, ...]:
     """Figures that are of both files at once."""
-    measured, unit = manifest.measured, manifest.task.unit
+    predicted, measured, unit = manifest.predicted, manifest.measured, manifest.task.unit
     drop = text.quantity("drop", measured.drop_points, unit)
     if measured.drop_ci95 is not None:
         drop += " [{:.2f}, {:.2f}]".format(*measured.drop_ci95)
@@ -159,7 +159,16 @@ def _gains(manifest: Manifest) -> tuple[Row, ...]:
     agreement = [] if measured.agreement is None else [_agreement(manifest)]
     return (
         _row(manifest, "compression", "compression", after=text.times(measured.compression)),
-        _row(manifest, "speed-up", "speedup", after=speedup),
+        _row(
+            manifest,
+            "speed-up",
+            "speedup",
+            after=speedup,
+            predicted="" if predicted.speedup is None else text.times(predicted.speedup),
+            measured=""
+            if predicted.speedup is None
+            else text.quantity("speedup", measured.speedup, unit) + _off_pct(manifest.error.speedup_pct),
+        ),
         _row(manifest, "drop", "drop", after=drop),
         *agreement,
     )

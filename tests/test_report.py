@@ -48,9 +48,9 @@ def manifest(**changes: Any) -> Manifest:
         "task": {"spec": "fashion", "sha256": "cd" * 32, "test_examples": 10_000, "search_seen_in_training": False},
         "artifact": {"path": "model.onnx", "sha256": "ef" * 32, "size_bytes": 98_212},
         "baseline": {"size_bytes": 2_812_345, "accuracy": 93.43, "latency_ms": {"p50": 2.276, "p90": 2.3, "p99": 2.9}},
-        "predicted": {"size_bytes": 98_100, "accuracy": 93.0, "latency_ms": 0.25},
+        "predicted": {"size_bytes": 98_100, "accuracy": 93.0, "latency_ms": 0.25, "speedup": 8.8},
         "measured": figures,
-        "error": {"size_pct": -0.114, "latency_pct": -4.2, "accuracy_points": 0.1},
+        "error": {"size_pct": -0.114, "latency_pct": -4.2, "accuracy_points": 0.1, "speedup_pct": 1.3},
         "layers": layers,
         "search": {"method": "recipe", "evaluations": 12, "seconds": 754.2, "seed": 0, "order": ("prune", "quantize")},
         "budget": budget,
@@ -107,6 +107,7 @@ def test_the_table_shows_each_figure_beside_its_prediction_and_limit() -> None:
         if "│" in line
     }
     assert lines["size"] == ["size", "2.81 MB", "98.2 KB", "98.1 KB", "98.2 KB (-0.1 %)", "≤ 100 KB", "ok"]
+    assert lines["speed-up"][3:5] == ["8.80 ×", "8.72 × (+1.3 %)"]
     assert lines["score"] == ["score", "93.43 %", "93.12 %", "93.00 %", "92.90 % (+0.10)", "", ""]
     assert lines["drop"] == ["drop", "", "0.31 points [-0.02, 0.64]", "", "", "≤ 1.00 points", "ok"]
     assert lines["layers run as asked"][-1] == "FAILED"

@@ -319,9 +319,12 @@ def test_no_manifest_and_no_json(tmp_path: Path) -> None:
 
 
 def test_prediction_against_measurement() -> None:
-    predicted = manifest.Predicted(size_bytes=18, accuracy=93.0, latency_ms=None)
-    error = PredictionError.between(predicted, measured())
+    predicted = manifest.Predicted(size_bytes=18, accuracy=93.0, latency_ms=None, speedup=3.0)
+    seen = measured(speedup=4.0)
+    error = PredictionError.between(predicted, seen)
     assert (error.size_pct, error.latency_pct, error.accuracy_points) == (50.0, None, -0.4)
+    assert error.speedup_pct == -25.0
+    assert PredictionError.between(predicted, measured(speedup=None)).speedup_pct is None
 
 
 def test_the_environment_names_the_cpu_and_no_machine() -> None:

@@ -104,6 +104,8 @@ class Predicted(Record):
     accuracy: Figure | None
     """On the search split."""
     latency_ms: Figure | None
+    speedup: Figure | None = None
+    """Against the fp32 file; unlike milliseconds it holds when the machine's own speed moves."""
     memory_bytes: int | None = None
 
 
@@ -145,6 +147,7 @@ class PredictionError(Record):
     agreement: Figure | None = None
     """Percent of equal decisions of the simulated network and the file, on the search split."""
     memory_pct: Figure | None = None
+    speedup_pct: Figure | None = None
 
     @classmethod
     def between(cls, predicted: Predicted, measured: Measured, *, agreement: float | None = None) -> "PredictionError":
@@ -154,6 +157,7 @@ class PredictionError(Record):
             accuracy_points=_difference(predicted.accuracy, measured.accuracy_search),
             agreement=agreement,
             memory_pct=_excess_pct(predicted.memory_bytes, measured.memory_bytes),
+            speedup_pct=_excess_pct(predicted.speedup, measured.speedup),
         )
 
 
