@@ -1,12 +1,15 @@
-"""The README's table of figures, from the result files: python benchmarks/figures.py --write
+"""The README's table of figures and docs/predictions.md, from the result files: python benchmarks/figures.py --write
 
 Without --write the table is printed.  `--record NAME=DIR` takes the manifest of an artifact folder as the result
-file of that name first.  A test holds README and result files together.
+file of that name first.  A test holds what is written and the result files together.
 """
 
 import argparse
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+
+from _bench import markdown
 
 from hirelc_deploy.verify.manifest import Manifest
 
@@ -61,6 +64,66 @@ def with_table(readme: str) -> str:
     return f"{head}{BEGIN}{table()}{END}{tail}"
 
 
+PREDICTIONS = ROOT / "docs" / "predictions.md"
+
+PREDICTIONS_HEAD = """# What was predicted, and what was measured
+
+Written by `python benchmarks/figures.py --write` from `benchmarks/results/export_*.json`.  Predicted: size from shapes and
+formats; speed-up and milliseconds of a search from the target's tables, as the search went by them, and of a recipe from
+a draft of its file; the score from the simulation in PyTorch, on the search split, as is the one that was measured on the
+file.  In brackets by how much the prediction was the larger.  Milliseconds move with the machine's own speed, which on a
+shared machine differs by the hour: both files of a ratio move together.
+
+"""
+
+ERRORS: dict[str, tuple[Callable[[Manifest], float | None], float, str]] = {
+    "size": (lambda m: m.error.size_pct, 0.5, "%"),
+    "speed-up": (lambda m: m.error.speedup_pct, 5.0, "%"),
+    "latency": (lambda m: m.error.latency_pct, 5.0, "%"),
+    "score": (lambda m: m.error.accuracy_points, 0.5, "points"),
+}
+"""What is predicted, and how far off it may be: the project's own aim."""
+
+
+def predictions() -> str:
+    """Every artifact on record: what was predicted of it beside what was measured, and the worst of each figure."""
+    by_name = {
+        path.stem.removeprefix("export_"): Manifest.model_validate_json(path.read_text())
+        for path in sorted(RESULTS.glob("export_*.json"))
+    }
+    rows = [(name, manifest.search.method, *_beside(manifest)) for name, manifest in by_name.items()]
+    page = PREDICTIONS_HEAD + markdown(("artifact", "chosen by", "size", "speed-up", "latency", "score"), rows)
+    for figure, (error_of, aim, unit) in ERRORS.items():
+        errors = {name: error for name, manifest in by_name.items() if (error := error_of(manifest)) is not None}
+        if errors:
+            worst = max(errors, key=lambda name: abs(errors[name]))
+            held = sum(abs(error) <= aim for error in errors.values())
+            page += (
+                f"\n- {figure}: {held} of {len(errors)} within {aim:g} {unit}; the worst is `{worst}`, "
+                f"{errors[worst]:+.2g} {unit}"
+            )
+    return page + "\n"
+
+
+def _beside(manifest: Manifest) -> tuple[str, ...]:
+    """Predicted, measured and the error, of each figure; a dash where nothing was predicted."""
+    told, seen = manifest.predicted, manifest.measured
+    pairs = (
+        (told.size_bytes and told.size_bytes / 1000, seen.size_bytes / 1000, ".1f", " KB"),
+        (told.speedup, seen.speedup, ".2f", " ×"),
+        (told.latency_ms, seen.latency_ms and seen.latency_ms.p50, ".3f", " ms"),
+        (told.accuracy, seen.accuracy_search, ".2f", " %"),
+    )
+    errors = [error_of(manifest) for error_of, _, _ in ERRORS.values()]
+    units = [unit for _, _, unit in ERRORS.values()]
+    return tuple(
+        "–"
+        if error is None
+        else f"{before:{digits}}, {after:{digits}}{of} ({error:+.{1 if unit == '%' else 2}f} {unit})"
+        for (before, after, digits, of), error, unit in zip(pairs, errors, units, strict=True)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
@@ -71,6 +134,7 @@ def main() -> None:
         shutil.copy(Path(folder) / "manifest.json", RESULTS / f"export_{name}.json")
     if options.write:
         README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+        PREDICTIONS.write_text(predictions(), encoding="utf-8")
     else:
         print(table())
 

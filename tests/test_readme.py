@@ -87,6 +87,7 @@ def test_the_figures_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPat
     import figures
 
     assert figures.with_table(README) == README
+    assert figures.predictions() == figures.PREDICTIONS.read_text(encoding="utf-8")
 
 
 def test_the_page_of_number_formats_is_that_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
