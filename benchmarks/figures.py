@@ -68,11 +68,11 @@ PREDICTIONS = ROOT / "docs" / "predictions.md"
 
 PREDICTIONS_HEAD = """# What was predicted, and what was measured
 
-Written by `python benchmarks/figures.py --write` from `benchmarks/results/export_*.json`.  Predicted: size from shapes and
-formats; speed-up and milliseconds of a search from the target's tables, as the search went by them, and of a recipe from
-a draft of its file; the score from the simulation in PyTorch, on the search split, as is the one that was measured on the
-file.  In brackets by how much the prediction was the larger.  Milliseconds move with the machine's own speed, which on a
-shared machine differs by the hour: both files of a ratio move together.
+Written by `python benchmarks/figures.py --write` from `benchmarks/results/export_*.json`.  Predicted: size from shapes
+and formats; speed-up and milliseconds of a search from the target's tables, as the search went by them, and of a recipe
+from a draft of its file; the score from the simulation in PyTorch, on the search split, as is the one that was measured
+on the file.  In brackets by how much the prediction was the larger.  Milliseconds move with the machine's own speed,
+which on a shared machine differs by the hour: both files of a ratio move together.
 
 """
 

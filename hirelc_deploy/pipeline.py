@@ -1,16 +1,13 @@
 """The path of a model, from a checkpoint to a judged artifact (DESIGN: the path of a model)."""
 
-import hashlib
 import json
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
 
 from hirelc_deploy import (
@@ -24,26 +21,25 @@ from hirelc_deploy import (
     kernels,
     report as reports,
 )
+from hirelc_deploy.alternatives import predicted, write_front
 from hirelc_deploy.budget import Budget, Check
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.compress.posttraining import PostTraining
 from hirelc_deploy.config import TRTEXEC, ExportSettings
-from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.exporters import load_runtime
+from hirelc_deploy.identity import fingerprint
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.pool import Engine, Pool, in_turn
 from hirelc_deploy.profiles import Target, load_target, target_names
 from hirelc_deploy.rundir import RunFolder, write_atomic
-from hirelc_deploy.search.front import front
 from hirelc_deploy.search.recipe import Recipe
-from hirelc_deploy.search.space import Choice
 from hirelc_deploy.task import check_labels
 from hirelc_deploy.verify import engines, judge, manifest as manifests, remote
 from hirelc_deploy.verify.accuracy import Outputs
 from hirelc_deploy.verify.environment import environment
 from hirelc_deploy.verify.layers import layer_records
-from hirelc_deploy.verify.manifest import Artifact, Manifest, Predicted, PredictionError
+from hirelc_deploy.verify.manifest import Artifact, Manifest, PredictionError
 from hirelc_deploy.verify.measure import BASELINE_FILE, BASELINE_FP16_FILE, Measurement, foretold, measure
 from hirelc_deploy.workbench import Workbench
 
@@ -57,24 +53,6 @@ if TYPE_CHECKING:
 POLICY_FILE = "policy.json"
 FRONT_FOLDER = "front"
 RUN_FOLDER = "run"
-
-DECIDES_NOTHING = frozenset(
-    {
-        "out",
-        "resume",
-        "workers",
-        "tensorboard",
-        "model",
-        "data",
-        "checkpoint",
-        "target",
-        "policy",
-        "kernels",
-        "host",
-        "host_trtexec",
-    }
-)
-"""Settings that are no part of a run's identity, or that are part of it by their contents."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +91,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
         if halves is not None:
             _write(settings.out, {BASELINE_FP16_FILE: halves.data})
         _write(settings.out, {POLICY_FILE: _json(policy.to_dict())})
-        others = _write_front(settings.out / FRONT_FOLDER, choice)
+        others = write_front(settings.out / FRONT_FOLDER, choice)
         inspected = bench.runtime.inspect(settings.out / file, target, exported.tensors)
         seen = _measured(
             run,
@@ -140,9 +118,9 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             artifact=Artifact.of(settings.out / file),
             baseline=seen.baseline,
             baseline_fp16=seen.baseline_fp16,
-            predicted=_predicted(choice),
+            predicted=predicted(choice),
             measured=seen.measured,
-            error=PredictionError.between(_predicted(choice), seen.measured, agreement=seen.simulated_agreement),
+            error=PredictionError.between(predicted(choice), seen.measured, agreement=seen.simulated_agreement),
             layers=layer_records(network, policy, exported, seen.runs_as),
             search=manifests.SearchRecord(
                 method=choosing.told(settings, budget),
@@ -211,7 +189,7 @@ def opened(
     given = choosing.given(asked_for, network, target)
     with (
         RunFolder.open(
-            settings.out / RUN_FOLDER, _fingerprint(settings, target, task, trained, given), settings.resume
+            settings.out / RUN_FOLDER, fingerprint(settings, target, task, trained, given), settings.resume
         ) as run,
         Pool(settings.workers) if settings.workers > 1 else nullcontext(in_turn) as engine,
     ):
@@ -435,51 +413,6 @@ def _judged(folder: Path, manifest: Manifest, *, allow_estimates: bool, loaded: 
     return Outcome(folder, judged, verdict.status)
 
 
-def _write_front(folder: Path, choice: Choice) -> tuple[manifests.FrontRecord, ...]:
-    """Policies that no other evaluated one beats, each as a file that `--policy` takes.  None without a search."""
-    figures = [(each, each.figures.size_bytes, each.figures.latency_ms) for each in choice.evaluations]
-    priced = [(each, size, ms) for each, size, ms in figures if size is not None and ms is not None]
-    if len(priced) < 2:
-        return ()
-    best = front(numpy.array([(each.drop, size, ms) for each, size, ms in priced], float))
-    chosen = sorted((priced[i] for i in best), key=lambda each: each[1:])
-    folder.mkdir(parents=True, exist_ok=True)
-    records = []
-    for number, (each, size_bytes, latency_ms) in enumerate(chosen, start=1):
-        file = folder / f"{number:02}.json"
-        write_atomic(file, _json(each.policy.to_dict()))
-        finished = next((end.drop for end in choice.finished if _alike(end.policy, each.policy)), None)
-        records.append(
-            manifests.FrontRecord(
-                path=f"{folder.name}/{file.name}",
-                size_bytes=size_bytes,
-                latency_ms=latency_ms,
-                speedup=each.figures.speedup,
-                drop_points=each.drop,
-                finished_drop_points=finished,
-            )
-        )
-    return tuple(records)
-
-
-def _predicted(choice: Choice) -> Predicted:
-    """What was believed before the file was there: of a search its tables' latency, not that of a draft."""
-    best = choice.best
-    told = next((each.figures for each in choice.evaluations if _alike(each.policy, best.policy)), best.figures)
-    return Predicted(
-        size_bytes=told.size_bytes,
-        accuracy=best.score,
-        latency_ms=told.latency_ms,
-        speedup=told.speedup,
-        memory_bytes=best.figures.memory_bytes,
-    )
-
-
-def _alike(one: Policy, other: Policy) -> bool:
-    """Whether they make the same file but for what training leaves: the order is not looked at."""
-    return one.precisions == other.precisions and one.keep == other.keep
-
-
 def _task_record(task: "Task", spec: str) -> manifests.TaskRecord:
     return manifests.TaskRecord(
         spec=spec,
@@ -508,38 +441,6 @@ def _check_labels(trained: "Checkpoint", task: "Task") -> None:
     name = "logits" if "logits" in outputs else next(iter(outputs))
     if outputs[name].dim() > 1:
         check_labels(task, outputs[name].shape[1])
-
-
-def _fingerprint(
-    settings: ExportSettings, target: Target, task: "Task", trained: "Checkpoint", given: Policy | None
-) -> dict[str, str]:
-    """Whatever decides a run's results: to go on with a run under other ones would mix two runs."""
-    chosen = {name: str(value) for name, value in asdict(settings).items() if name not in DECIDES_NOTHING}
-    return {
-        "model": trained.sha256,
-        "data": task.fingerprint(),
-        "target": hashlib.sha256(target.model_dump_json().encode()).hexdigest(),
-        "policy": given.digest() if given else "none",
-        "kernels": _digest_of(settings.kernels),
-        **{f"settings.{name}": value for name, value in sorted(chosen.items())},
-        "environment.cpu": " ".join(sorted(cpu_flags())),
-        "environment.torch threads": str(torch.get_num_threads()),
-        "environment.runtime": load_runtime(target.runtime.name).version(),
-        "environment.python": platform.python_version(),
-        "environment.torch": torch.__version__,
-        "environment.numpy": numpy.__version__,
-        "environment.hirelc-deploy": __version__,
-    }
-
-
-def _digest_of(folder: Path | None) -> str:
-    """Of the files with a user's own number formats."""
-    if folder is None:
-        return "none"
-    digest = hashlib.sha256()
-    for file in sorted(folder.expanduser().glob("*.py")):
-        digest.update(f"{file.name}\0".encode() + file.read_bytes())
-    return digest.hexdigest()
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:

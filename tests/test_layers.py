@@ -26,7 +26,7 @@ LAYERS = (
     ("cost", "compress"),
     ("exporters",),
     ("verify", "search"),
-    ("calibration", "choices", "pricing"),
+    ("alternatives", "calibration", "choices", "identity", "pricing"),
     ("pool", "trainer"),
     ("report", "workbench", "demo", "plots"),
     ("console", "posing", "tensorboard"),
