@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -57,9 +58,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def commands() -> list[list[str]]:
-    """The `hirelc-deploy` commands of the ten lines, in order, without their comments."""
-    block = README.partition("## Your own model, in ten lines")[2].partition("\n- ")[0]
+def commands(page: str = README, after: str = "## Your own model, in ten lines") -> list[list[str]]:
+    """The `hirelc-deploy` commands of the indented lines below a heading, in order, without their comments."""
+    block = page.partition(after)[2].partition("\n- ")[0]
     code = "\n".join(line[4:] for line in block.splitlines() if line.startswith("    "))
     lines = re.sub(r"\\\n\s*", " ", code).splitlines()
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("hirelc-deploy ")]
@@ -72,6 +73,20 @@ def test_the_ten_lines_do_what_they_say(project: Path, capsys: pytest.CaptureFix
     assert cli.main(report) == ExitStatus.OK
     assert (project / "out" / "net" / "report.html").stat().st_size > 0
     assert cli.main(gate) == ExitStatus.OK
+
+
+def test_a_policy_is_searched_once_and_gated_for_every_checkpoint(project: Path) -> None:
+    page = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8")
+    (project / "edge.toml").write_text(page.partition("```toml\n")[2].partition("```")[0])
+    search, export, gate, verify = commands(page, "## Once, by hand")
+    assert cli.main([*search, "--recipe", "keep=50%,compute=int8"]) == ExitStatus.OK  # in place of the search
+    shutil.copy("out/search/policy.json", "edge-policy.json")
+    assert cli.main(export) == ExitStatus.OK
+    assert cli.main(gate) == ExitStatus.OK
+    assert "<testsuite" in (project / "out" / "gate.xml").read_text()
+    assert cli.main(verify) == ExitStatus.OK
+    in_workflow = [line for line in page.splitlines() if line.lstrip().startswith("- run: hirelc-deploy export")]
+    assert [shlex.split(line.partition("hirelc-deploy ")[2]) for line in in_workflow] == [export]
 
 
 def test_the_python_lines_do_what_they_say(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
