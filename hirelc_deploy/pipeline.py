@@ -1,7 +1,6 @@
 """The path of a model, from a checkpoint to a judged artifact (DESIGN: the path of a model)."""
 
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -77,9 +76,8 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
         _check_host(settings.target, settings.host)
     with opened(settings, asked_for, model=model, task=task) as (bench, trained, given):
         run, task, target, network = bench.run, bench.task, bench.target, bench.graph
-        began = time.monotonic()
         choice = choosing.choose(settings, budget, bench, asked_for, given)
-        seconds = run.step("seconds of search", lambda: time.monotonic() - began)
+        seconds = run.step("seconds of search", lambda: run.seconds)
         policy = choice.best.policy
 
         compressed = bench.compressed(policy)

@@ -3,6 +3,7 @@
     journal.jsonl   one line a finished step, append-only, each line with the checksum of its entry
     blobs/          bytes that a step made (weights, model files); their checksums are in the journal
     states/         checkpoints of a step that is still running, replaced as it goes
+    seconds         how long processes have worked here
     lock            held while a process works here
 
 The first line of the journal is the run's fingerprint: what model, data and settings its steps belong to.
@@ -13,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,6 +29,9 @@ JSONValue = None | bool | int | float | str | Sequence["JSONValue"] | Mapping[st
 Value = TypeVar("Value", bound=JSONValue)
 
 JOURNAL_SCHEMA = 1
+
+NOTE_SECONDS = 10.0
+"""How often the time that was spent is written down, at most: so much of it a kill may take."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -44,6 +49,13 @@ class RunFolder:
         # values as JSON text, so that every replay hands out a fresh object
         self._steps = {e["step"]: _to_json(e["value"]) for e in journal.entries if "step" in e}
         self._blobs = {e["blob"]: e["sha256"] for e in journal.entries if "blob" in e}
+        self._seconds_before = _seconds(path / "seconds")
+        self._opened = self._noted = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Spent on this run by every process that worked on it, but for what a kill took."""
+        return self._seconds_before + time.monotonic() - self._opened
 
     @classmethod
     def open(cls, path: Path, fingerprint: Mapping[str, str], resume: bool) -> "RunFolder":
@@ -89,6 +101,7 @@ class RunFolder:
             with _disk_errors(self.path):
                 self._journal.append({"step": key, "value": value})
             self._steps[key] = text
+            self._note_seconds()
         replayed: Value = json.loads(self._steps[key])
         return replayed
 
@@ -106,11 +119,13 @@ class RunFolder:
         with _disk_errors(self.path):
             self._journal.append({"blob": key, "file": file.name, "sha256": digest})
         self._blobs[key] = digest
+        self._note_seconds()
         return data
 
     def save_state(self, name: str, data: bytes) -> None:
         """Replace the checkpoint of a running step; a kill leaves the old one or the new one, whole."""
         write_atomic(self._state_file(name), hashlib.sha256(data).digest() + data)
+        self._note_seconds()
 
     def load_state(self, name: str) -> bytes | None:
         """The last checkpoint saved, or None.  Raises UserError if the file is damaged."""
@@ -143,6 +158,12 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _note_seconds(self) -> None:
+        now = time.monotonic()
+        if now - self._noted >= NOTE_SECONDS:
+            write_atomic(self.path / "seconds", repr(self.seconds).encode())
+            self._noted = now
 
     def _state_file(self, name: str) -> Path:
         return self.path / "states" / _file_name(name)
@@ -206,6 +227,16 @@ def _write_all(file: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(file, rest) :]
+
+
+def _seconds(file: Path) -> float:
+    """What was noted; nought of a run that begins.  Raises UserError if that is no number."""
+    with _disk_errors(file):
+        text = file.read_bytes() if file.exists() else b"0"
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: it holds no number", fix="delete it; only that time is lost") from error
 
 
 def _sync_folder(path: Path) -> None:

@@ -271,6 +271,25 @@ def test_an_error_of_the_step_itself_is_not_blamed_on_the_disk(tmp_path: Path) -
         run.step("step", broken)
 
 
+def test_time_is_added_up_over_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(rundir.time, "monotonic", lambda: now)
+    with reopen(tmp_path) as run:
+        now += 25
+        run.step("a", lambda: 1)
+        now += 5  # not noted: lost to the kill
+    now = 7.0  # of another boot
+    with reopen(tmp_path) as run:
+        now += 40
+        run.save_state("b", b"")
+        assert run.seconds == 65
+    with reopen(tmp_path) as run:
+        assert run.seconds == 65
+    (tmp_path / "seconds").write_text("soon")
+    with pytest.raises(UserError, match="holds no number"):
+        reopen(tmp_path)
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "manifest.json"
     write_atomic(file, b"old")
