@@ -13,7 +13,7 @@ from hirelc_deploy.errors import UserError
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.posing import Posing
 from hirelc_deploy.search import methods, recipe as recipes
-from hirelc_deploy.search.finish import aimed, finish
+from hirelc_deploy.search.finish import Finishing
 from hirelc_deploy.search.problem import Evaluations, Spent
 from hirelc_deploy.search.recipe import Recipe
 from hirelc_deploy.search.space import Choice, Evaluation
@@ -64,17 +64,19 @@ def choose(
         return recipes.search(bench.space, budget, bench.predict, complete, evaluations=settings.evaluations)
     limit = settings.evaluations or EVALUATIONS
     with tensorboard.logged(settings.tensorboard) as log:
-        problem = posing.problem()
-        aim, pairs = aimed(problem, complete)
-        for before, after in pairs:
-            console.note(
-                f"fine-tuning leaves {after.drop:.2f} of a drop of {before.drop:.2f} {bench.task.unit}: where "
-                f"{budget.drop:g} are allowed, an evaluation may have {aim.budget.drop:.2f}"
+        finishing = Finishing(posing.problem(), complete, note=console.note)
+        finishing.recipe()
+        with console.progress("searching", limit) as advance:
+            seen = Evaluations(
+                finishing.aim, 0, lambda each: advance(describe(each, bench.task.unit)), console.note, log
             )
-        with console.progress("searching", limit) as advance, suppress(Spent):
-            seen = Evaluations(aim, limit, lambda each: advance(describe(each, bench.task.unit)), console.note, log)
-            methods.load(name)(aim, seen, seed=settings.seed)
-    return finish(problem, seen.seen, complete, pairs)
+            for part in finishing.parts:
+                seen.go_on(finishing.aim, round(part * limit))
+                with suppress(Spent):
+                    methods.load(name)(seen.problem, seen, seed=settings.seed)
+                if part < 1:
+                    finishing.one(seen.seen)
+    return finishing.choice(seen.seen)
 
 
 def describe(evaluation: Evaluation, unit: str) -> str:

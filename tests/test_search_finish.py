@@ -8,7 +8,7 @@ from toy_search import toy
 
 from hirelc_deploy.budget import Budget, Figures
 from hirelc_deploy.policy import Policy
-from hirelc_deploy.search.finish import FINALISTS, Pair, aimed, finish
+from hirelc_deploy.search.finish import FINALISTS, Finishing
 from hirelc_deploy.search.problem import Problem
 from hirelc_deploy.search.space import Choice, Evaluation
 
@@ -35,7 +35,7 @@ def finished(
         assert before.figures.drop is not None
         return replace(before, figures=replace(before.figures, drop=gain * before.figures.drop))
 
-    return finish(problem, seen, complete), order
+    return Finishing(problem, complete).choice(seen), order
 
 
 LADDER = [evaluation(i, drop=0.5 * i, size_bytes=1000 - 100 * i) for i in range(1, 9)]
@@ -88,22 +88,28 @@ def test_few_evaluations_are_enough(count: int) -> None:
     assert len(order) <= count
 
 
-def aim(budget: Budget, before: float, after: float, *, score_error: float = 0.0) -> tuple[float | None, list[Pair]]:
-    """The drop that evaluations may have, where the first recipe's is seen to shrink so."""
+def aim(budget: Budget, before: float, after: float, *, score_error: float = 0.0) -> tuple[float | None, int]:
+    """The drop that evaluations may have, where the first recipe's is seen to shrink so; how many were finished."""
     problem = replace(
         toy().problem,
         budget=budget,
         score_error=score_error,
         evaluate=lambda policy: evaluation(0, before, 500),
     )
-    found, pairs = aimed(problem, lambda policy: evaluation(0, after, 500))
-    return found.budget.drop, pairs
+    order: list[Policy] = []
+
+    def complete(policy: Policy) -> Evaluation:
+        order.append(policy)
+        return evaluation(0, after, 500)
+
+    finishing = Finishing(problem, complete)
+    finishing.recipe()
+    return finishing.aim.budget.drop, len(order)
 
 
 def test_evaluations_may_drop_by_what_fine_tuning_mends() -> None:
-    allowed, pairs = aim(Budget(drop=1.0), before=4.0, after=0.5)
+    allowed, _ = aim(Budget(drop=1.0), before=4.0, after=0.5)
     assert allowed == pytest.approx(4.0 * 2 ** (1 / 1.5)), "0.5 grows to 1.0 with the power 1.5 of an evaluation's drop"
-    assert [(a.drop, b.drop) for a, b in pairs] == [(4.0, 0.5)]
 
 
 @pytest.mark.parametrize(("before", "after", "allowed"), [(5.0, 5.0, 1.71), (0.5, 2.0, 1.0), (8.0, -0.3, 10.0)])
@@ -125,25 +131,54 @@ def test_what_was_seen_to_hold_is_aimed_at_however_coarse_the_score_is() -> None
 
 
 def test_a_recipe_that_loses_nothing_teaches_nothing() -> None:
-    allowed, pairs = aim(Budget(drop=1.0), 0.1, 0.0, score_error=1.0)
-    assert allowed == 1.0
-    assert len(pairs) == 1, "it is a finalist all the same"
+    assert aim(Budget(drop=1.0), 0.1, 0.0, score_error=1.0) == (1.0, 1)
 
 
 def test_without_a_limit_on_the_drop_nothing_is_finished_before() -> None:
-    assert aim(Budget(size_bytes=500), 4.0, 1.0) == (None, [])
+    assert aim(Budget(size_bytes=500), 4.0, 1.0) == (None, 0)
+    assert aim(Budget(drop=0.0), 4.0, 1.0) == (0.0, 0)
 
 
-def test_what_was_finished_before_is_a_finalist_that_costs_nothing() -> None:
-    problem: Problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE)
-    first = (LADDER[4], replace(LADDER[4], figures=replace(LADDER[4].figures, drop=0.9)))
+def test_what_is_finished_in_the_middle_of_a_search_moves_its_aim() -> None:
+    """Of the recipe little was mended; of the first that the search found, nearly all."""
+    problem: Problem = replace(
+        toy().problem, budget=Budget(drop=1.0), before=BEFORE, evaluate=lambda policy: evaluation(99, 4.0, 900)
+    )
+    left = {99: 2.0, 5: 0.1}
     order: list[int] = []
 
     def complete(policy: Policy) -> Evaluation:
         order.append(policy.keep["g"])
-        return LADDER[policy.keep["g"] - 1]  # nothing is mended
+        return evaluation(policy.keep["g"], left[policy.keep["g"]], 500)
 
-    choice = finish(problem, LADDER[:4], complete, [first])
-    assert choice.best is first[1]
-    assert first[0] in choice.evaluations
-    assert not order, "all others are dearer"
+    finishing = Finishing(problem, complete)
+    finishing.recipe()
+    before = finishing.aim.budget.drop
+    assert before == pytest.approx(4.0 * 0.5 ** (1 / 1.5))
+    assert finishing.one(LADDER[:5])
+    assert order == [99, 5], "2.5 is the most that is told to be mended, and the cheapest"
+    after = finishing.aim.budget.drop
+    assert after is not None
+    assert after > before
+
+
+def test_search_and_finishing_take_turns_only_where_there_is_a_drop_to_learn_about() -> None:
+    assert Finishing(replace(toy().problem, budget=Budget(drop=1.0)), lambda policy: LADDER[0]).parts == (2 / 3, 1.0)
+    assert Finishing(replace(toy().problem, budget=Budget(size_bytes=9)), lambda policy: LADDER[0]).parts == (1.0,)
+
+
+def test_what_was_finished_before_is_a_finalist_that_costs_nothing() -> None:
+    problem: Problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, evaluate=lambda _: LADDER[4])
+    ends = {5: replace(LADDER[4], figures=replace(LADDER[4].figures, drop=0.9))}
+    order: list[int] = []
+
+    def complete(policy: Policy) -> Evaluation:
+        order.append(policy.keep["g"])
+        return ends.get(policy.keep["g"], LADDER[policy.keep["g"] - 1])  # nothing is mended of the others
+
+    finishing = Finishing(problem, complete)
+    finishing.recipe()
+    choice = finishing.choice(LADDER[:4])
+    assert choice.best is ends[5]
+    assert LADDER[4] in choice.evaluations
+    assert order == [5], "all others are dearer"

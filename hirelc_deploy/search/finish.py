@@ -1,8 +1,9 @@
 """From evaluations to one policy: the best few are made real in full, and what is seen of them decides.
 
-An evaluation trains for seconds, a finished policy for epochs, so its drop is smaller: by half on one network, by nine
-tenths on another.  So one recipe is finished before the search begins (`aimed`), which then looks for policies whose
-evaluations may drop by as much as fine-tuning mends; and each policy that is finished later corrects that.
+An evaluation trains for seconds, a finished policy for epochs, so its drop is smaller: by half on one network, by all
+of it on another.  So search and finishing take turns.  One recipe is finished before the search begins, and says which
+drop an evaluation may have; after FIRST_PART of the evaluations the best policy that they led to is finished, which
+corrects that drop, and the search goes on to what it is then.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +25,9 @@ MARGIN = 0.8
 """In standard errors of a score, how far below the limit a drop has to be to be relied on: the test split has other
 examples.  The error of a difference of two scores on the same examples is about so much of one score's."""
 
+
+FIRST_PART = 2 / 3
+"""Of the evaluations, before what they led to is finished and the rest is spent by what that has shown."""
 
 MOST_TIMES = 10.0
 """How far an evaluation's drop may be above the limit at most, whatever one policy has shown."""
@@ -67,83 +71,121 @@ UNSEEN = Mending(0.5, 1.0)
 """Before anything was seen."""
 
 
-def aimed(problem: Problem, complete: Complete) -> tuple[Problem, list[Pair]]:
-    """The problem with the drop that an evaluation may have, and what that was learned from.
+class Finishing:
+    """The policies of one search that are made real in full, and what that teaches."""
 
-    One recipe is evaluated and finished: the one in the middle of those worth trying, which is a finalist as well.
-    Where it drops by nothing that a score can tell, evaluations may drop by what is allowed in the end.  Without a
-    limit on the drop there is nothing to learn.
-    """
-    limit = problem.budget.drop
-    if limit is None or limit <= 0:
-        return problem, []
-    ladder = recipe_ladder(problem)
-    before = problem.evaluate(ladder[(len(ladder) - 1) // 2])
-    pairs = [(before, complete(before.policy))]
-    mending = Mending.seen_in(pairs, limit, problem.score_error)
-    if mending is None:
-        return problem, pairs
-    allowed = float(np.clip(mending.before(limit), limit, MOST_TIMES * limit))
-    return replace(problem, budget=replace(problem.budget, drop=allowed)), pairs
+    def __init__(
+        self,
+        problem: Problem,
+        complete: Complete,
+        *,
+        most: int = FINALISTS,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`complete` trains a policy in full, times and weighs its file; at most so many are.  `note` is for people."""
+        self._problem = problem
+        self._complete = complete
+        self._most = most
+        self._note = note
+        self._pairs: dict[str, Pair] = {}
+        limit = problem.budget.drop
+        self._safe = None if limit is None else _safe(limit, problem.score_error)
 
+    @property
+    def parts(self) -> tuple[float, ...]:
+        """How much of the evaluations is spent before each turn.  Without a limit on the drop there is nothing to learn
+        about it, and so one turn."""
+        return (FIRST_PART, 1.0) if self._is_limited else (1.0,)
 
-def finish(
-    problem: Problem,
-    seen: Sequence[Evaluation],
-    complete: Complete,
-    pairs: Sequence[Pair] = (),
-    *,
-    most: int = FINALISTS,
-) -> Choice:
-    """The best policy under the budget, as `complete` sees it: trained in full, its file timed and weighed.
+    def recipe(self) -> None:
+        """Finish the recipe in the middle of those worth trying, where there is a limit on the drop."""
+        if self._is_limited:
+            ladder = recipe_ladder(self._problem)
+            self._finish(self._problem.evaluate(ladder[(len(ladder) - 1) // 2]))
 
-    With a limit on the drop: the cheapest that is told to hold it is finished, then a cheaper or a dearer one, by what
-    was seen, until `most` or until nothing cheaper is left; one that holds it by MARGIN comes before one that just
-    does.  Without one: those with the best reward.  `pairs` were finished before.
-    """
-    goal, budget = Goal.of(problem.budget, problem.before), problem.budget
-    safe = None if budget.drop is None else _safe(budget.drop, problem.score_error)
-    finished = {before.policy.digest(): (before, after) for before, after in pairs}
-    seen = [*(before for before, _ in pairs if before not in seen), *seen]
-    while len(finished) < most:
-        wanted = _next(seen, finished, goal, problem, safe)
-        if wanted is None:
-            break
-        finished[wanted.policy.digest()] = (wanted, complete(wanted.policy))
-    ends = [after for _, after in finished.values()]
-    return Choice(min(ends, key=lambda each: _rank(each, goal, budget, safe)), tuple(seen), tuple(ends))
+    @property
+    def aim(self) -> Problem:
+        """The problem with the drop that an evaluation may have, as far as that is known: where what was finished has
+        lost nothing that a score can tell, what is allowed in the end."""
+        limit, mending = self._problem.budget.drop, self._mending
+        if limit is None or limit <= 0 or mending is None:
+            return self._problem
+        allowed = float(np.clip(mending.before(limit), limit, MOST_TIMES * limit))
+        return replace(self._problem, budget=replace(self._problem.budget, drop=allowed))
+
+    def one(self, seen: Sequence[Evaluation]) -> bool:
+        """Finish what is most worth it among those that were evaluated; False where nothing is, or no more may be."""
+        if len(self._pairs) >= self._most:
+            return False
+        wanted = self._next([*self._apart_from(seen), *seen])
+        if wanted is not None:
+            self._finish(wanted)
+        return wanted is not None
+
+    def choice(self, seen: Sequence[Evaluation]) -> Choice:
+        """The best policy under the budget, of those that are finished.
+
+        With a limit on the drop: the cheapest that is told to hold it is finished, then a cheaper or a dearer one, by
+        what was seen, until nothing cheaper is left; one that holds it by MARGIN comes before one that just does.
+        Without one: those with the best reward.
+        """
+        while self.one(seen):
+            pass
+        goal, budget = Goal.of(self._problem.budget, self._problem.before), self._problem.budget
+        ends = [after for _, after in self._pairs.values()]
+        best = min(ends, key=lambda each: _rank(each, goal, budget, self._safe))
+        return Choice(best, (*self._apart_from(seen), *seen), tuple(ends))
+
+    @property
+    def _is_limited(self) -> bool:
+        limit = self._problem.budget.drop
+        return limit is not None and limit > 0
+
+    @property
+    def _mending(self) -> Mending | None:
+        goal = Goal.of(self._problem.budget, self._problem.before)
+        return Mending.seen_in(list(self._pairs.values()), goal.drop_max, self._problem.score_error)
+
+    def _apart_from(self, seen: Sequence[Evaluation]) -> list[Evaluation]:
+        """What was finished without being one of these."""
+        return [before for before, _ in self._pairs.values() if before not in seen]
+
+    def _finish(self, before: Evaluation) -> None:
+        after = self._complete(before.policy)
+        self._pairs[before.policy.digest()] = (before, after)
+        allowed = self.aim.budget.drop
+        if allowed is not None:
+            limit = self._problem.budget.drop
+            self._note(
+                f"fine-tuning leaves {after.drop:.2f} of a drop of {before.drop:.2f}: where {limit:g} is allowed, "
+                f"an evaluation may have {allowed:.2f}"
+            )
+
+    def _next(self, seen: Sequence[Evaluation]) -> Evaluation | None:
+        """What is worth finishing now; None if nothing can be better than what is."""
+        problem, budget = self._problem, self._problem.budget
+        open_ = [each for each in seen if each.policy.digest() not in self._pairs]
+        if not open_:
+            return None
+        if self._safe is None:
+            goal = Goal.of(budget, problem.before)
+            return min(open_, key=lambda each: (_excess(each, budget), -_reward(each, goal)))
+        allowed = (self._mending or UNSEEN).before(self._safe) * (1 + 1e-9)  # the limit itself is on the safe side
+        ends = [after for _, after in self._pairs.values()]
+        holding = [after for after in ends if met(budget, after.figures) and after.drop <= self._safe]
+        cheapest = min((_cost(each) for each in holding), default=float("inf"))
+        # of figures that are not judged yet the search's own predictions stand for what will be seen
+        hopeful = [e for e in open_ if e.drop <= allowed and not _excess(e, budget) and _cost(e) < cheapest]
+        if hopeful:
+            return min(hopeful, key=_cost)
+        if holding:
+            return None
+        return min(open_, key=lambda each: (_excess(each, budget), each.drop))
 
 
 def _safe(drop: float, score_error: float) -> float:
     """What a drop has to stay below to be relied on; at least half of the limit is left to it."""
     return drop - min(MARGIN * score_error, abs(drop) / 2)
-
-
-def _next(
-    seen: Sequence[Evaluation],
-    finished: dict[str, Pair],
-    goal: Goal[float],
-    problem: Problem,
-    safe: float | None,
-) -> Evaluation | None:
-    """What is worth finishing now; None if nothing can be better than what is."""
-    budget = problem.budget
-    open_ = [each for each in seen if each.policy.digest() not in finished]
-    if not open_:
-        return None
-    if safe is None:
-        return min(open_, key=lambda each: (_excess(each, budget), -_reward(each, goal)))
-    mending = Mending.seen_in(list(finished.values()), goal.drop_max, problem.score_error) or UNSEEN
-    allowed = mending.before(safe) * (1 + 1e-9)  # the limit itself is on the safe side of rounding
-    holding = [after for _, after in finished.values() if met(budget, after.figures) and after.drop <= safe]
-    cheapest = min((_cost(each) for each in holding), default=float("inf"))
-    # of figures that are not judged yet the search's own predictions stand for what will be seen
-    hopeful = [e for e in open_ if e.drop <= allowed and not _excess(e, budget) and _cost(e) < cheapest]
-    if hopeful:
-        return min(hopeful, key=_cost)
-    if holding:
-        return None
-    return min(open_, key=lambda each: (_excess(each, budget), each.drop))
 
 
 def _rank(evaluation: Evaluation, goal: Goal[float], budget: Budget, safe: float | None) -> tuple[float, ...]:

@@ -143,7 +143,8 @@ class _Search:
         )
 
     def run(self) -> None:
-        self._evaluate_recipes()
+        if not self._evaluations.seen:
+            self._evaluate_recipes()
         volumes = [self._volume()]
         cycle = 0
         while self._evaluations.left:

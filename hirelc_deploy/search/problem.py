@@ -220,6 +220,11 @@ class Evaluations:
     def left(self) -> int:
         return self.limit - len(self.seen)
 
+    def go_on(self, problem: Problem, limit: int) -> None:
+        """To an aim that has moved: the same network under another budget, and so many evaluations in all."""
+        self.problem = problem
+        self.limit = limit
+
     def __contains__(self, policy: Policy) -> bool:
         return policy.digest() in self._known
 
