@@ -32,7 +32,7 @@ FIRST_PART = 2 / 3
 MOST_TIMES = 10.0
 """How far an evaluation's drop may be above the limit at most, whatever one policy has shown."""
 
-POWER, POWERS = 1.5, (1.0, 2.0)
+POWER, POWERS = 2.0, (1.0, 4.0)
 """What is left of a drop grows with this power of it, as long as one policy is known, and between these with more."""
 
 Pair = tuple[Evaluation, Evaluation]
@@ -110,7 +110,7 @@ class Finishing:
         limit, mending = self._problem.budget.drop, self._mending
         if limit is None or limit <= 0 or mending is None:
             return self._problem
-        allowed = float(np.clip(mending.before(limit), limit, MOST_TIMES * limit))
+        allowed = max(limit, self._most_before(limit, mending))
         return replace(self._problem, budget=replace(self._problem.budget, drop=allowed))
 
     def one(self, seen: Sequence[Evaluation]) -> bool:
@@ -146,6 +146,10 @@ class Finishing:
         goal = Goal.of(self._problem.budget, self._problem.before)
         return Mending.seen_in(list(self._pairs.values()), goal.drop_max, self._problem.score_error)
 
+    def _most_before(self, left: float, mending: Mending) -> float:
+        """The evaluation's drop of which so much is left, as far as it is believed."""
+        return min(mending.before(left), MOST_TIMES * Goal.of(self._problem.budget, self._problem.before).drop_max)
+
     def _apart_from(self, seen: Sequence[Evaluation]) -> list[Evaluation]:
         """What was finished without being one of these."""
         return [before for before, _ in self._pairs.values() if before not in seen]
@@ -170,7 +174,8 @@ class Finishing:
         if self._safe is None:
             goal = Goal.of(budget, problem.before)
             return min(open_, key=lambda each: (_excess(each, budget), -_reward(each, goal)))
-        allowed = (self._mending or UNSEEN).before(self._safe) * (1 + 1e-9)  # the limit itself is on the safe side
+        # the limit itself is on the safe side of rounding
+        allowed = self._most_before(self._safe, self._mending or UNSEEN) * (1 + 1e-9)
         ends = [after for _, after in self._pairs.values()]
         holding = [after for after in ends if met(budget, after.figures) and after.drop <= self._safe]
         cheapest = min((_cost(each) for each in holding), default=float("inf"))
