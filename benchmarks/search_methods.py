@@ -148,7 +148,8 @@ evaluations of it (docs/findings.md), so `small14` is no network that it has nev
 """
 
 
-def write_page() -> None:
+def page() -> str:
+    """From all result files."""
     sections = [INTRODUCTION]
     for step, title in (("run", "`{}`: methods"), ("parts", "`{}`: the hierarchical search without one of its parts")):
         for path in sorted(RESULTS.glob(f"search_{step}_*.json")):
@@ -167,7 +168,7 @@ def write_page() -> None:
         section_of_targets(path.stem.removeprefix("search_targets_"), json.loads(path.read_text()))
         for path in sorted(RESULTS.glob("search_targets_*.json"))
     ]
-    PAGE.write_text("\n".join(sections), encoding="utf-8")
+    return "\n".join(sections)
 
 
 def section_of_targets(network: str, found: dict[str, Any]) -> str:
@@ -234,7 +235,7 @@ def main() -> None:
     steps.add_parser("page")
     options = parser.parse_args()
     if options.step == "page":
-        write_page()
+        PAGE.write_text(page(), encoding="utf-8")
         return
     for network in options.networks:
         if options.step == "run":

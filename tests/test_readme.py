@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,13 @@ def test_the_page_of_number_formats_is_that_of_the_result_files(monkeypatch: pyt
 
     assert (ROOT / "docs" / "number-formats.md").read_text(encoding="utf-8") == number_formats.page()
     assert number_formats.with_highlights(README) == README
+
+
+@pytest.mark.parametrize("name", ["order", "search_methods", "starting_points"])
+def test_a_page_is_that_of_its_result_files(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = import_module(name)
+    assert benchmark.PAGE.read_text(encoding="utf-8") == benchmark.page()
 
 
 def test_sizes_are_told_within_what_is_promised() -> None:
