@@ -63,6 +63,24 @@ def test_one_that_holds_the_limit_by_a_margin_comes_before_one_that_just_does() 
     assert finished(Budget(drop=1.0), only, gain=0.5, score_error=0.25)[0].best.policy.keep["g"] == 4
 
 
+def test_a_drop_within_its_limit_is_not_traded_for_bytes() -> None:
+    """Half the drop, at nearly twice the bytes: worth nothing to who allowed that drop."""
+    mild, small = evaluation(1, drop=0.1, size_bytes=900), evaluation(2, drop=0.9, size_bytes=600)
+    choice, _ = finished(Budget(drop=1.0), [mild, small], gain=1.0)
+    assert choice.best.policy.keep["g"] == 2
+
+
+def test_what_has_a_limit_is_not_made_smaller_than_that() -> None:
+    """With a limit on the size, milliseconds count alone; with limits on all, the drop does."""
+    fast = evaluation(1, drop=0.9, size_bytes=900, latency_ms=1.0)
+    tiny = evaluation(2, drop=0.9, size_bytes=100, latency_ms=1.2)
+    exact = evaluation(3, drop=0.1, size_bytes=900, latency_ms=2.0)
+    for budget, best in ((Budget(drop=1.0, size_bytes=950), 1), (Budget(drop=1.0), 2)):
+        assert finished(budget, [fast, tiny, exact], gain=1.0)[0].best.policy.keep["g"] == best
+    everything = Budget(drop=1.0, size_bytes=950, latency_ms=3.0)
+    assert finished(everything, [fast, tiny, exact], gain=1.0)[0].best.policy.keep["g"] == 3
+
+
 def test_where_nothing_holds_the_mildest_is_taken() -> None:
     choice, _ = finished(Budget(drop=0.1), LADDER, gain=1.0)
     assert choice.best.policy.keep["g"] == 1

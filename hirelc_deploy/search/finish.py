@@ -171,18 +171,18 @@ class Finishing:
         open_ = [each for each in seen if each.policy.digest() not in self._pairs]
         if not open_:
             return None
+        goal = Goal.of(budget, problem.before)
         if self._safe is None:
-            goal = Goal.of(budget, problem.before)
             return min(open_, key=lambda each: (_excess(each, budget), -_reward(each, goal)))
         # the limit itself is on the safe side of rounding
         allowed = self._most_before(self._safe, self._mending or UNSEEN) * (1 + 1e-9)
         ends = [after for _, after in self._pairs.values()]
         holding = [after for after in ends if met(budget, after.figures) and after.drop <= self._safe]
-        cheapest = min((_cost(each) for each in holding), default=float("inf"))
+        cheapest = min((_cost(each, goal) for each in holding), default=float("inf"))
         # of figures that are not judged yet the search's own predictions stand for what will be seen
-        hopeful = [e for e in open_ if e.drop <= allowed and not _excess(e, budget) and _cost(e) < cheapest]
+        hopeful = [e for e in open_ if e.drop <= allowed and not _excess(e, budget) and _cost(e, goal) < cheapest]
         if hopeful:
-            return min(hopeful, key=_cost)
+            return min(hopeful, key=lambda each: (_cost(each, goal), each.drop))
         if holding:
             return None
         return min(open_, key=lambda each: (_excess(each, budget), each.drop))
@@ -194,26 +194,31 @@ def _safe(drop: float, score_error: float) -> float:
 
 
 def _rank(evaluation: Evaluation, goal: Goal[float], budget: Budget, safe: float | None) -> tuple[float, ...]:
-    """The lower, the better: limits that are missed, and by how much; whether that is safe; then what it is for."""
+    """The lower, the better: limits that are missed, and by how much; whether the drop is safe; then what it is for.
+
+    A drop that has a limit is not traded against anything once it is safe: it decides between equals.
+    """
     missed = sum(check.ok is False for check in judge(budget, evaluation.figures))
-    over = 0.0 if budget.drop is None else max(0.0, evaluation.drop - budget.drop)
-    unsafe = safe is not None and evaluation.drop > safe
-    return (missed > 0, _excess(evaluation, budget) + over, unsafe, -_reward(evaluation, goal))
+    over = _excess(evaluation, budget)
+    if safe is None:
+        return (missed > 0, over, -_reward(evaluation, goal))
+    assert budget.drop is not None
+    over += max(0.0, evaluation.drop - budget.drop)
+    risk = evaluation.drop if evaluation.drop > safe else -np.inf
+    return (missed > 0, over, risk, _cost(evaluation, goal), evaluation.drop)
 
 
 def _reward(evaluation: Evaluation, goal: Goal[float]) -> float:
     """Without what missed budgets cost: they were judged before."""
-    weights = -goal.size_weight * np.log(evaluation.figures.size_bytes or 1) - goal.latency_weight * np.log(
-        evaluation.figures.latency_ms or 1
-    )
-    return float(weights) - evaluation.drop / goal.drop_max
+    return -_cost(evaluation, goal) - evaluation.drop / goal.drop_max
 
 
-def _cost(evaluation: Evaluation) -> float:
-    """Logarithm of bytes times milliseconds."""
+def _cost(evaluation: Evaluation, goal: Goal[float]) -> float:
+    """Logarithm of bytes times milliseconds, as far as they have no limit."""
     assert evaluation.figures.size_bytes
     assert evaluation.figures.latency_ms
-    return float(np.log(evaluation.figures.size_bytes) + np.log(evaluation.figures.latency_ms))
+    size, latency = np.log(evaluation.figures.size_bytes), np.log(evaluation.figures.latency_ms)
+    return float(goal.size_weight * size + goal.latency_weight * latency)
 
 
 def _excess(evaluation: Evaluation, budget: Budget) -> float:
