@@ -95,13 +95,14 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             run,
             settings,
             bench,
+            policy,
             file,
             exported.tensors,
             None if halves is None else BASELINE_FP16_FILE,
             lambda: bench.simulated_outputs(compressed.model, policy),
         )
         if bench.pricing.is_device:
-            run.step("learned", lambda: bench.learn(policy, seen.p50_ms))
+            run.step(f"learned/{policy.digest()}", lambda: bench.learn(policy, seen.p50_ms))
         else:
             seen = bench.as_foretold(seen, policy)
 
@@ -350,6 +351,7 @@ def _measured(
     run: RunFolder,
     settings: ExportSettings,
     bench: Workbench,
+    policy: Policy,
     file: str,
     tensors: Mapping[str, str],
     baseline_fp16: str | None,
@@ -357,7 +359,7 @@ def _measured(
 ) -> Measurement:
     """Measured once a run: a resumed one does not open the test split again."""
     seen = run.step(
-        "measurement",
+        f"measurement/{policy.digest()}",
         lambda: measure(
             settings.out,
             file,
