@@ -70,6 +70,20 @@ def test_a_drop_within_its_limit_is_not_traded_for_bytes() -> None:
     assert choice.best.policy.keep["g"] == 2
 
 
+def test_files_that_were_timed_at_different_times_are_compared_by_their_speed_up() -> None:
+    """The same files, the second timed when the machine was half as fast: milliseconds would choose the first."""
+    first, second = evaluation(1, drop=0.5, size_bytes=600, latency_ms=1.0), evaluation(2, drop=0.5, size_bytes=500)
+    slow = replace(second, figures=replace(second.figures, latency_ms=2.0, speedup=10.0))
+    choice = Finishing(
+        replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE),
+        lambda policy: {1: first, 2: slow}[policy.keep["g"]],
+        most=2,
+    )
+    choice.one([second])
+    choice.one([first])
+    assert choice.choice([]).best is slow
+
+
 def test_what_has_a_limit_is_not_made_smaller_than_that() -> None:
     """With a limit on the size, milliseconds count alone; with limits on all, the drop does."""
     fast = evaluation(1, drop=0.9, size_bytes=900, latency_ms=1.0)
