@@ -20,8 +20,10 @@ BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 
 ROWS = (
     ("digits (`demo`)", "export_demo.json", "`make demo`"),
-    ("Fashion-MNIST `wide`", "export_wide.json", "`python benchmarks/fashion_mnist.py wide`"),
-    ("Fashion-MNIST `small`", "export_small.json", "`python benchmarks/fashion_mnist.py small`"),
+    ("`wide`", "export_wide_hierarchical.json", "`python benchmarks/fashion_mnist.py wide --search hierarchical`"),
+    ("`wide`, recipe by hand", "export_wide.json", "`python benchmarks/fashion_mnist.py wide`"),
+    ("`small`", "export_small_hierarchical.json", "`python benchmarks/fashion_mnist.py small --search hierarchical`"),
+    ("`small`, recipe by hand", "export_small.json", "`python benchmarks/fashion_mnist.py small`"),
 )
 HEAD = (
     "| network | fp32 file | file | smaller | faster [95 %] | accuracy before, after "
