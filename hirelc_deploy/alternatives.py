@@ -1,6 +1,5 @@
 """What a search leaves beside the artifact: the other policies worth having, and what it believed of the chosen one."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ def write_front(folder: Path, choice: Choice) -> tuple[FrontRecord, ...]:
     records = []
     for number, (each, size_bytes, latency_ms) in enumerate(chosen, start=1):
         file = folder / f"{number:02}.json"
-        write_atomic(file, (json.dumps(each.policy.to_dict(), indent=2) + "\n").encode())
+        write_atomic(file, each.policy.to_json())
         finished = next((end.drop for end in choice.finished if _alike(end.policy, each.policy)), None)
         records.append(
             FrontRecord(

@@ -1,6 +1,5 @@
 """The path of a model, from a checkpoint to a judged artifact (DESIGN: the path of a model)."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -88,7 +87,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
         halves = bench.write_halves()
         if halves is not None:
             _write(settings.out, {BASELINE_FP16_FILE: halves.data})
-        _write(settings.out, {POLICY_FILE: _json(policy.to_dict())})
+        _write(settings.out, {POLICY_FILE: policy.to_json()})
         others = write_front(settings.out / FRONT_FOLDER, choice)
         inspected = bench.runtime.inspect(settings.out / file, target, exported.tensors)
         seen = _measured(
@@ -446,7 +445,3 @@ def _check_labels(trained: "Checkpoint", task: "Task") -> None:
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     for name, data in files.items():
         write_atomic(folder / name, data)
-
-
-def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2) + "\n").encode()

@@ -141,6 +141,10 @@ class Policy:
     keep: Mapping[str, int]
     order: tuple[Step, ...] = PRUNE_FIRST
 
+    def to_json(self) -> bytes:
+        """The content of a policy file."""
+        return (json.dumps(self.to_dict(), indent=2) + "\n").encode()
+
     def to_dict(self) -> dict[str, Any]:
         """As written to policy.json: plain data, keys sorted."""
         return {

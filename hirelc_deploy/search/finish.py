@@ -25,7 +25,6 @@ MARGIN = 0.8
 """In standard errors of a score, how far below the limit a drop has to be to be relied on: the test split has other
 examples.  The error of a difference of two scores on the same examples is about so much of one score's."""
 
-
 FIRST_PART = 2 / 3
 """Of the evaluations, before what they led to is finished and the rest is spent by what that has shown."""
 
@@ -88,6 +87,7 @@ class Finishing:
         self._most = most
         self._note = note
         self._pairs: dict[str, Pair] = {}
+        self._goal = Goal.of(problem.budget, problem.before)
         limit = problem.budget.drop
         self._safe = None if limit is None else _safe(limit, problem.score_error)
 
@@ -107,8 +107,8 @@ class Finishing:
     def aim(self) -> Problem:
         """The problem with the drop that an evaluation may have, as far as that is known: where what was finished has
         lost nothing that a score can tell, what is allowed in the end."""
-        limit, mending = self._problem.budget.drop, self._mending
-        if limit is None or limit <= 0 or mending is None:
+        limit, mending = self._goal.drop_max, self._mending
+        if not self._is_limited or mending is None:
             return self._problem
         allowed = max(limit, self._most_before(limit, mending))
         return replace(self._problem, budget=replace(self._problem.budget, drop=allowed))
@@ -131,9 +131,8 @@ class Finishing:
         """
         while self.one(seen):
             pass
-        goal, budget = Goal.of(self._problem.budget, self._problem.before), self._problem.budget
         ends = [after for _, after in self._pairs.values()]
-        best = min(ends, key=lambda each: _rank(each, goal, budget, self._safe))
+        best = min(ends, key=lambda each: _rank(each, self._goal, self._problem.budget, self._safe))
         return Choice(best, (*self._apart_from(seen), *seen), tuple(ends))
 
     @property
@@ -143,12 +142,11 @@ class Finishing:
 
     @property
     def _mending(self) -> Mending | None:
-        goal = Goal.of(self._problem.budget, self._problem.before)
-        return Mending.seen_in(list(self._pairs.values()), goal.drop_max, self._problem.score_error)
+        return Mending.seen_in(list(self._pairs.values()), self._goal.drop_max, self._problem.score_error)
 
     def _most_before(self, left: float, mending: Mending) -> float:
         """The evaluation's drop of which so much is left, as far as it is believed."""
-        return min(mending.before(left), MOST_TIMES * Goal.of(self._problem.budget, self._problem.before).drop_max)
+        return min(mending.before(left), MOST_TIMES * self._goal.drop_max)
 
     def _apart_from(self, seen: Sequence[Evaluation]) -> list[Evaluation]:
         """What was finished without being one of these."""
@@ -167,11 +165,10 @@ class Finishing:
 
     def _next(self, seen: Sequence[Evaluation]) -> Evaluation | None:
         """What is worth finishing now; None if nothing can be better than what is."""
-        problem, budget = self._problem, self._problem.budget
+        goal, budget = self._goal, self._problem.budget
         open_ = [each for each in seen if each.policy.digest() not in self._pairs]
         if not open_:
             return None
-        goal = Goal.of(budget, problem.before)
         if self._safe is None:
             return min(open_, key=lambda each: (_excess(each, budget), -_reward(each, goal)))
         # the limit itself is on the safe side of rounding
