@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from hirelc_deploy.config import ExportSettings
-from hirelc_deploy.pipeline import Outcome, export
+from hirelc_deploy.pipeline import export
+from hirelc_deploy.verification import Outcome
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = Path("examples/fashion_mnist")

@@ -16,7 +16,7 @@ from hirelc_deploy import __version__
 from hirelc_deploy.errors import ExitStatus, UserError
 
 if TYPE_CHECKING:
-    from hirelc_deploy.pipeline import Outcome
+    from hirelc_deploy.verification import Outcome
 
 NAME = "hirelc-deploy"
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -297,14 +297,14 @@ def verify(
     host_trtexec: HostTrtexec = None,
 ) -> ExitStatus:
     """Measure an artifact again, on this machine or on its device, and judge it by the limits it was exported with."""
-    from hirelc_deploy import pipeline
+    from hirelc_deploy import verification
 
     if host is not None:
         from hirelc_deploy.config import TRTEXEC
 
         trtexec = host_trtexec or TRTEXEC
-        return _close(pipeline.verify_on(folder, host, trtexec=trtexec, allow_estimates=bool(allow_estimates)))
-    return _close(pipeline.verify(folder, allow_estimates=bool(allow_estimates)))
+        return _close(verification.verify_on(folder, host, trtexec=trtexec, allow_estimates=bool(allow_estimates)))
+    return _close(verification.verify(folder, allow_estimates=bool(allow_estimates)))
 
 
 @app.command(epilog=EXIT_STATUSES)

@@ -19,7 +19,7 @@ from hirelc_deploy import console, tensorboard
 from hirelc_deploy.choosing import EVALUATIONS
 from hirelc_deploy.config import ExportSettings, nearest, require_at_least
 from hirelc_deploy.errors import UserError
-from hirelc_deploy.pipeline import budget_of, opened
+from hirelc_deploy.opening import budget_of, opened
 from hirelc_deploy.posing import Posing
 from hirelc_deploy.rundir import write_atomic
 from hirelc_deploy.search import methods

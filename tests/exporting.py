@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.onnx._internal.exporter import _registration
 
-from hirelc_deploy import datasets, pipeline, workbench
+from hirelc_deploy import datasets, pipeline, verification, workbench
 from hirelc_deploy.compress.batchnorm import reestimate
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.policy import Policy
@@ -132,7 +132,7 @@ def quick_target(folder: Path, *, channel_multiple: int = 2) -> str:
     return str(path)
 
 
-def export(out: Path, network: nn.Module | None = None, task: Any = None, **settings: Any) -> pipeline.Outcome:
+def export(out: Path, network: nn.Module | None = None, task: Any = None, **settings: Any) -> verification.Outcome:
     """An export to `out`, checked for what holds of every one.  Without fine-tuning unless `epochs` is given."""
     out.parent.mkdir(parents=True, exist_ok=True)
     defaults = {"model": "in memory", "data": "in memory", "epochs": 0, "out": out}
@@ -142,7 +142,7 @@ def export(out: Path, network: nn.Module | None = None, task: Any = None, **sett
     return outcome
 
 
-def check(outcome: pipeline.Outcome) -> None:
+def check(outcome: verification.Outcome) -> None:
     """What a user relies on, whatever was exported: the folder is whole, and the manifest speaks of its file."""
     folder, manifest = outcome.folder, outcome.manifest
     assert manifests.read(folder) == manifest
@@ -157,7 +157,7 @@ def check(outcome: pipeline.Outcome) -> None:
     assert policy.precisions.keys() == {layer.name for layer in manifest.layers}
 
 
-def policy_of(outcome: pipeline.Outcome) -> Policy:
+def policy_of(outcome: verification.Outcome) -> Policy:
     return Policy.from_dict(json.loads((outcome.folder / "policy.json").read_bytes()))
 
 

@@ -28,7 +28,7 @@ from exporting import (
 )
 from torch import Tensor, nn
 
-from hirelc_deploy import graph, pipeline
+from hirelc_deploy import graph, verification
 from hirelc_deploy.cli import main
 from hirelc_deploy.compress.batchnorm import reestimate
 from hirelc_deploy.compress.importance import scores
@@ -53,7 +53,7 @@ INT8_TOLERANCE = 0.05
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Outcome:
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> verification.Outcome:
     """A fine-tuned INT8 network with half its channels, judged by limits that it meets; no test may change it."""
     out = tmp_path_factory.mktemp("pipeline") / "artifact"
     limits = {"max_drop": 90.0, "max_size_bytes": 100_000}
@@ -61,7 +61,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Outcome:
 
 
 @pytest.fixture
-def copied(artifact: pipeline.Outcome, tmp_path: Path) -> Path:
+def copied(artifact: verification.Outcome, tmp_path: Path) -> Path:
     """The same folder, to do anything to."""
     return Path(shutil.copytree(artifact.folder, tmp_path / "copied"))
 
@@ -94,14 +94,14 @@ def run_file(folder: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.nda
     return dict(zip(names, session.run(names, dict(inputs)), strict=True))
 
 
-def layer(outcome: pipeline.Outcome, name: str) -> manifests.LayerRecord:
+def layer(outcome: verification.Outcome, name: str) -> manifests.LayerRecord:
     return next(record for record in outcome.manifest.layers if record.name == name)
 
 
 # What is asked for is what is built
 
 
-def test_a_recipe_is_made_real(artifact: pipeline.Outcome, tmp_path: Path) -> None:
+def test_a_recipe_is_made_real(artifact: verification.Outcome, tmp_path: Path) -> None:
     in_floats = export(tmp_path / "out", DigitNet(16), digits(), recipe="keep=25%,compute=fp32")
     for outcome, compute, kept, of in ((artifact, "int8", 12, 24), (in_floats, "fp32", 8, 32)):
         assert (outcome.status, outcome.manifest.verdict) == (ExitStatus.OK, "pass")
@@ -142,14 +142,14 @@ def test_a_device_that_is_only_estimated_says_so_wherever_its_latency_stands(rec
     assert main(["gate", str(outcome.folder), "--allow-estimates"]) == ExitStatus.OK
     assert main(["gate", str(outcome.folder)]) == ExitStatus.UNVERIFIED
     assert "estimate" in (outcome.folder / "report.html").read_text(encoding="utf-8")
-    again = pipeline.verify(outcome.folder, task=digits())
+    again = verification.verify(outcome.folder, task=digits())
     assert again.status == ExitStatus.UNVERIFIED
     assert again.manifest.measured.latency_ms == measured.latency_ms, "this machine is not the device"
     assert not target.with_suffix(".csv").exists(), "nothing of this machine is the device's"
 
 
 @needs_linux
-def test_memory_is_told_measured_and_limited(artifact: pipeline.Outcome) -> None:
+def test_memory_is_told_measured_and_limited(artifact: verification.Outcome) -> None:
     manifest = artifact.manifest
     figures = (manifest.predicted.memory_bytes, manifest.baseline.memory_bytes, manifest.measured.memory_bytes)
     assert all(figure is not None and 10_000 < figure < 1 << 28 for figure in figures)
@@ -186,7 +186,7 @@ def test_without_limits_integrity_is_judged_and_nothing_is_traded(tmp_path: Path
     assert {check.name for check in outcome.manifest.checks} >= {"the file loads", "sha256", "layers run as asked"}
 
 
-def test_an_exported_policy_exported_again_is_the_same_file(artifact: pipeline.Outcome, tmp_path: Path) -> None:
+def test_an_exported_policy_exported_again_is_the_same_file(artifact: verification.Outcome, tmp_path: Path) -> None:
     """The policy holds all that was decided; and what it does not hold (seed, data, weights) is deterministic."""
     again = export(tmp_path / "again", trained_digit_net(), digits(), policy=artifact.folder / "policy.json", epochs=1)
     assert again.manifest.artifact.sha256 == artifact.manifest.artifact.sha256
@@ -261,7 +261,7 @@ def test_a_missed_limit_fails_and_the_file_is_written_all_the_same(tmp_path: Pat
 
 
 def test_the_simulated_network_decides_as_the_file_does(
-    artifact: pipeline.Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifact: verification.Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded = Recorded(monkeypatch)
     outcome = export(tmp_path / "out", trained_digit_net(), digits(), recipe="keep=75%,compute=int8", epochs=2)
@@ -275,7 +275,7 @@ def test_the_simulated_network_decides_as_the_file_does(
 
 
 def test_weights_of_few_bits_take_few_bytes_and_compute_what_was_trained(
-    artifact: pipeline.Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifact: verification.Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded = Recorded(monkeypatch)
     recipe = "storage=codebook3,compute=fp32"
@@ -294,7 +294,7 @@ def test_weights_of_few_bits_take_few_bytes_and_compute_what_was_trained(
     assert outcome.manifest.measured.drop_points < 5
 
 
-def test_the_file_scores_what_the_manifest_says(artifact: pipeline.Outcome) -> None:
+def test_the_file_scores_what_the_manifest_says(artifact: verification.Outcome) -> None:
     measured = artifact.manifest.measured
     for split, said in ((digits().test, measured.accuracy), (digits().search, measured.accuracy_search)):
         outputs, targets = accuracy.outputs(lambda inputs: run_file(artifact.folder, inputs), split)
@@ -432,7 +432,7 @@ def test_verify_measures_again_and_keeps_what_was_believed(copied: Path) -> None
     scored = {"accuracy": 1.0, "accuracy_search": 2.0}
     forged = before.model_copy(update={"measured": before.measured.model_copy(update=scored), "created": "long ago"})
     manifests.write(forged, copied)
-    outcome = pipeline.verify(copied, task=digits())
+    outcome = verification.verify(copied, task=digits())
     assert outcome.status == ExitStatus.OK
     assert manifests.read(copied) == outcome.manifest
     assert outcome.manifest.measured.accuracy == before.measured.accuracy
@@ -445,7 +445,7 @@ def test_verify_measures_again_and_keeps_what_was_believed(copied: Path) -> None
 def test_verify_refuses_other_data_and_leaves_the_figures(copied: Path) -> None:
     before = (copied / "manifest.json").read_bytes()
     with pytest.raises(UserError, match="not the data that this artifact was measured on"):
-        pipeline.verify(copied, task=random_task(x=(1, 8, 8)))
+        verification.verify(copied, task=random_task(x=(1, 8, 8)))
     assert (copied / "manifest.json").read_bytes() == before
 
 
@@ -460,13 +460,13 @@ def test_a_network_that_is_slower_is_noted_once_however_often_it_is_measured(
         runs_as = {record.name: record.runs_as for record in manifest.layers}
         return Measurement(baseline=manifest.baseline, measured=measured, runs_as=runs_as, clock="cpu", p50_ms=1.0)
 
-    monkeypatch.setattr(pipeline, "measure", measure)
+    monkeypatch.setattr(verification, "measure", measure)
     lasting = tuple(note for note in manifest.notes if "slower" not in note)
     for speedup in ("0.5", "0.62"):
-        notes = pipeline.verify(copied, task=digits()).manifest.notes
+        notes = verification.verify(copied, task=digits()).manifest.notes
         assert notes[:-1] == lasting
         assert speedup in notes[-1]
-    assert pipeline.verify(copied, task=digits()).manifest.notes == lasting
+    assert verification.verify(copied, task=digits()).manifest.notes == lasting
 
 
 def test_gate_passes_as_exported_and_fails_when_one_byte_is_another(
@@ -488,7 +488,7 @@ def test_gate_passes_as_exported_and_fails_when_one_byte_is_another(
 @pytest.mark.parametrize(
     ("limit", "name"), [("--max-size=1KB", "size_bytes"), ("--max-drop=-90", "drop"), ("--min-speedup=1e6", "speedup")]
 )
-def test_gate_holds_a_folder_to_stricter_limits(artifact: pipeline.Outcome, limit: str, name: str) -> None:
+def test_gate_holds_a_folder_to_stricter_limits(artifact: verification.Outcome, limit: str, name: str) -> None:
     before = (artifact.folder / "manifest.json").read_bytes()
     assert main(["gate", str(artifact.folder), limit]) == ExitStatus.BUDGET_MISSED
     assert (artifact.folder / "manifest.json").read_bytes() == before

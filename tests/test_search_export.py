@@ -9,7 +9,7 @@ import pytest
 from exporting import digits, export, hasten, policy_of, quick_target, trained_digit_net
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hirelc_deploy import compare as comparing, pipeline, posing, tensorboard, trainer, workbench
+from hirelc_deploy import compare as comparing, posing, tensorboard, trainer, verification, workbench
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.errors import UserError
 
@@ -37,7 +37,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory, target: str) -> pipeline.Outcome:
+def searched(tmp_path_factory: pytest.TempPathFactory, target: str) -> verification.Outcome:
     return export(
         tmp_path_factory.mktemp("searched") / "out",
         trained_digit_net(),
@@ -51,7 +51,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, target: str) -> pipeline.
     )
 
 
-def test_a_search_ends_in_a_judged_artifact(searched: pipeline.Outcome) -> None:
+def test_a_search_ends_in_a_judged_artifact(searched: verification.Outcome) -> None:
     manifest = searched.manifest
     assert manifest.search.method == "hierarchical"
     assert 1 <= manifest.search.evaluations <= EVALUATIONS
@@ -60,7 +60,7 @@ def test_a_search_ends_in_a_judged_artifact(searched: pipeline.Outcome) -> None:
     assert manifest.predicted.size_bytes == manifest.artifact.size_bytes
 
 
-def test_what_else_was_found_can_be_built(searched: pipeline.Outcome, tmp_path: Path, target: str) -> None:
+def test_what_else_was_found_can_be_built(searched: verification.Outcome, tmp_path: Path, target: str) -> None:
     front = searched.manifest.search.front
     assert [each.size_bytes for each in front] == sorted(each.size_bytes for each in front)
     for one in front:
@@ -80,7 +80,7 @@ def test_what_else_was_found_can_be_built(searched: pipeline.Outcome, tmp_path: 
 
 
 def test_tensorboard_shows_evaluations_and_agents(
-    searched: pipeline.Outcome, tmp_path_factory: pytest.TempPathFactory
+    searched: verification.Outcome, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     accumulated = EventAccumulator(str(tmp_path_factory.getbasetemp() / "board"))
     accumulated.Reload()
@@ -100,7 +100,7 @@ def test_without_tensorboard_a_wish_for_it_is_refused(tmp_path: Path, monkeypatc
 
 
 def test_a_search_goes_on_where_it_was(
-    searched: pipeline.Outcome, target: str, monkeypatch: pytest.MonkeyPatch
+    searched: verification.Outcome, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_more(*_: object) -> float:
         raise AssertionError("an evaluation that the journal has is made again")

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from exporting import digits, policy_of, trained_digit_net, write_policy
 
-from hirelc_deploy import pipeline, posing, trainer
+from hirelc_deploy import pipeline, posing, trainer, verification
 from hirelc_deploy.choices import search_space
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.errors import ExitStatus, UserError
@@ -77,7 +77,7 @@ def board(tmp_path: Path) -> str:
     return str(path)
 
 
-def export(folder: Path, target: str, **settings: Any) -> pipeline.Outcome:
+def export(folder: Path, target: str, **settings: Any) -> verification.Outcome:
     given = {"model": "in memory", "data": "digits", "epochs": 0, "target": target, "out": folder / "out", **settings}
     return pipeline.export(ExportSettings(**given), model=trained_digit_net(), task=digits())
 
@@ -116,7 +116,7 @@ def test_estimates_may_be_allowed_but_a_limit_that_is_missed_is_missed(board: st
 
 def test_measuring_again_and_the_gate_keep_what_is_told(board: str, tmp_path: Path) -> None:
     first = export(tmp_path, board, recipe="compute=fp16", max_drop=5.0)
-    again = pipeline.verify(first.folder, task=digits())
+    again = verification.verify(first.folder, task=digits())
     assert again.manifest.measured.basis == first.manifest.measured.basis
     assert again.manifest.baseline_fp16 == first.manifest.baseline_fp16
     assert again.manifest.measured.latency_ms == first.manifest.measured.latency_ms

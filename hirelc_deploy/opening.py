@@ -1,0 +1,104 @@
+"""What a command works on, loaded and checked before a run begins."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+
+from hirelc_deploy import checkpoint, choosing, console, datasets, graph, kernels
+from hirelc_deploy.budget import Budget
+from hirelc_deploy.compress.distil import FineTuning
+from hirelc_deploy.compress.posttraining import PostTraining
+from hirelc_deploy.config import ExportSettings
+from hirelc_deploy.identity import fingerprint
+from hirelc_deploy.policy import Policy
+from hirelc_deploy.pool import Engine, Pool, in_turn
+from hirelc_deploy.profiles import Target, load_target
+from hirelc_deploy.rundir import RunFolder
+from hirelc_deploy.search.recipe import Recipe
+from hirelc_deploy.task import check_labels
+from hirelc_deploy.workbench import Workbench
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hirelc_deploy.checkpoint import Checkpoint
+    from hirelc_deploy.graph.model_graph import ModelGraph
+    from hirelc_deploy.task import Task
+
+RUN_FOLDER = "run"
+
+
+@contextmanager
+def opened(
+    settings: ExportSettings,
+    asked_for: Policy | Recipe | None = None,
+    *,
+    model: "nn.Module | None" = None,
+    task: "Task | None" = None,
+) -> "Iterator[tuple[Workbench, Checkpoint, Policy | None]]":
+    """Everything that the settings name, loaded and checked, its run folder held: the workbench, the checkpoint, and
+    the policy that `asked_for` comes to, None if that has to be searched or measured for."""
+    if settings.kernels is not None:
+        kernels.add_folder(settings.kernels)
+    target = load_target(settings.target)
+    task = task or datasets.load_task(settings.data, seed=settings.seed)
+    trained = checkpoint.of(model, settings.model) if model else checkpoint.load(settings.model, settings.checkpoint)
+    network = graph.trace(trained.model, task.example)
+    _check_labels(trained, task)
+    # whatever can be refused was refused before a run begins: a mistake, once mended, begins in a clean folder
+    given = choosing.given(asked_for, network, target)
+    with (
+        RunFolder.open(
+            settings.out / RUN_FOLDER, fingerprint(settings, target, task, trained, given), settings.resume
+        ) as run,
+        Pool(settings.workers) if settings.workers > 1 else nullcontext(in_turn) as engine,
+    ):
+        yield _workbench(settings, target, task, trained, network, run, engine), trained, given
+
+
+def budget_of(settings: ExportSettings) -> Budget:
+    """The limits that were given."""
+    return Budget(
+        latency_ms=settings.max_latency_ms,
+        speedup=settings.min_speedup,
+        size_bytes=settings.max_size_bytes,
+        memory_bytes=settings.max_memory_bytes,
+        drop=settings.max_drop,
+    )
+
+
+def _workbench(
+    settings: ExportSettings,
+    target: Target,
+    task: "Task",
+    trained: "Checkpoint",
+    network: "ModelGraph",
+    run: RunFolder,
+    engine: Engine,
+) -> Workbench:
+    return Workbench(
+        trained.model,
+        task,
+        network,
+        target,
+        run,
+        importance="taylor" if settings.importance == "taylor" else "l2",
+        fine_tuning=FineTuning(epochs=settings.epochs, seed=settings.seed),
+        post_training=PostTraining() if settings.post_training is None else PostTraining.of(settings.post_training),
+        threads=settings.threads,
+        batch=settings.batch,
+        progress=console.progress,
+        target_spec=settings.target,
+        engine=engine,
+    )
+
+
+def _check_labels(trained: "Checkpoint", task: "Task") -> None:
+    """Labels that the model has no output for would only be noticed in the middle of fine-tuning."""
+    with torch.no_grad():
+        outputs = graph.forward(trained.model, graph.tensors(task.example, 1))
+    name = "logits" if "logits" in outputs else next(iter(outputs))
+    if outputs[name].dim() > 1:
+        check_labels(task, outputs[name].shape[1])
