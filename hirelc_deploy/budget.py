@@ -1,7 +1,7 @@
 """Hard limits, and the comparison of figures with them."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from hirelc_deploy.errors import UserError
@@ -87,6 +87,18 @@ def judge(budget: Budget, figures: Figures) -> tuple[Check, ...]:
 def met(budget: Budget, figures: Figures) -> bool:
     """Whether every limit is known to hold."""
     return all(check.ok is True for check in judge(budget, figures))
+
+
+def excess(budget: Budget, figures: Figures) -> float:
+    """By how much limits other than the drop's are missed: the sum of the logarithms of how many times."""
+    return sum(_times_missed(check) for check in judge(replace(budget, drop=None), figures) if check.ok is False)
+
+
+def _times_missed(check: Check) -> float:
+    """The logarithm of it, for a limit on what is never below nought."""
+    assert isinstance(check.limit, (int, float))
+    assert isinstance(check.measured, (int, float))
+    return abs(math.log(check.measured / check.limit)) if check.measured > 0 else math.inf
 
 
 def _check(name: str, limit: float, figure: float | None) -> Check:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,22 @@ def test_slower_than_fp32_fails_with_a_latency_limit_unless_a_speed_up_is_demand
     assert warnings(Budget(size_bytes=10), measured(speedup=0.8))
     assert not warnings(Budget(latency_ms=5.0), measured(speedup=0.8))  # there it is a check
     assert not warnings(Budget(), measured(speedup=1.1))
+
+
+@pytest.mark.parametrize(
+    ("limits", "figures", "over"),
+    [
+        ({"size_bytes": 100}, {"size_bytes": 100}, 0.0),
+        ({"size_bytes": 100}, {"size_bytes": 200}, math.log(2)),
+        ({"size_bytes": 100, "speedup": 3.0}, {"size_bytes": 200, "speedup": 1.5}, math.log(4)),
+        ({"latency_ms": 5.0}, {"latency_ms": 4.0, "speedup": 0.5}, math.log(2)),
+        ({"latency_ms": 5.0}, {"latency_ms": float("nan")}, math.inf),
+        ({"memory_bytes": 100}, {}, 0.0),
+        ({"drop": 0.5}, {"drop": 5.0}, 0.0),
+    ],
+)
+def test_how_far_limits_are_missed_adds_up(limits, figures, over):
+    assert budgets.excess(Budget(**limits), Figures(**figures)) == pytest.approx(over)
 
 
 # verdict

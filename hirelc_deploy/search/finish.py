@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hirelc_deploy.budget import Budget, judge, met
+from hirelc_deploy.budget import Budget, excess, judge, met
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.search.additive import recipe_ladder
 from hirelc_deploy.search.goal import Goal
@@ -170,19 +170,21 @@ class Finishing:
         if not open_:
             return None
         if self._safe is None:
-            return min(open_, key=lambda each: (_excess(each, budget), -_reward(each, goal)))
+            return min(open_, key=lambda each: (excess(budget, each.figures), -_reward(each, goal)))
         # the limit itself is on the safe side of rounding
         allowed = self._most_before(self._safe, self._mending or UNSEEN) * (1 + 1e-9)
         ends = [after for _, after in self._pairs.values()]
         holding = [after for after in ends if met(budget, after.figures) and after.drop <= self._safe]
         cheapest = min((_cost(each, goal) for each in holding), default=float("inf"))
         # of figures that are not judged yet the search's own predictions stand for what will be seen
-        hopeful = [e for e in open_ if e.drop <= allowed and not _excess(e, budget) and _cost(e, goal) < cheapest]
+        hopeful = [
+            e for e in open_ if e.drop <= allowed and not excess(budget, e.figures) and _cost(e, goal) < cheapest
+        ]
         if hopeful:
             return min(hopeful, key=lambda each: (_cost(each, goal), each.drop))
         if holding:
             return None
-        return min(open_, key=lambda each: (_excess(each, budget), each.drop))
+        return min(open_, key=lambda each: (excess(budget, each.figures), each.drop))
 
 
 def _safe(drop: float, score_error: float) -> float:
@@ -196,7 +198,7 @@ def _rank(evaluation: Evaluation, goal: Goal[float], budget: Budget, safe: float
     A drop that has a limit is not traded against anything once it is safe: it decides between equals.
     """
     missed = sum(check.ok is False for check in judge(budget, evaluation.figures))
-    over = _excess(evaluation, budget)
+    over = excess(budget, evaluation.figures)
     if safe is None:
         return (missed > 0, over, -_reward(evaluation, goal))
     assert budget.drop is not None
@@ -222,19 +224,3 @@ def _cost(evaluation: Evaluation, goal: Goal[float]) -> float:
     assert latency_ms
     size, latency = np.log(figures.size_bytes), np.log(latency_ms)
     return float(goal.size_weight * size + goal.latency_weight * latency)
-
-
-def _excess(evaluation: Evaluation, budget: Budget) -> float:
-    """By how much limits other than the drop's are missed: sum of logarithms of ratios."""
-    figures = evaluation.figures
-    over = 0.0
-    for limit, figure in (
-        (budget.size_bytes, figures.size_bytes),
-        (budget.latency_ms, figures.latency_ms),
-        (budget.memory_bytes, figures.memory_bytes),
-    ):
-        if limit is not None and figure is not None:
-            over += max(0.0, float(np.log(figure / limit)))
-    if budget.speedup is not None and figures.speedup is not None:
-        over += max(0.0, float(np.log(budget.speedup / figures.speedup)))
-    return over

@@ -7,7 +7,7 @@ it proposes is fine-tuned before it is judged.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from hirelc_deploy.budget import Budget, Check, Figures, judge
+from hirelc_deploy.budget import Budget, Figures, excess, judge
 from hirelc_deploy.config import nearest
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.kernels import every_storage
@@ -126,7 +126,7 @@ def search(
     holding = [name for name in rungs if _keeps(before_drop, figures[name])]
     holding.sort(key=lambda name: _cost(figures[name]), reverse=budget.drop is None)
     if not holding:
-        name = min(rungs, key=lambda name: _excess(before_drop, figures[name]))
+        name = min(rungs, key=lambda name: excess(budget, figures[name]))
         chosen = evaluate(rungs[name])
         return Choice(chosen, (chosen,))
     seen: list[Evaluation] = []
@@ -145,18 +145,6 @@ def _keeps(budget: Budget, figures: Figures) -> bool:
 def _cost(figures: Figures) -> float:
     """Bytes times milliseconds."""
     return float(figures.size_bytes or 0) * (figures.latency_ms or 0.0)
-
-
-def _excess(budget: Budget, figures: Figures) -> float:
-    """By how much the worst limit is missed, as a ratio."""
-    return max((_ratio(check) for check in judge(budget, figures) if check.ok is False), default=0.0)
-
-
-def _ratio(check: Check) -> float:
-    if not isinstance(check.limit, (int, float)) or not isinstance(check.measured, (int, float)):
-        return 0.0
-    ratio = check.measured / check.limit
-    return max(ratio, 1 / ratio) if ratio > 0 else float("inf")
 
 
 def _parts(text: str) -> dict[str, str]:
