@@ -50,7 +50,7 @@ def choose(
         console.note(f"left as it is: {left.name}: {left.reason}")
     if policy is None and isinstance(asked, Recipe):
         policy = asked.policy(bench.space, bench.fastest_computes(asked.counts(bench.space)))
-    posing = Posing(bench, budget, order=settings.order, at_once=settings.workers)
+    posing = Posing(bench, budget, order=settings.order)
 
     def complete(found: Policy) -> Evaluation:
         # a policy from a file has an order of its own

@@ -280,7 +280,7 @@ def compare(settings: ExportSettings, names: Sequence[str], seeds: int) -> list[
         raise UserError("epochs is 0, and evaluations are trained", fix="leave epochs out")
     evaluations = settings.evaluations or EVALUATIONS
     with opened(settings) as (bench, _, _):
-        problem = Posing(bench, budget_of(settings), order=settings.order, at_once=settings.workers).problem()
+        problem = Posing(bench, budget_of(settings), order=settings.order).problem()
         every = range(settings.seed, settings.seed + seeds)
         with console.progress("evaluations", len(names) * seeds * evaluations) as advance:
             runs = run(

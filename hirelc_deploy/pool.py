@@ -25,12 +25,23 @@ Work = Callable[[Policy], float]
 class Engine(Protocol):
     """Where policies are made real.  Called with the same function every time."""
 
+    @property
+    def at_once(self) -> int:
+        """Policies that are made real side by side."""
+
     def __call__(self, work: Work, policies: Sequence[Policy]) -> Iterator[float]: ...
 
 
-def in_turn(work: Work, policies: Sequence[Policy]) -> Iterator[float]:
+class InTurn:
     """In this process, with all threads that torch has."""
-    return map(work, policies)
+
+    at_once = 1
+
+    def __call__(self, work: Work, policies: Sequence[Policy]) -> Iterator[float]:
+        return map(work, policies)
+
+
+in_turn = InTurn()
 
 
 class Pool:
@@ -41,14 +52,14 @@ class Pool:
     """
 
     def __init__(self, workers: int) -> None:
-        self._workers = workers
+        self.at_once = workers
         self._executor: ProcessPoolExecutor | None = None
 
     def __call__(self, work: Work, policies: Sequence[Policy]) -> Iterator[float]:
         """Raises UserError if a process died, and what `work` raises."""
         if self._executor is None:
             context = multiprocessing.get_context("fork")
-            self._executor = ProcessPoolExecutor(self._workers, context, _begin, (work,))
+            self._executor = ProcessPoolExecutor(self.at_once, context, _begin, (work,))
         try:
             yield from self._executor.map(_do, policies)
         except BrokenProcessPool as error:

@@ -85,11 +85,10 @@ quarter."""
 class Posing:
     """The problem that one workbench's network is."""
 
-    def __init__(self, bench: "Workbench", budget: Budget, *, order: str = "prune-first", at_once: int = 1) -> None:
-        """`order` is one of `config.ORDERS`; `at_once` evaluations are made side by side."""
+    def __init__(self, bench: "Workbench", budget: Budget, *, order: str = "prune-first") -> None:
+        """`order` is one of `config.ORDERS`."""
         self._bench = bench
         self._order = order
-        self._at_once = at_once
         self._budget = budget
         self._graph = bench.graph
 
@@ -107,7 +106,7 @@ class Posing:
             evaluate=self.evaluate,
             prepare=self.prepare,
             # a run that goes on with another number of processes chooses as it did before
-            at_once=bench.run.step("search/at once", lambda: self._at_once),
+            at_once=bench.run.step("search/at once", lambda: bench.engine.at_once),
             recipes=self.recipes,
             score_error=score_error(bench.original_score, bench.task.search.examples, bench.task.unit),
         )

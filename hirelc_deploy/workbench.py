@@ -124,7 +124,7 @@ class Workbench:
         self._threads = threads
         self._batch = batch
         self.progress = progress
-        self._engine = engine
+        self.engine = engine
         self._skeletons: dict[frozenset[str], Any] = {}
         self.trainer = Trainer(
             self.model,
@@ -217,7 +217,7 @@ class Workbench:
         What an evaluation is: the same for all policies, and seconds long.
         """
         new = {name: policy for policy in policies if (name := _recovery(policy)) not in self.run}
-        scores = self._engine(self._recovered_score, list(new.values()))
+        scores = self.engine(self._recovered_score, list(new.values()))
         found = [self.run.step(_recovery(policy), lambda: next(scores)) for policy in policies]
         for name in new:
             self.run.drop_state(name)
