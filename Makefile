@@ -16,7 +16,6 @@ help:
 	@echo "make test   lint, types and tests"
 	@echo "make lint   lint and types only"
 	@echo "make test-runtimes  files of every format on the oldest ONNX Runtime and on today's"
-	@echo "make test-tensorrt  engines of the TensorRT targets, built without a GPU"
 	@echo "make wheel  build dist/*.whl"
 	@echo "make clean  remove what was made here, the environment included"
 
@@ -48,7 +47,7 @@ wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(TENSORRT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # Files of every number format on the oldest ONNX Runtime that the profiles promise, and on today's.
 # The last Python that it has wheels for is 3.11; its own dependencies are for tools that are not used.
@@ -67,16 +66,3 @@ test-runtimes: $(VENV)/.installed $(OLDEST)/.installed-$(OLDEST_RUNTIME)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/runtimes/write.py build/runtimes
 	$(BIN)/python tests/runtimes/check.py build/runtimes
 	$(OLDEST)/bin/python tests/runtimes/check.py build/runtimes
-
-# Engines for the compute capabilities that the targets name: TensorRT-RTX builds them without a GPU.
-TENSORRT := .venv-tensorrt
-
-$(TENSORRT)/.installed: pyproject.toml constraints-cpu.txt
-	$(PYTHON) -m venv $(TENSORRT)
-	$(TENSORRT)/bin/python -m pip install --quiet $(CONSTRAINTS) --editable '.[dev,tensorrt-rtx]'
-	touch $@
-
-.PHONY: test-tensorrt
-test-tensorrt: $(TENSORRT)/.installed
-	$(TENSORRT)/bin/python -c 'import tensorrt_rtx'  # its tests would be skipped without it
-	OMP_NUM_THREADS=1 $(TENSORRT)/bin/python -m pytest -n $(WORKERS) tests/test_trt_build.py

@@ -34,7 +34,7 @@ from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import Exported
 from hirelc_deploy.exporters._trt_build import build, library
-from hirelc_deploy.policy import FP16, INT8, Compute, PerChannel, PerGroup, Precision, Storage
+from hirelc_deploy.policy import FP8, FP16, INT8, Compute, PerChannel, PerGroup, Precision, Storage
 
 RESULT, PAGE = RESULTS / "tensorrt_forms.json", ROOT / "docs" / "tensorrt.md"
 OPSET, IR_VERSION = 21, 10
@@ -50,6 +50,8 @@ FORMS: Mapping[str, tuple[str, Precision | None]] = {
     "fp32, Linear": ("linear", None),
     "fp16": ("both", FP16),
     "int8, fp16 elsewhere": ("both", INT8),
+    "fp8, convolution": ("conv", FP8),
+    "fp8, Linear": ("linear", FP8),
     "int4 a channel, convolution": ("conv", INT4),
     "int4 a channel, Linear": ("linear", INT4),
     "int4 in blocks of 64, Linear": ("linear", INT4_BLOCKS),

@@ -1,9 +1,9 @@
-"""Which tensors of a graph TensorRT has in int8, told from the graph alone: so a file's size is known beforehand.
+"""Which tensors of a graph TensorRT has in 8 bits, told from the graph alone: so a file's size is known beforehand.
 
-A layer that computes in int8 reads a quantised input.  What lies between two such layers needs nothing: TensorRT moves
-a QuantizeLinear up through operators that only move values, and fuses it into the layer before.  The one exception is
-an addition of two branches: with one side in halves, the layers around it are brought from integers to halves and
-back, and so both its sides are quantised.
+A layer that computes in int8 or FP8 reads a quantised input.  What lies between two such layers needs nothing:
+TensorRT moves a QuantizeLinear up through operators that only move values, and fuses it into the layer before.  The one
+exception is an addition of two branches: with one side in halves, the layers around it are brought from integers to
+halves and back, and so both its sides are quantised.
 """
 
 import dataclasses
@@ -17,16 +17,13 @@ from hirelc_deploy.policy import Compute, Precision
 
 
 def plan(graph: FloatGraph, precisions: Mapping[str, Precision], *, floats: Collection[str] = ()) -> Plan:
-    """The tensors to quantise, and the nodes that read them so: int8 layers, and additions behind int8 convolutions.
+    """The tensors to quantise, and the nodes that read them so: layers in 8 bits, and additions behind int8
+    convolutions.
 
     An addition that is named in `floats` (`Held.computed_by`) reads floats.
     """
     layer_of = {weight: layer for layer, weight in graph.weights.items()}
-    integer = {
-        weight
-        for layer, weight in graph.weights.items()
-        if layer in precisions and precisions[layer].compute is Compute.INT8
-    }
+    integer, fp8 = (weights_in(graph, precisions, compute) for compute in (Compute.INT8, Compute.FP8))
     tensors: dict[str, Held] = {}
     nodes: set[str] = set()
 
@@ -39,7 +36,7 @@ def plan(graph: FloatGraph, precisions: Mapping[str, Precision], *, floats: Coll
 
     for node in graph.model.graph:
         weight = weight_of(node)
-        if weight is not None and weight.name in integer:
+        if weight is not None and weight.name in integer | fp8:
             hold(node.inputs[0], read_by=(layer_of[name_of(weight)],))
         elif _adds_branches(node, integer) and (name := computed_by(node, layer_of)) not in floats:
             for value in node.inputs:
@@ -48,6 +45,15 @@ def plan(graph: FloatGraph, precisions: Mapping[str, Precision], *, floats: Coll
             continue
         nodes.add(name_of(node.outputs[0]))
     return Plan(tensors, frozenset(nodes))
+
+
+def weights_in(graph: FloatGraph, precisions: Mapping[str, Precision], compute: Compute) -> frozenset[str]:
+    """The weights of the layers that compute so."""
+    return frozenset(
+        weight
+        for layer, weight in graph.weights.items()
+        if layer in precisions and precisions[layer].compute is compute
+    )
 
 
 def _adds_branches(node: ir.Node, integer: Collection[str]) -> bool:

@@ -1,12 +1,14 @@
-"""Q/DQ in the flavour of TensorRT: symmetric int8 activations, weights stored as they are computed with, float biases.
+"""Q/DQ in the flavour of TensorRT: symmetric activations, weights stored as they are computed with, float biases.
 
 What ONNX Runtime wants is another file: uint8 activations, quantised biases, codes that nodes decode.  Here a weight is
-an int8 or int4 constant behind one DequantizeLinear, and nothing else is a quantised constant.
+an int8, FP8 or int4 constant behind one DequantizeLinear, and nothing else is a quantised constant.
 
 Written in fp32; `_trt_half` turns all that is not quantised to fp16 behind it, scales included.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,24 +18,35 @@ import torch
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters._base import Stored
 from hirelc_deploy.exporters._calibrate import SIGNED_STEPS
-from hirelc_deploy.exporters._float import FloatGraph, constant, name_of
+from hirelc_deploy.exporters._float import FloatGraph, constant, name_of, weight_of
 from hirelc_deploy.exporters._plan import Plan
 from hirelc_deploy.exporters._qdq import output_axis
 from hirelc_deploy.exporters._trt_half import half_scale
-from hirelc_deploy.kernels import load_format
+from hirelc_deploy.exporters._trt_plan import weights_in
+from hirelc_deploy.kernels import fp8, load_format
 from hirelc_deploy.kernels._base import Grid, Packed, largest_integer, rows_of
 from hirelc_deploy.policy import Compute, PerGroup, Precision
 
-INT4_BITS = 4
+FP8_TYPE = np.dtype(ml_dtypes.float8_e4m3fn)
 
 SMALLEST_SCALE = float(np.finfo(np.float16).tiny)
 """Of an activation: a smaller one would be a subnormal half, of few digits."""
 
 
+@dataclass(frozen=True)
+class Span:
+    """What the values of a tensor span, about zero."""
+
+    magnitude: float
+    """The largest that an integer grid holds: what is beyond is cut off."""
+    widest: float
+    """The largest of all, which floats of 8 bits hold."""
+
+
 def place(
     graph: FloatGraph,
     plan: Plan,
-    magnitudes: Mapping[str, float],
+    spans: Mapping[str, Span],
     precisions: Mapping[str, Precision],
     grids: Mapping[str, Grid] | None,
     *,
@@ -41,12 +54,12 @@ def place(
 ) -> dict[str, Stored]:
     """Write plan and precisions into the graph, in place; layers that are stored in floats stay as they are.
 
-    `magnitudes` holds the largest value that the grid of each tensor of the plan has; `grids` is None for a file of
-    which only the size is asked.  Returns, by layer, how its weights are stored; those in floats are left out.
+    `spans` holds what the grid of each tensor of the plan spans; `grids` is None for a file of which only the size is
+    asked.  Returns, by layer, how its weights are stored; those in floats are left out.
     Raises UserError for a weight that has no form that TensorRT takes.
     """
-    writer = _Writer(graph.model.graph)
-    writer.activations(plan, magnitudes)
+    writer = _Writer(graph.model.graph, weights_in(graph, precisions, Compute.FP8))
+    writer.activations(plan, spans)
     layer_of = {weight: layer for layer, weight in reversed(list(graph.weights.items())) if layer in precisions}
     stored = {}
     for weight, layer in layer_of.items():
@@ -56,41 +69,55 @@ def place(
     return {layer: stored[weight] for layer, weight in graph.weights.items() if weight in stored}
 
 
-def scale_of(magnitude: float) -> np.ndarray:
-    """Of a symmetric int8 grid that holds it: a scalar, float32, exact in fp16."""
-    step = magnitude / SIGNED_STEPS if magnitude > 0 else 1 / SIGNED_STEPS
+def scale_of(magnitude: float, largest: float = SIGNED_STEPS) -> np.ndarray:
+    """Of a symmetric grid that ends with `largest` and holds the magnitude: a scalar, float32, exact in fp16."""
+    step = magnitude / largest if magnitude > 0 else 1 / largest
     return half_scale(np.array(max(step, SMALLEST_SCALE), np.float32))
 
 
 class _Writer:
     """Adds nodes and initializers to one graph."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, in_fp8: Collection[str]) -> None:
+        """`in_fp8` are the weights of layers that compute so."""
         self.graph = graph
-        self.zero: ir.Value | None = None
-        """The zero point that tells QuantizeLinear to write int8; one for all."""
+        self.in_fp8 = in_fp8
+        self.zeros: dict[np.dtype[Any], ir.Value] = {}
+        """The zero points that tell a QuantizeLinear what to write; one of each type for all."""
 
-    def activations(self, plan: Plan, magnitudes: Mapping[str, float]) -> None:
+    def activations(self, plan: Plan, spans: Mapping[str, Span]) -> None:
         values = {name_of(value): value for value in self.graph.inputs}
         values |= {name_of(value): value for node in self.graph for value in node.outputs}
         for name in plan.tensors:
-            self.activation(values[name], scale_of(magnitudes[name]), plan)
+            read_by = [(use.node, use.idx) for use in values[name].uses()]
+            uses = [(node, index) for node, index in read_by if name_of(node.outputs[0]) in plan.integer_nodes]
+            in_fp8 = [(node, index) for node, index in uses if self.is_in_fp8(node)]
+            in_integers = [use for use in uses if use not in in_fp8]
+            self.activation(values[name], in_integers, scale_of(spans[name].magnitude), np.dtype(np.int8))
+            self.activation(values[name], in_fp8, scale_of(spans[name].widest, fp8.LARGEST), FP8_TYPE)
 
-    def activation(self, value: ir.Value, scale: np.ndarray, plan: Plan) -> None:
-        """value -> Q -> DQ, for the nodes of the plan that read it."""
-        if self.zero is None:
-            self.zero = self.constant("zero", np.array(0, np.int8))
-        uses = [use for use in value.uses() if use.node.outputs and name_of(use.node.outputs[0]) in plan.integer_nodes]
+    def is_in_fp8(self, node: ir.Node) -> bool:
+        weight = weight_of(node)
+        return weight is not None and weight.name in self.in_fp8
+
+    def activation(
+        self, value: ir.Value, uses: Sequence[tuple[ir.Node, int]], scale: np.ndarray, kind: "np.dtype[Any]"
+    ) -> None:
+        """value -> Q -> DQ, for the nodes that read it so, each with the number of that input."""
+        if not uses:
+            return
+        if kind not in self.zeros:
+            self.zeros[kind] = self.constant("zero", np.zeros((), kind))
         step = self.constant("scale", scale)
-        quantise = ir.node("QuantizeLinear", [value, step, self.zero])
+        quantise = ir.node("QuantizeLinear", [value, step, self.zeros[kind]])
         dequantise = ir.node("DequantizeLinear", [quantise.outputs[0], step])
         producer = value.producer()
         if producer is None:
             self.graph.insert_before(self.graph[0], [quantise, dequantise])
         else:
             self.graph.insert_after(producer, [quantise, dequantise])
-        for use in uses:
-            use.node.replace_input_with(use.idx, dequantise.outputs[0])
+        for node, index in uses:
+            node.replace_input_with(index, dequantise.outputs[0])
 
     def weight(self, layer: str, name: str, precision: Precision, grid: Grid | None, largest: int) -> Stored:
         """Store one weight as integers and let its readers read them through a DequantizeLinear."""
@@ -100,9 +127,11 @@ class _Writer:
         uses = list(value.uses())
         axis = output_axis(uses[0].node)
         packed = _packed(array, axis, precision, grid, largest)
-        if precision.compute is Compute.INT8:
+        if precision.compute in (Compute.INT8, Compute.FP8):
             codes = _as_read(packed.integers, array.shape, axis)
-            scale, attributes, encoding = packed.scale, {"axis": axis}, "int8"
+            if precision.compute is Compute.FP8:
+                codes = codes.astype(FP8_TYPE)
+            scale, attributes, encoding = packed.scale, {"axis": axis}, str(precision.compute)
         else:
             codes, scale, attributes = _int4(layer, packed, array.shape, axis, precision)
             size = attributes.get("block_size")

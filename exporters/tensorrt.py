@@ -42,7 +42,7 @@ from hirelc_deploy.exporters._trt_build import build, library
 from hirelc_deploy.exporters._trt_half import to_halves
 from hirelc_deploy.exporters._trt_lint import lint
 from hirelc_deploy.exporters._trt_plan import plan
-from hirelc_deploy.exporters._trt_qdq import place, scale_of
+from hirelc_deploy.exporters._trt_qdq import Span, place, scale_of
 from hirelc_deploy.kernels._base import INT8_MAX, Grid
 from hirelc_deploy.policy import FP32, Compute, Precision
 from hirelc_deploy.profiles import Target
@@ -89,12 +89,16 @@ class TensorRt:
         layout = plan(graph, precisions, floats=floats)
         if layout.calibrated and seen is None:
             raise ValueError(f"{len(layout.calibrated)} tensors have no range: observe first")
-        found = {name: magnitude_of((seen or {})[name], Method(ranges)) for name in layout.calibrated}
+        histograms_of = {name: (seen or {})[name] for name in layout.calibrated}
+        spans = {
+            name: Span(magnitude_of(each, Method(ranges)), magnitude_of(each, Method.MIN_MAX))
+            for name, each in histograms_of.items()
+        }
         return _finish(
             graph,
             precisions,
             layout,
-            found,
+            spans,
             grids or {},
             largest=largest,
             ir_version=ir_version,
@@ -140,7 +144,7 @@ class TensorRt:
             small,
             precisions,
             layout,
-            dict.fromkeys(layout.calibrated, 1.0),
+            dict.fromkeys(layout.calibrated, Span(1.0, 1.0)),
             None,
             largest=INT8_MAX,
             ir_version=ir_version,
@@ -212,7 +216,7 @@ def _finish(
     graph: FloatGraph,
     precisions: Mapping[str, Precision],
     layout: Plan,
-    magnitudes: Mapping[str, float],
+    spans: Mapping[str, Span],
     grids: Mapping[str, Grid] | None,
     *,
     largest: int,
@@ -223,7 +227,7 @@ def _finish(
     body = written.model.graph
     in_floats = {weight for layer, weight in graph.weights.items() if _compute(precisions, layer) is Compute.FP32}
     nodes_in_floats = [node for node in body if (weight := weight_of(node)) is not None and weight.name in in_floats]
-    stored = place(written, layout, magnitudes, precisions, grids, largest=largest)
+    stored = place(written, layout, spans, precisions, grids, largest=largest)
     if any(precision.compute is not Compute.FP32 for precision in precisions.values()):
         to_halves(body, in_floats=nodes_in_floats)
     stored |= {layer: _in_floats(written, name) for layer, name in graph.weights.items() if layer not in stored}

@@ -71,7 +71,10 @@ class Compute(StrEnum):
 
 @dataclass(frozen=True)
 class Storage:
-    """How a layer's weights lie in the file; `format` is the name of a file in kernels/, or fp32 or fp16: values."""
+    """How a layer's weights lie in the file; `format` is the name of a file in kernels/, or fp32 or fp16: values.
+
+    A format of one width may have that in its name: fp8.
+    """
 
     format: str
     bits: int
@@ -89,8 +92,8 @@ class Storage:
         found = re.fullmatch(r"([a-z_]+)(\d+)", name)
         if found is None:
             raise UserError(f"{text!r} is no storage", fix="write a format with its bits and granularity: int4/channel")
-        is_values = name in ("fp32", "fp16")
-        return cls(name if is_values else found[1], int(found[2]), parse_granularity(granularity))
+        has_width = name in ("fp32", "fp16", "fp8")
+        return cls(name if has_width else found[1], int(found[2]), parse_granularity(granularity))
 
     def __str__(self) -> str:
         name = self.format if self.format.endswith(str(self.bits)) else f"{self.format}{self.bits}"
@@ -124,6 +127,9 @@ FP16 = Precision(Storage("fp16", 16, PerTensor()), Compute.FP16)
 
 INT8 = Precision(Storage("int", 8, PerChannel()), Compute.INT8)
 """Integer arithmetic on 8-bit weights, one scale an output channel."""
+
+FP8 = Precision(Storage("fp8", 8, PerChannel()), Compute.FP8)
+"""Weights and activations as floats of 8 bits (E4M3), one scale an output channel."""
 
 Step = Literal["prune", "quantize"]
 PRUNE_FIRST: tuple[Step, ...] = ("prune", "quantize")

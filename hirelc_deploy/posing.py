@@ -305,7 +305,14 @@ class Posing:
         batches = bench.look_at(count * LOOKED_AT_BATCH, LOOKED_AT_BATCH)
         model = bench.trainer.original
         met = energies(model, bench.space.layers, batches)
-        return Perturbations(model, batches, met, bench.task.divergence, largest=bench.largest)
+        return Perturbations(
+            model,
+            batches,
+            met,
+            bench.task.divergence,
+            largest=bench.largest,
+            is_symmetric=bench.runtime.is_symmetric,
+        )
 
     @cached_property
     def sensitivity(self) -> Sensitivity:

@@ -53,6 +53,9 @@ ROUNDS_BADLY = 1e-3
 """Of the outputs' variance: what rounding one activation to 8 bits may change.  On the example networks the worst
 tensor changes a tenth of that, most a thousandth."""
 
+CALIBRATED = (Compute.INT8, Compute.FP8)
+"""What a layer computes in whose input is on a grid that calibration chooses."""
+
 GRID = "grid/"
 """What the names of grids begin with, where they are saved beside weights."""
 
@@ -238,7 +241,7 @@ class Workbench:
         How ranges of activations are chosen is decided by the score of the file on the search split.
         """
         graph = self._float_graph(model)
-        methods = self.runtime.range_methods if _has_integers(policy) else ()
+        methods = self.runtime.range_methods if _computes_in(policy, *CALIBRATED) else ()
         if not methods:
             return Written(self._file(graph, policy, grids), {})
         seen = self._observed(graph, policy, self._calibration.arrays())
@@ -336,7 +339,7 @@ class Workbench:
 
     def _in_float(self, policy: Policy) -> frozenset[str]:
         """What stays in float between the policy's int8 layers: rounded to 8 bits it would change the outputs."""
-        return self._floats_between if _has_integers(policy) else frozenset()
+        return self._floats_between if _computes_in(policy, Compute.INT8) else frozenset()
 
     @property
     def _floats_between(self) -> frozenset[str]:
@@ -361,7 +364,7 @@ class Workbench:
 
     def notes_on_rounding(self, policy: Policy) -> tuple[str, ...]:
         """For people: the activations of int8 layers that 8 bits do not hold, and what became of them."""
-        if not _has_integers(policy):
+        if not _computes_in(policy, Compute.INT8):
             return ()
         errors = self.rounding_errors
         left = [(errors.between[name], f"{name} stays in float") for name in sorted(self._in_float(policy))]
@@ -522,9 +525,9 @@ def _recovery(policy: Policy) -> str:
     return f"recovery/{policy.digest()}"
 
 
-def _has_integers(policy: Policy) -> bool:
-    """Whether activations are on grids that calibration chooses."""
-    return any(precision.compute is Compute.INT8 for precision in policy.precisions.values())
+def _computes_in(policy: Policy, *computes: Compute) -> bool:
+    """Whether any layer does so in one of these."""
+    return any(precision.compute in computes for precision in policy.precisions.values())
 
 
 def torch_session(model: nn.Module) -> Callable[["Arrays"], dict[str, Any]]:

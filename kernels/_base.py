@@ -2,7 +2,8 @@
 
 A weight is seen as a matrix, (channels, columns): a row an output channel.  Every format stores small unsigned
 codes and a scale, and decodes to integers that fit into int8: weight = integer * scale.  So a layer can be
-computed in int8 or in fp32, whatever it is stored in, and the decoding is done when a session loads.
+computed in int8 or in fp32, whatever it is stored in, and the decoding is done when a session loads.  (`fp8` alone
+decodes to no integers, and is computed with as it is.)
 
 Three functions agree bit for bit.  `quantise` puts weights on the grid (torch, with gradients, for fine-tuning);
 `pack` gives the codes of those very values; `unpack` writes the ONNX nodes that turn codes into integers.  What they
@@ -71,7 +72,7 @@ class Packed:
     scale: np.ndarray
     """float32, () or (channels,)."""
     integers: np.ndarray
-    """int8, (channels, columns): what the codes decode to."""
+    """(channels, columns): what the codes decode to, int8; of fp8 its numbers, float32."""
 
 
 class Nodes:

@@ -49,6 +49,10 @@ class Cpu(_Table):
     """Instruction sets that decide which kernels run, as `hirelc_deploy.cpu` names them."""
 
 
+FIRST_WITH_FP8 = (8, 9)
+"""Compute capability: Ada."""
+
+
 class Gpu(_Table):
     """The graphics processor of a target."""
 
@@ -58,6 +62,11 @@ class Gpu(_Table):
     """What brings the runtime with it there: JetPack 6.2, TensorRT 10.3."""
     int4_in_pairs: bool = False
     """Whether its TensorRT packs INT4 weights in pairs along their last axis, which then has to be even."""
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether it multiplies matrices of FP8."""
+        return tuple(map(int, self.compute_capability.split("."))) >= FIRST_WITH_FP8
 
 
 class Estimate(_Table):
@@ -130,6 +139,14 @@ class Target(_Table):
             for precision in self.precisions_for(op) or ():
                 if precision.compute not in self.computes_for(op):
                     raise ValueError(f"{op} is stored as {precision}, and computes.{op} lacks {precision.compute}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_fp8_where_it_computes_in_it(self) -> "Target":
+        ops = self.ops_by_compute.get(Compute.FP8, ())
+        if ops and (self.gpu is None or not self.gpu.has_fp8):
+            what = "a CPU" if self.gpu is None else f"compute capability {self.gpu.compute_capability}"
+            raise ValueError(f"{ops[0]} computes in fp8, which {what} does not: it came with 8.9")
         return self
 
     def precisions_for(self, op: str) -> tuple[Precision, ...] | None:

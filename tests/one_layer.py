@@ -24,7 +24,7 @@ from hirelc_deploy.exporters import _weights, load_runtime
 from hirelc_deploy.exporters._base import Exported
 from hirelc_deploy.exporters._float import FloatGraph
 from hirelc_deploy.exporters.onnxruntime import computes
-from hirelc_deploy.kernels import _levels, load_format
+from hirelc_deploy.kernels import _levels, format_names, load_format
 from hirelc_deploy.kernels._base import INT8_MAX, Grid, Nodes, from_rows, rows_of
 from hirelc_deploy.policy import Compute, PerGroup, Precision, Storage
 
@@ -32,6 +32,9 @@ RUNTIME = load_runtime("onnxruntime")
 OPSET, IR_VERSION = 18, 8
 EXAMPLES = 3
 GROUP_SIZES = (4, 32)
+
+DECODED = [name for name in format_names() if load_format(name).native != "fp8"]
+"""The formats that a graph decodes when it is loaded; FP8 is computed with as it is stored."""
 
 DECODING = {"BitShift", "BitwiseAnd", "BitwiseOr", "Cast", "Gather", "Slice", "Split", "Unsqueeze"}
 """Operators that decode weights, and that none of these layers needs for itself."""

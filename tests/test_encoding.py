@@ -18,11 +18,11 @@ from hirelc_deploy.compress.grids import fitted
 from hirelc_deploy.exporters._compact import shorten, to_bytes
 from hirelc_deploy.exporters._float import FloatGraph
 from hirelc_deploy.exporters._weights import Decoded, Weight, decode
-from hirelc_deploy.kernels import format_names, load_format
+from hirelc_deploy.kernels import load_format
 from hirelc_deploy.kernels._base import INT8_MAX, Grid, Nodes, from_rows, rows_of
 from hirelc_deploy.policy import FP32, Compute, PerChannel, Precision, Storage
 
-PRECISIONS = [precision for name in format_names() for precision in one_layer.precisions(name)]
+PRECISIONS = [precision for name in one_layer.DECODED for precision in one_layer.precisions(name)]
 
 # The nodes of a decoding take the short names, so those of the rest can get longer by a letter.
 SLACK_BYTES = 64
@@ -192,7 +192,7 @@ def test_no_file_is_larger_than_with_plain_integers(weights: list[Weight]) -> No
     assert chosen <= plain + SLACK_BYTES
 
 
-@pytest.mark.parametrize("storage", [s for name in format_names() for s in one_layer.storages(name)], ids=str)
+@pytest.mark.parametrize("storage", [s for name in one_layer.DECODED for s in one_layer.storages(name)], ids=str)
 def test_a_large_weight_takes_the_bytes_that_its_format_says(storage: Storage) -> None:
     """Its codes are chosen, unless they and the tables beside them are larger than plain integers."""
     channels, columns = 256, 400

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import one_layer
 import onnx_ir as ir
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from hirelc_deploy import graph, kernels
 from hirelc_deploy.errors import UserError
-from hirelc_deploy.kernels import format_names, load_format
+from hirelc_deploy.kernels import format_names, fp8, load_format
 from hirelc_deploy.kernels._base import INT8_MAX, LARGE, SCALE_FLOOR, Nodes, Packed, from_rows, rows_of
 from hirelc_deploy.kernels._planes import code_type, join, padded, plane_bytes, split
 from hirelc_deploy.policy import Compute, PerChannel, PerTensor, Precision, Storage
 
 STORAGES = [storage for name in format_names() for storage in one_layer.storages(name)]
-PRECISIONS = [precision for name in format_names() for precision in one_layer.precisions(name)]
+DECODED = [storage for name in one_layer.DECODED for storage in one_layer.storages(name)]
+PRECISIONS = [precision for name in one_layer.DECODED for precision in one_layer.precisions(name)]
 
 SATURATES_NOWHERE = 63
 MOST_THAT_SATURATES_NOWHERE = (2**15 - 1) // (2 * 255)  # 64: two products with the largest uint8, added in 16 bits
@@ -162,7 +164,7 @@ def stored_bytes(packed: Packed) -> int:
     return sum(array.nbytes for array in stored)
 
 
-@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize("storage", DECODED, ids=str)
 @settings(max_examples=EXAMPLES)
 @given(rows=weights(), largest=st.sampled_from(list(LARGEST)), energy=st.sampled_from(ENERGIES), is_large=st.booleans())
 def test_what_is_trained_is_what_is_stored(
@@ -184,7 +186,7 @@ def test_codes_run_as_plain_initializers_would(precision: Precision, tmp_path: P
 
 
 @pytest.mark.parametrize("compute", [Compute.INT8, Compute.INT8_DYNAMIC, Compute.FP32])
-@pytest.mark.parametrize("name", format_names())
+@pytest.mark.parametrize("name", one_layer.DECODED)
 def test_plain_integers_run_as_plain_initializers_would(name: str, compute: Compute, tmp_path: Path) -> None:
     precision = Precision(next(one_layer.storages(name)), compute)
     runs_as_plain_initializers_would(precision, tmp_path, encoding=one_layer.PLAIN)
@@ -231,6 +233,43 @@ def test_more_bits_err_less(name: str) -> None:
     for by_bits in errors.values():
         assert by_bits == sorted(by_bits, reverse=True)
         assert len(set(by_bits)) == len(by_bits)
+
+
+@pytest.mark.parametrize("storage", list(one_layer.storages("fp8")), ids=str)
+@settings(max_examples=EXAMPLES)
+@given(rows=weights(), energy=st.sampled_from(ENERGIES))
+def test_fp8_is_stored_as_the_numbers_that_were_trained(storage: Storage, rows: Tensor, energy: str | None) -> None:
+    numbers = load_format("fp8")
+    grid = numbers.fit(rows, storage, largest=INT8_MAX, energy=energy_of(rows, energy))
+    on_grid = numbers.quantise(rows, grid, storage, largest=INT8_MAX)
+    packed = numbers.pack(rows, grid, storage, largest=INT8_MAX)
+    assert torch.isfinite(on_grid).all()
+    assert (grid["scale"] > 0).all()
+    assert np.array_equal(packed.codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32), packed.integers.flatten())
+    assert np.array_equal(values(packed), on_grid.numpy())
+    assert np.array_equal(values(numbers.pack(on_grid, grid, storage, largest=INT8_MAX)), on_grid.numpy())
+    assert numbers.packed_bytes(*rows.shape, storage) == stored_bytes(packed)
+
+
+def test_fp8_rounds_to_three_bits_of_mantissa_and_ends_at_448() -> None:
+    steps = torch.tensor([0.0, 2**-9, 0.4 * 2**-9, 1.06, 1.07, 17.0, 440.0, 500.0, -1e6], requires_grad=True)
+    found = fp8.rounded(steps)
+    assert found.tolist() == [0.0, 2**-9, 0.0, 1.0, 1.125, 16.0, 448.0, 448.0, -448.0]
+    found.sum().backward()
+    assert steps.grad is not None
+    assert steps.grad.tolist() == [1, 1, 1, 1, 1, 1, 1, 0, 0]
+
+
+def test_a_scale_of_fp8_errs_less_than_that_of_the_largest_weight() -> None:
+    rows, storage = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)), Storage("fp8", 8, PerChannel())
+    widest = rows.abs().amax(1, keepdim=True) / fp8.LARGEST
+    fitted = load_format("fp8").fit(rows, storage, largest=INT8_MAX)
+
+    def error(scale: Tensor) -> Tensor:
+        return (fp8.rounded(rows / scale) * scale - rows).square().sum(1)
+
+    assert (error(fitted["scale"]) <= error(widest)).all()
+    assert (error(fitted["scale"]) < error(widest)).any()
 
 
 def test_a_dead_channel_does_not_get_a_scale_that_its_bias_overflows() -> None:

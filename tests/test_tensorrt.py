@@ -10,13 +10,14 @@ import torch
 from exporting import relative_error
 from onnx import TensorProto, numpy_helper
 from torch import nn
-from trt_files import INT4, INT4_BLOCKS, NETWORKS, RUNTIME, Case, case
+from trt_files import INT4, INT4_BLOCKS, NETWORKS, OPSET, RUNTIME, Case, case, noise
 
 from hirelc_deploy import graph
 from hirelc_deploy.compress.grids import fitted, put_on
+from hirelc_deploy.compress.simulate import simulated
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters._calibrate import Histogram, Method, magnitude_of
-from hirelc_deploy.policy import FP16, INT8, Precision
+from hirelc_deploy.policy import FP8, FP16, INT8, Precision
 
 # Rounding in 32-bit floats over sums of a few hundred products.
 FLOAT_TOLERANCE = 1e-5
@@ -27,7 +28,10 @@ HALF_TOLERANCE = 2e-3
 # Half a step in 127 at either side of each layer.
 INT8_TOLERANCE = 0.03
 
-TOLERANCE = {None: FLOAT_TOLERANCE, FP16: HALF_TOLERANCE, INT8: INT8_TOLERANCE}
+# Half a step of a sixteenth at either side of each layer.
+FP8_TOLERANCE = 0.15
+
+TOLERANCE = {None: FLOAT_TOLERANCE, FP16: HALF_TOLERANCE, INT8: INT8_TOLERANCE, FP8: FP8_TOLERANCE}
 
 
 def run(network: Case, data: bytes, folder: Path, examples: int | None = None) -> dict[str, np.ndarray]:
@@ -42,7 +46,7 @@ def reference(model: nn.Module, network: Case, examples: int | None = None) -> d
     return {name: output.numpy() for name, output in outputs.items()}
 
 
-@pytest.mark.parametrize("precision", [None, FP16, INT8], ids=str)
+@pytest.mark.parametrize("precision", [None, FP16, INT8, FP8], ids=str)
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_a_file_is_the_model_at_every_batch_size(name: str, precision: Precision | None, tmp_path: Path) -> None:
     network = case(name)
@@ -69,7 +73,7 @@ def test_int4_weights_are_the_decoded_values(precision: Precision, tmp_path: Pat
     assert exported.layers["inner"].bytes == 64 * 64 // 2 + 2 * 64
 
 
-@pytest.mark.parametrize("precision", [None, FP16, INT8, INT4], ids=str)
+@pytest.mark.parametrize("precision", [None, FP16, INT8, FP8, INT4], ids=str)
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_the_size_is_told_before_a_file_is_written(name: str, precision: Precision | None) -> None:
     network = case(name)
@@ -77,6 +81,40 @@ def test_the_size_is_told_before_a_file_is_written(name: str, precision: Precisi
     shapes = {key: tuple(tensor.shape) for key, tensor in network.model.state_dict().items()}
     told = RUNTIME.predicted_bytes(network.graph, shapes, precisions, ir_version=10, metadata={"tool": "x"})
     assert told == len(network.write(precisions, metadata={"tool": "x"}).data)
+
+
+def test_fp8_computes_what_fine_tuning_simulates(tmp_path: Path) -> None:
+    network = case("attention")
+    precisions = network.precisions(FP8, nn.Linear)
+    exported = network.write(precisions)
+    grids = fitted(network.model, precisions, {}, largest=127)
+    with simulated(network.model, precisions, grids, largest=127, is_symmetric=True) as simulation:
+        simulation.calibrate([{name: torch.from_numpy(array) for name, array in network.inputs.items()}])
+        expected = reference(network.model, network)
+    found = run(network, exported.data, tmp_path)
+    # a value that lies between two numbers of FP8 can be rounded to the other one: a step is a sixteenth
+    assert relative_error(found, expected) < FP8_TOLERANCE / 10
+    assert relative_error(found, reference(network.model, network)) > 2 * relative_error(found, expected)
+    kinds = {tensor.name: tensor.data_type for tensor in onnx.load_from_string(exported.data).graph.initializer}
+    assert {kinds[exported.layers[name].tensor] for name in precisions} == {TensorProto.FLOAT8E4M3FN}
+    # a byte a weight, and a scale of two bytes a channel
+    rows, columns = network.model.get_submodule("head").get_parameter("weight").shape
+    assert exported.layers["head"].bytes == rows * columns + 2 * rows
+
+
+def test_a_tensor_that_layers_read_in_int8_and_in_fp8_has_both_grids(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"whole": nn.Linear(8, 6), "real": nn.Linear(8, 6), "halves": nn.Linear(8, 6)})
+    model.forward = lambda x: model["whole"](x) + model["real"](x) + model["halves"](x)  # type: ignore[method-assign]
+    inputs = {"x": noise(8)}
+    network = Case(model.eval(), inputs, RUNTIME.float_graph(model, inputs, opset=OPSET))
+    exported = network.write({"whole": INT8, "real": FP8, "halves": FP16})
+    file = onnx.load_from_string(exported.data).graph
+    zeros = {tensor.name: tensor.data_type for tensor in file.initializer}
+    quantised = [node for node in file.node if node.op_type == "QuantizeLinear"]
+    assert sorted(zeros[node.input[2]] for node in quantised) == [TensorProto.INT8, TensorProto.FLOAT8E4M3FN]
+    assert len({node.input[0] for node in quantised}) == 1
+    assert relative_error(run(network, exported.data, tmp_path), reference(model, network)) < FP8_TOLERANCE
 
 
 def test_layers_can_stay_in_fp32_among_halves(tmp_path: Path) -> None:

@@ -150,6 +150,25 @@ def test_the_search_space_is_what_the_profile_says(board: str) -> None:
     )
 
 
+def test_a_board_with_fp8_multiplies_in_it_and_convolves_in_halves(board: str, tmp_path: Path) -> None:
+    with_fp8 = TARGET.replace('"8.7"', '"8.9"').replace("int8 = 8000.0", "int8 = 8000.0, fp8 = 4000.0")
+    with_fp8 = with_fp8.replace('Linear = ["fp32", "fp16", "int8"]', 'Linear = ["fp32", "fp16", "int8", "fp8"]')
+    with_fp8 = with_fp8.replace('Linear = ["int8/channel->int8"', 'Linear = ["int8/channel->int8", "fp8/channel->fp8"')
+    Path(board).write_text(with_fp8, encoding="utf-8")
+    outcome = export(tmp_path, board, recipe="compute=fp8", max_drop=5.0)
+    manifest = outcome.manifest
+    assert outcome.status is ExitStatus.UNVERIFIED
+    assert manifest.measured.size_bytes == manifest.predicted.size_bytes
+    assert abs(manifest.measured.drop_points or 0.0) < 2.0
+    assert {(layer.name, layer.storage, layer.compute) for layer in manifest.layers if layer.name == "head"} == {
+        ("head", "fp8/channel", "fp8")
+    }
+    assert {layer.compute for layer in manifest.layers if layer.name != "head"} == {"fp16"}
+    # what was decided can be built again
+    policy = outcome.folder / "policy.json"
+    assert export(tmp_path / "again", board, policy=policy).manifest.measured.size_bytes == manifest.measured.size_bytes
+
+
 def test_a_packed_format_is_refused_by_what_there_is(board: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no layer of this network can be") as refused:
         export(tmp_path, board, recipe="storage=codebook3,compute=fp32")
@@ -182,6 +201,11 @@ def test_a_search_chooses_among_what_the_board_holds(
         ('Linear = ["fp32", "fp16", "int8"]', 'Linear = ["fp32", "fp16"]', "computes.Linear lacks int8"),
         ('compute_capability = "8.7"', 'compute_capability = "87"', "gpu.compute_capability"),
         ("int4_in_pairs", "int4_in_pair", "unknown key 'gpu.int4_in_pair'"),
+        (
+            'Linear = ["fp32", "fp16", "int8"]',
+            'Linear = ["fp32", "fp16", "int8", "fp8"]',
+            "Linear computes in fp8, which compute capability 8.7 does not",
+        ),
     ],
 )
 def test_a_profile_that_says_nonsense_is_refused(board: str, old: str, new: str, what: str) -> None:

@@ -2,13 +2,14 @@
 
 import onnx
 import pytest
+from torch import nn
 from trt_files import INT4, INT4_BLOCKS, NETWORKS, case
 
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import _trt_build
 from hirelc_deploy.exporters._trt_build import build, library, nearest_capability
 from hirelc_deploy.exporters._trt_exec import operators_by_layer
-from hirelc_deploy.policy import FP16, INT8, Precision
+from hirelc_deploy.policy import FP8, FP16, INT8, Precision
 
 needs_library = pytest.mark.skipif(
     library() is None, reason="neither tensorrt_rtx nor tensorrt is installed: pip install hirelc-deploy[tensorrt-rtx]"
@@ -58,6 +59,17 @@ def test_every_form_is_built(name: str, precision: Precision | None) -> None:
 def test_int4_in_blocks_is_built() -> None:
     network = case("words")
     assert build(network.write({"inner": INT4_BLOCKS, "head": FP16}).data, "8.6").data
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["attention", "words"])
+def test_fp8_is_built_from_ada_on(name: str) -> None:
+    network = case(name)
+    exported = network.write(network.precisions(FP8, nn.Linear))
+    for capability in ("8.9", "12.0"):
+        assert len(build(exported.data, capability, layers=exported.tensors).data) > 10_000
+    with pytest.raises(UserError, match="no engine for SM86: SM86 has no FP8"):
+        build(exported.data, "8.6", layers=exported.tensors)
 
 
 @needs_library

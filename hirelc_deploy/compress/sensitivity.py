@@ -66,14 +66,17 @@ class Perturbations:
         divergence: Divergence,
         *,
         largest: int,
+        is_symmetric: bool,
     ) -> None:
-        """`energies` as `compress.inputs` has them; `largest` bounds the integers of int8 layers."""
+        """`energies` as `compress.inputs` has them; `largest` bounds the integers of int8 layers, and `is_symmetric`
+        says that their activations are on grids about zero."""
         # convolutions run half again as fast; nothing else notices
         self._model = model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._batches = batches
         self._energies = energies
         self._divergence = divergence
         self._largest = largest
+        self._is_symmetric = is_symmetric
         self._original = _outputs(model, batches)
 
     def of_model(self, other: nn.Module) -> float:
@@ -88,7 +91,10 @@ class Perturbations:
 
     def of_input(self, layer: str, compute: Compute, storage: Storage) -> float:
         """What a layer reads on a grid of 8 bits, and nothing else changed."""
-        with simulated(self._model, {layer: Precision(storage, compute)}, {}, largest=self._largest) as simulation:
+        precisions = {layer: Precision(storage, compute)}
+        with simulated(
+            self._model, precisions, {}, largest=self._largest, is_symmetric=self._is_symmetric
+        ) as simulation:
             simulation.calibrate(self._batches)
             return self._from_original(_outputs(self._model, self._batches))
 

@@ -1,4 +1,4 @@
-"""The arithmetic of the file while PyTorch trains: weights on the grid that is stored, activations on uint8.
+"""The arithmetic of the file while PyTorch trains: weights on the grid that is stored, activations on theirs.
 
 A `Simulation` is put on a model and taken off again; what stays is the float weights that were trained under
 it.  Rounding passes gradients straight through (Bengio et al., 2013).
@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from hirelc_deploy.compress.fold import Pairs, along_channels, channel_factor
 from hirelc_deploy.compress.grids import output_axis
 from hirelc_deploy.graph import forward
-from hirelc_deploy.kernels import load_format
+from hirelc_deploy.kernels import fp8, load_format
 from hirelc_deploy.kernels._base import Grid, floored, from_rows, largest_integer, rows_of
 from hirelc_deploy.policy import Compute, Precision, Storage
 
@@ -104,6 +104,14 @@ class ActivationGrid:
         self.high = self.high.lerp(x.amax(), RANGE_MOMENTUM)
 
 
+class Fp8Grid(ActivationGrid):
+    """The numbers of FP8 whose largest is the tensor's."""
+
+    def round(self, x: Tensor) -> Tensor:
+        step = torch.maximum(-self.low, self.high).clamp(min=torch.finfo(torch.float32).tiny) / fp8.LARGEST
+        return fp8.rounded(x / step) * step
+
+
 class Ranges(Enum):
     """What a forward pass does with the ranges of activations."""
 
@@ -130,13 +138,14 @@ class Simulation:
         is_symmetric: bool = False,
     ) -> None:
         """`largest` bounds the integers of int8 layers, as in the file; `norms` are the BatchNorms to be folded;
-        `is_symmetric` says that the grids of activations are int8 about zero, and not uint8.
+        `is_symmetric` says that integer grids of activations are int8 about zero, and not uint8.
 
         A layer without a grid keeps its weight: it is on its grid already, or is not to be rounded.  Layers that the
         model no longer has are passed over.
         """
         self.grids = {}
-        self._is_symmetric = is_symmetric
+        self._kinds: dict[str, Callable[[Tensor, Tensor], ActivationGrid]] = {}
+        self._of_integers = partial(ActivationGrid, is_symmetric=is_symmetric)
         self._model = model
         self._ranges = Ranges.HOLD
         self._weights: dict[nn.Module, StoredWeight] = {}
@@ -169,8 +178,13 @@ class Simulation:
                 self._weights[layer] = stored[key]
                 self._names[layer] = name
                 parametrize.register_parametrization(layer, "weight", stored[key], unsafe=True)
-            rounded = {Compute.INT8: self._rounding(name), Compute.INT8_DYNAMIC: self._by_itself}.get(precision.compute)
+            rounded = {
+                Compute.INT8: self._rounding(name),
+                Compute.INT8_DYNAMIC: self._by_itself,
+                Compute.FP8: self._rounding(name),
+            }.get(precision.compute)
             if rounded is not None:
+                self._kinds[name] = Fp8Grid if precision.compute is Compute.FP8 else self._of_integers
                 self._hooks.append(layer.register_forward_pre_hook(_on_input(rounded), with_kwargs=True))
 
     def train(self, mode: bool) -> None:
@@ -206,7 +220,7 @@ class Simulation:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         names = {key.rpartition(".")[0] for key in state}
-        self.grids = {name: self._grid(state[f"{name}.low"], state[f"{name}.high"]) for name in names}
+        self.grids = {name: self._grid(name, state[f"{name}.low"], state[f"{name}.high"]) for name in names}
 
     def remove(self) -> None:
         """Take the formats off; the weights are the float ones that were trained."""
@@ -223,8 +237,8 @@ class Simulation:
         seen = x.detach()
         return ActivationGrid(seen.amin(), seen.amax()).round(x)
 
-    def _grid(self, low: Tensor, high: Tensor) -> ActivationGrid:
-        return ActivationGrid(low, high, is_symmetric=self._is_symmetric)
+    def _grid(self, name: str, low: Tensor, high: Tensor) -> ActivationGrid:
+        return self._kinds[name.partition("#")[0]](low, high)
 
     def _rounding(self, name: str) -> Callable[[Tensor], Tensor]:
         def rounded(x: Tensor) -> Tensor:
@@ -239,7 +253,7 @@ class Simulation:
         if name not in self.grids:
             if self._ranges is Ranges.HOLD:
                 raise ValueError(f"the input of {name} has no range: calibrate first")
-            self.grids[name] = self._grid(seen.amin(), seen.amax())
+            self.grids[name] = self._grid(name, seen.amin(), seen.amax())
         grid = self.grids[name]
         if self._ranges is Ranges.CALIBRATE:
             grid.widen(seen)

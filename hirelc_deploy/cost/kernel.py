@@ -20,7 +20,7 @@ from hirelc_deploy.policy import Compute
 Role = Literal["x", "w"]
 
 FLOAT_BYTES = 4
-BYTES = {Compute.INT8: 1, Compute.FP16: 2}
+BYTES = {Compute.INT8: 1, Compute.FP8: 1, Compute.FP16: 2}
 """Of a value that is read or written, where it is not a float of 32 bits."""
 
 FEW = 4

@@ -17,7 +17,7 @@ from hirelc_deploy.search.space import Choice, Evaluation, SearchSpace
 FASTEST = "fastest"
 
 LADDER_KEEP_PERCENT = (100.0, 75.0, 50.0, 37.5, 25.0, 12.5)
-LADDER_COMPUTE = (Compute.INT8, Compute.FP16, Compute.FP32)
+LADDER_COMPUTE = (Compute.INT8, Compute.FP8, Compute.FP16, Compute.FP32)
 
 Predict = Callable[[Policy], Figures]
 """Size and latency of a policy; the drop stays unknown."""

@@ -12,13 +12,13 @@ import numpy as np
 import one_layer
 
 from hirelc_deploy.exporters.onnxruntime import COMPUTE_OF
-from hirelc_deploy.kernels import format_names, load_format
+from hirelc_deploy.kernels import load_format
 
 
 def main(folder: Path) -> None:
     """A folder a file: codes.onnx, plain.onnx and today's outputs."""
     files = {}
-    for name in format_names():
+    for name in one_layer.DECODED:
         for bits in load_format(name).bits:
             for turn, _ in enumerate(sorted(load_format(name).computes)):
                 file = folder / f"{name}{bits}-{turn}"
