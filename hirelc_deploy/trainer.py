@@ -124,7 +124,7 @@ class Trainer:
         if not epochs:
             return self._corrected(pruned, policy)
         if policy.order == QUANTIZE_FIRST and self._is_smaller(pruned):
-            first = replace(self._fine_tuning, epochs=epochs // 2, rate=self._fine_tuning.gentle_rate)
+            first = replace(self._fine_tuning, epochs=epochs // 2)
             second = replace(self._fine_tuning, epochs=epochs - epochs // 2)
             model, grids = self._quantised_first(policy, name, (first, None), (second, None))
         else:
@@ -135,13 +135,14 @@ class Trainer:
     def _fine_tuned(self, pruned: Pruned, policy: Policy, name: str) -> tuple[nn.Module, dict[str, Grid]]:
         """Trained under the formats.
 
-        With all channels there, a network that was corrected is near where it should be: it is trained gently from
-        there, as it will be stored.  Once channels are gone there is much to learn, and BatchNorm helps with it.
+        With all channels there, a network that was corrected is near where it should be: it is trained from there, as
+        it will be stored.  Once channels are gone there is much to learn, and BatchNorm helps with it.
         """
         if not self._is_smaller(pruned):
             model, grids = self._corrected(pruned, policy)
-            settings = replace(self._fine_tuning, rate=self._fine_tuning.gentle_rate)
-            return (model, self._distilled(model, policy, grids, {}, settings, name)) if grids else (model, grids)
+            if grids:
+                grids = self._distilled(model, policy, grids, {}, self._fine_tuning, name)
+            return model, grids
         return self._relearned(pruned.model, policy, self._fine_tuning, name)
 
     def _relearned(
@@ -237,16 +238,15 @@ class Trainer:
         """The policy's network after a training of seconds, norms folded, every weight on its grid."""
         pruned = self._pruned(policy)
         once = replace(self._fine_tuning, epochs=1)
-        gently = replace(once, rate=once.gentle_rate)
         if not self._is_smaller(pruned):
             model = pruned.model
             norms = present(self._norms, model)
             grids = self._fitted(model, policy, norms)
             if grids:
-                grids = self._distilled(model, policy, grids, norms, gently, name, self._recovery(0, 1))
+                grids = self._distilled(model, policy, grids, norms, once, name, self._recovery(0, 1))
             model = self._folded(model)
         elif policy.order == QUANTIZE_FIRST:
-            stages = (gently, self._recovery(0, 2)), (once, self._recovery(1, 2))
+            stages = (once, self._recovery(0, 2)), (once, self._recovery(1, 2))
             model, grids = self._quantised_first(policy, name, *stages)
         else:
             model, grids = self._relearned(pruned.model, policy, once, name, self._recovery(0, 1))

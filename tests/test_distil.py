@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from hirelc_deploy.compress import distil as module
 from hirelc_deploy.compress.batchnorm import reestimate
-from hirelc_deploy.compress.distil import FineTuning, Teacher, as_tensors, distil
+from hirelc_deploy.compress.distil import (
+    LEAST_RATE,
+    MOST_RATE,
+    FineTuning,
+    Teacher,
+    as_tensors,
+    distance_of,
+    distil,
+    parameters_of,
+    peak_rate,
+)
 from hirelc_deploy.compress.fold import fold
 from hirelc_deploy.compress.grids import fitted, put_on
 from hirelc_deploy.compress.simulate import Simulation, StoredWeight, simulated
@@ -280,6 +290,27 @@ def test_epochs_that_are_done_are_not_read_again(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module.Batches, "shuffled", noted)
     train(build(), checkpoints=checkpoints)
     assert epochs == [1]
+
+
+def test_the_rate_grows_with_the_error_that_is_to_be_mended_and_with_narrowness() -> None:
+    assert peak_rate(1.5e-3, distance=1.0, kept=1.0) == pytest.approx(1.5e-3)
+    assert peak_rate(1.5e-3, distance=0.25, kept=1.0) == pytest.approx(0.75e-3)
+    assert peak_rate(1.5e-3, distance=1.0, kept=0.25) == pytest.approx(3e-3)
+    assert peak_rate(1.5e-3, distance=0.0, kept=1.0) == peak_rate(1.5e-3, distance=float("nan"), kept=1.0) == LEAST_RATE
+    assert peak_rate(1.5e-3, distance=float("inf"), kept=0.5) == peak_rate(1.5e-3, 1.0, 1e-6) == MOST_RATE
+
+
+def test_how_far_a_network_is_from_the_original() -> None:
+    teacher = build()
+    known = Teacher(teacher, task().train)
+    assert distance_of(build(), known, task().train, seed=0) == pytest.approx(0.0, abs=1e-12)
+    student = student_of(teacher)
+    with torch.no_grad():
+        variance = torch.cat([teacher(**inputs) for inputs in batches(task())]).var(correction=0)
+    # batches of 15, 15 and 14 count alike
+    wanted = distance(student, teacher) / float(variance)
+    assert distance_of(student, known, task().train, seed=0) == pytest.approx(wanted, rel=0.05)
+    assert parameters_of(student) == sum(p.numel() for p in teacher.parameters()) == known.parameters
 
 
 def test_the_seed_alone_decides_and_the_random_state_stays() -> None:

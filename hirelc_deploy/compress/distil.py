@@ -38,10 +38,8 @@ class FineTuning:
 
     epochs: int
     seed: int = 0
-    rate: float = 2e-3
-    """Peak of Adam's rate; it rises linearly, then falls along a cosine to zero."""
-    gentle_rate: float = 5e-4
-    """The same for a network that lacks no channel, and has only to get used to its formats."""
+    rate: float = 1.5e-3
+    """Peak of Adam's rate for a network as wide as the original whose outputs are wrong altogether (`peak_rate`)."""
     weight_decay: float = 1e-4
     task_weight: float = 0.5
     """Weight of the task's own loss beside the distance to the original's outputs."""
@@ -49,6 +47,23 @@ class FineTuning:
 
 SETTLED = 0.25
 """Part of the steps, the last ones, in which BatchNorm no longer follows the batches."""
+
+
+LEAST_RATE, MOST_RATE = 2.5e-4, 8e-3
+"""A peak is between these."""
+
+LOOKED_AT = 512
+"""Examples from which it is told how far a network is from the original."""
+
+
+def peak_rate(rate: float, distance: float, kept: float) -> float:
+    """The peak of Adam's rate for a network this far from the original, with this part of its parameters.
+
+    In proportion to the error that is to be mended, the root of the mean squared one, and to the width of what is left:
+    a step of Adam moves every weight by as much, so that a sum over fewer of them moves less (as in muP, arXiv
+    2203.03466).  docs/fine-tuning.md has the measurements.
+    """
+    return min(max(LEAST_RATE, rate * math.sqrt(distance / kept)), MOST_RATE)  # the least if the distance is NaN
 
 
 class Checkpoints(Protocol):
@@ -70,6 +85,7 @@ class Teacher:
     def __init__(self, model: nn.Module, train: Batches, *, cache_bytes: int = CACHE_BYTES) -> None:
         self._model = model.eval()
         self._train = train
+        self.parameters = parameters_of(model)
         self._cached: dict[str, Tensor] | None = None
         self._variance: dict[str, float] = {}
         self._read(cache_bytes)
@@ -157,7 +173,8 @@ def distil(
     """Train `student` in place, under its simulated formats, towards the original and the task's targets.
 
     For the last SETTLED part of the steps BatchNorm uses its statistics, which `settle` estimates once before: what
-    is trained then are the very numbers that are stored.  `name` tells this fine-tuning's checkpoint from others';
+    is trained then are the very numbers that are stored.  How fast it learns follows from how far it is from the
+    original (`peak_rate`).  `name` tells this fine-tuning's checkpoint from others';
     `advance` is called after each epoch, those that a checkpoint holds included.  Raises UserError if the loss is not
     finite, or if no parameter may be trained.
     """
@@ -170,14 +187,19 @@ def distil(
     steps_per_epoch = math.ceil(task.train.examples / task.train.batch)
     steps = settings.epochs * steps_per_epoch
     settled_from = round((1 - SETTLED) * steps)
-    optimizer = torch.optim.AdamW(_groups(student, settings.weight_decay), lr=settings.rate)
+    state = checkpoints.load_state(name)
+    rate = settings.rate  # a checkpoint holds the one that it began with
+    if state is None:
+        kept = parameters_of(student) / teacher.parameters
+        rate = peak_rate(rate, distance_of(student, teacher, task.train, settings.seed), kept)
+    optimizer = torch.optim.AdamW(_groups(student, settings.weight_decay), lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     held = _Held(student, simulation, optimizer, schedule)
     # convolutions train half again as fast; nothing else notices
     student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's own types
     with torch.random.fork_rng():  # dropout draws from torch's own generator
         torch.manual_seed(settings.seed)
-        done = held.restore(checkpoints.load_state(name))
+        done = held.restore(state)
         for _ in range(done // steps_per_epoch):
             advance("from the checkpoint")
         saved = time.monotonic()
@@ -215,6 +237,26 @@ def distil(
                 advance(f"loss {loss.item():.3f}")
     simulation.train(False)
     student.eval()
+
+
+def parameters_of(model: nn.Module) -> int:
+    """Entries of all parameters but those of number formats."""
+    of_grids = _of_grids(model)
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in of_grids)
+
+
+@torch.no_grad()
+def distance_of(student: nn.Module, teacher: Teacher, train: Batches, seed: int) -> float:
+    """How far a network is from the original on some train examples, in units of the outputs' variance."""
+    student.eval()
+    distances, seen = [], 0
+    for positions, inputs, target in train.shuffled(seed, 0):
+        outputs = forward(student, as_tensors(inputs))
+        distances.append(teacher.distance(outputs, teacher.outputs(positions, inputs)).item())
+        seen += len(target)
+        if seen >= LOOKED_AT:
+            break
+    return sum(distances) / len(distances)
 
 
 def as_tensors(inputs: Inputs) -> dict[str, Tensor]:
