@@ -114,7 +114,7 @@ def test_the_page_of_number_formats_is_that_of_the_result_files(monkeypatch: pyt
     assert number_formats.with_highlights(README) == README
 
 
-@pytest.mark.parametrize("name", ["order", "search_methods", "starting_points"])
+@pytest.mark.parametrize("name", ["fine_tuning", "order", "search_methods", "starting_points"])
 def test_a_page_is_that_of_its_result_files(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     benchmark = import_module(name)
