@@ -199,8 +199,8 @@ scales for an activation, scales that are not positive, unknown operators (`test
 way). Refused by the lint alone, since TensorRT 10 refuses it or no int8 kernel reads it: quantised constants other
 than weights, uint8 activations, scales along another axis than a weight's outputs, computed scales, newer opsets.
 FP8 convolutions are built as well, but NVIDIA's documentation names matrix products alone, so targets offer FP8 to
-Linear layers.  TensorRT 10's parser also refuses INT4 weights whose last axis is odd, which is that of every convolution of 1 x 1 or
-3 x 3: targets say so with `int4_in_pairs`.
+Linear layers. TensorRT 10's parser also refuses INT4 weights whose last axis is odd, which is that of every convolution
+of 1 x 1 or 3 x 3: targets say so with `int4_in_pairs`.
 
 ## Sizes
 
