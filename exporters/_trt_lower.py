@@ -13,7 +13,7 @@ import onnx_ir as ir
 from hirelc_deploy.cost.network import Condition
 from hirelc_deploy.exporters._float import name_of
 from hirelc_deploy.exporters._lower import Lowering
-from hirelc_deploy.policy import Compute
+from hirelc_deploy.policy import CALIBRATED, Compute
 
 POINTWISE = {"Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu", "HardSigmoid", "HardSwish", "Gelu", "Elu", "Erf"} | {
     "Add",
@@ -34,9 +34,6 @@ FREE = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity", "
 
 TAKES_ALONG = {"MatMul"}
 """Operators without weights that do on the way out what layers do."""
-
-
-IN_8_BITS = frozenset({Compute.INT8, Compute.FP8})
 
 
 class TensorRtLowering(Lowering):
@@ -68,18 +65,18 @@ class TensorRtLowering(Lowering):
     def borders_of(self, value: ir.Value) -> None:
         """A QuantizeLinear of its own where no layer before can take it along, and a Cast beside layers in fp32."""
         readers = [layer for use in value.uses() if (layer := self.layer(use.node)) is not None]
-        in_8_bits = [layer for layer in readers if IN_8_BITS & set(self.computes[layer])]
+        in_8_bits = [layer for layer in readers if CALIBRATED & set(self.computes[layer])]
         before = self._layer_before(value, through=POINTWISE | FREE)
         if in_8_bits:
             wanted = self.state(
                 f"quantised {name_of(value)}",
                 "any",
-                [Condition(layer, IN_8_BITS & set(self.computes[layer])) for layer in in_8_bits],
+                [Condition(layer, CALIBRATED & set(self.computes[layer])) for layer in in_8_bits],
             )
             self.border("QuantizeLinear", value, wanted, None if before is None else self._is_not_in_8_bits(before))
 
     def _is_not_in_8_bits(self, layer: str) -> Condition:
-        return Condition(layer, frozenset(self.computes[layer]) - IN_8_BITS)
+        return Condition(layer, frozenset(self.computes[layer]) - CALIBRATED)
 
     def _is_taken_along(self, node: ir.Node) -> bool:
         """Whether the kernel before it does its work on the way, and that of all others that read the same tensor."""

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from hirelc_deploy.exporters._float import FloatGraph, name_of, weight_of
 from hirelc_deploy.exporters._plan import ACTIVATIONS, Held, Plan, computed_by
-from hirelc_deploy.policy import Compute, Precision
+from hirelc_deploy.policy import CALIBRATED, Compute, Precision
 
 
 def plan(graph: FloatGraph, precisions: Mapping[str, Precision], *, floats: Collection[str] = ()) -> Plan:
@@ -23,7 +23,7 @@ def plan(graph: FloatGraph, precisions: Mapping[str, Precision], *, floats: Coll
     An addition that is named in `floats` (`Held.computed_by`) reads floats.
     """
     layer_of = {weight: layer for layer, weight in graph.weights.items()}
-    integer, fp8 = (weights_in(graph, precisions, compute) for compute in (Compute.INT8, Compute.FP8))
+    in_8_bits, integer = (weights_in(graph, precisions, computes) for computes in (CALIBRATED, {Compute.INT8}))
     tensors: dict[str, Held] = {}
     nodes: set[str] = set()
 
@@ -36,7 +36,7 @@ def plan(graph: FloatGraph, precisions: Mapping[str, Precision], *, floats: Coll
 
     for node in graph.model.graph:
         weight = weight_of(node)
-        if weight is not None and weight.name in integer | fp8:
+        if weight is not None and weight.name in in_8_bits:
             hold(node.inputs[0], read_by=(layer_of[name_of(weight)],))
         elif _adds_branches(node, integer) and (name := computed_by(node, layer_of)) not in floats:
             for value in node.inputs:
@@ -47,12 +47,12 @@ def plan(graph: FloatGraph, precisions: Mapping[str, Precision], *, floats: Coll
     return Plan(tensors, frozenset(nodes))
 
 
-def weights_in(graph: FloatGraph, precisions: Mapping[str, Precision], compute: Compute) -> frozenset[str]:
-    """The weights of the layers that compute so."""
+def weights_in(graph: FloatGraph, precisions: Mapping[str, Precision], computes: Collection[Compute]) -> frozenset[str]:
+    """The weights of the layers that compute in one of these."""
     return frozenset(
         weight
         for layer, weight in graph.weights.items()
-        if layer in precisions and precisions[layer].compute is compute
+        if layer in precisions and precisions[layer].compute in computes
     )
 
 

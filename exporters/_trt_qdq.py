@@ -25,7 +25,7 @@ from hirelc_deploy.exporters._trt_half import half_scale
 from hirelc_deploy.exporters._trt_plan import weights_in
 from hirelc_deploy.kernels import fp8, load_format
 from hirelc_deploy.kernels._base import Grid, Packed, largest_integer, rows_of
-from hirelc_deploy.policy import Compute, PerGroup, Precision
+from hirelc_deploy.policy import CALIBRATED, Compute, PerGroup, Precision
 
 FP8_TYPE = np.dtype(ml_dtypes.float8_e4m3fn)
 
@@ -58,7 +58,7 @@ def place(
     asked.  Returns, by layer, how its weights are stored; those in floats are left out.
     Raises UserError for a weight that has no form that TensorRT takes.
     """
-    writer = _Writer(graph.model.graph, weights_in(graph, precisions, Compute.FP8))
+    writer = _Writer(graph.model.graph, weights_in(graph, precisions, {Compute.FP8}))
     writer.activations(plan, spans)
     layer_of = {weight: layer for layer, weight in reversed(list(graph.weights.items())) if layer in precisions}
     stored = {}
@@ -127,7 +127,7 @@ class _Writer:
         uses = list(value.uses())
         axis = output_axis(uses[0].node)
         packed = _packed(array, axis, precision, grid, largest)
-        if precision.compute in (Compute.INT8, Compute.FP8):
+        if precision.compute in CALIBRATED:
             codes = _as_read(packed.integers, array.shape, axis)
             if precision.compute is Compute.FP8:
                 codes = codes.astype(FP8_TYPE)

@@ -69,6 +69,10 @@ class Compute(StrEnum):
     FP8 = "fp8"
 
 
+CALIBRATED = frozenset({Compute.INT8, Compute.FP8})
+"""What reads a layer's input on a grid of 8 bits that calibration has chosen."""
+
+
 @dataclass(frozen=True)
 class Storage:
     """How a layer's weights lie in the file; `format` is the name of a file in kernels/, or fp32 or fp16: values.

@@ -32,7 +32,7 @@ from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import RoundingErrors
 from hirelc_deploy.graph import forward, shapes_after
 from hirelc_deploy.kernels._base import Grid
-from hirelc_deploy.policy import FP16, INT8, Compute, Policy, Precision
+from hirelc_deploy.policy import CALIBRATED, FP16, INT8, Compute, Policy, Precision
 from hirelc_deploy.pool import Engine, in_turn
 from hirelc_deploy.pricing import Pricing
 from hirelc_deploy.search.space import Evaluation
@@ -52,9 +52,6 @@ if TYPE_CHECKING:
 ROUNDS_BADLY = 1e-3
 """Of the outputs' variance: what rounding one activation to 8 bits may change.  On the example networks the worst
 tensor changes a tenth of that, most a thousandth."""
-
-CALIBRATED = (Compute.INT8, Compute.FP8)
-"""What a layer computes in whose input is on a grid that calibration chooses."""
 
 GRID = "grid/"
 """What the names of grids begin with, where they are saved beside weights."""

@@ -4,10 +4,9 @@ Its values span five orders of magnitude and fit into no int8, so nothing decode
 such numbers (TensorRT from compute capability 8.9 on), which read activations on the same grid.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hirelc_deploy.kernels._base import Format, Grid, Layout, Nodes, Packed, floored, scale_shape, scaled_alike
+from hirelc_deploy.kernels._base import Format, Grid, Layout, Packed, floored, scale_shape, scaled_alike
 from hirelc_deploy.policy import Compute, PerChannel, PerTensor, Storage
 
 if TYPE_CHECKING:
@@ -72,14 +71,7 @@ class Fp8(Format):
             integers=numbers.numpy(),
         )
 
-    def unpack(
-        self,
-        codes: "ir.Value",
-        tables: Mapping[str, "ir.Value"],
-        shape: tuple[int, int],
-        storage: Storage,
-        nodes: Nodes,
-    ) -> "ir.Value":
+    def unpack(self, *_: Any, **__: Any) -> "ir.Value":
         raise ValueError("fp8 is computed with as it is stored")
 
 

@@ -21,7 +21,7 @@ from hirelc_deploy.compress.grids import output_axis
 from hirelc_deploy.graph import forward
 from hirelc_deploy.kernels import fp8, load_format
 from hirelc_deploy.kernels._base import Grid, floored, from_rows, largest_integer, rows_of
-from hirelc_deploy.policy import Compute, Precision, Storage
+from hirelc_deploy.policy import CALIBRATED, Compute, Precision, Storage
 
 LEVELS = 255  # steps of a uint8 grid
 SIGNED_STEPS = 127  # of a symmetric int8 grid, on either side of zero
@@ -179,9 +179,8 @@ class Simulation:
                 self._names[layer] = name
                 parametrize.register_parametrization(layer, "weight", stored[key], unsafe=True)
             rounded = {
-                Compute.INT8: self._rounding(name),
+                **dict.fromkeys(CALIBRATED, self._rounding(name)),
                 Compute.INT8_DYNAMIC: self._by_itself,
-                Compute.FP8: self._rounding(name),
             }.get(precision.compute)
             if rounded is not None:
                 self._kinds[name] = Fp8Grid if precision.compute is Compute.FP8 else self._of_integers
