@@ -1,4 +1,4 @@
-"""Latencies told from the table of x86-avx2, against files: python benchmarks/latency_prediction.py measure NETWORK…
+"""Latencies told from a target's table, against files: python benchmarks/latency_prediction.py measure NETWORK…
 
     python benchmarks/latency_prediction.py profile wide resnet18 mobilenetv2 vit   what the table lacks for them
     python benchmarks/latency_prediction.py measure wide resnet18 mobilenetv2 vit   files of random policies, timed
@@ -9,11 +9,13 @@
 Random policies: every layer any compute and a storage that needs no search for its values, every prune group any
 count.  Every second file of a network corrects the sum over kernels, the others are held out; once more a whole network
 is held out.  Files are timed side by side with the kernel that the table's times are in units of: a machine that is
-slow for a while is so for both.  Writes profiles/x86-avx2.csv and benchmarks/results/latency_prediction.json.
+slow for a while is so for both.  The target is that which this machine can stand for: x86-avx2 or x86-vnni.  Writes
+profiles/TARGET.csv and benchmarks/results/latency_prediction_TARGET.json.
 """
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,6 +45,7 @@ from hirelc_deploy.cost.latency import Decisions
 from hirelc_deploy.cost.needs import families
 from hirelc_deploy.cost.predictor import Predictor
 from hirelc_deploy.cost.prices import MeasuredPrices, kernel_of
+from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.exporters._base import NoKernelError, Session
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.profiles import Tables, load_target
@@ -55,8 +58,7 @@ from hirelc_deploy.verify.machines import Here
 from hirelc_deploy.verify.measure import example
 from hirelc_deploy.workbench import Workbench
 
-RESULT = RESULTS / "latency_prediction.json"
-TABLE = ROOT / "profiles" / "x86-avx2.csv"
+TARGETS = ("x86-avx2", "x86-vnni")
 OUT = Path("out/benchmarks/latency_prediction")
 TRAINED = ("wide", "vit")
 PIXELS = 224
@@ -78,6 +80,24 @@ def resnet18() -> nn.Module:
 def mobilenetv2() -> nn.Module:
     """3.5 million parameters, inverted residuals."""
     return MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=1000))
+
+
+def here() -> str:
+    """The target that this machine can stand for."""
+    found = [name for name in TARGETS if load_target(name).is_here(cpu_flags())]
+    if not found:
+        sys.exit(f"this CPU stands for none of {', '.join(TARGETS)}: add a target of its own first")
+    return found[0]
+
+
+def table_of(target: str) -> Path:
+    """Its measured times."""
+    return ROOT / "profiles" / f"{target}.csv"
+
+
+def result_of(target: str) -> Path:
+    """What was seen of it."""
+    return RESULTS / f"latency_prediction_{target}.json"
 
 
 UNTRAINED: Mapping[str, Callable[[], nn.Module]] = {"resnet18": resnet18, "mobilenetv2": mobilenetv2}
@@ -136,13 +156,14 @@ def predictor_of(bench: Workbench, table: Path) -> Predictor:
 
 def profile(networks: Sequence[str], out: Path, seconds: float | None) -> None:
     """Fill the table."""
+    table = table_of(here())
     for name in networks:
         with bench_of(name, out) as bench:
             wanted = families(bench.network)
             machine = Here(bench.runtime, threads=1)
             began = time.monotonic()
             with console.progress(f"{name}: measuring kernels", len(wanted)) as advance:
-                tables = Tables(TABLE, TABLE)
+                tables = Tables(table, table)
                 without = profiling.profile(wanted, tables, machine, seconds=seconds, advance=advance)
             kernels = sum(len(family.known) for family in wanted)
             print(f"{name}: {len(wanted)} families, {kernels} kernels, {time.monotonic() - began:.0f} s; {without}")
@@ -177,7 +198,7 @@ def price(network: str, out: Path, measured_us: Sequence[float]) -> dict[str, An
 
 
 def _priced(bench: Workbench, measured_us: Sequence[float]) -> dict[str, Any]:
-    predictor = predictor_of(bench, TABLE)
+    predictor = predictor_of(bench, table_of(here()))
     chosen = random_policies(bench.space, len(measured_us))
     many = Decisions(*(np.repeat(each, 1000, axis=0) for each in _arrays(predictor, chosen)))
     began = time.process_time()
@@ -195,7 +216,8 @@ def _artifacts(predictor: Predictor, policies: Sequence[Policy], measured_us: Se
 
 def budgets(network: str, out: Path, measured_us: Sequence[float]) -> list[dict[str, Any]]:
     """Errors on the files that were measured, told from tables that so much time was spent on, each made anew."""
-    anchor = [row for row in Tables(TABLE, TABLE).rows() if kernel_of(row) == profiling.ANCHOR and row.threads == 1]
+    table = table_of(here())
+    anchor = [row for row in Tables(table, table).rows() if kernel_of(row) == profiling.ANCHOR and row.threads == 1]
     rows = []
     with bench_of(network, out) as bench:
         chosen = random_policies(bench.space, len(measured_us))
@@ -242,7 +264,8 @@ def _timed(bench: Workbench, policies: Sequence[Policy]) -> list[float]:
         sessions["anchor"] = bench.runtime.kernel_session(anchor.file(1), threads=1)
         sessions["nothing"] = bench.runtime.kernel_session(bench.runtime.nothing().file(1), threads=1)
         seen = {name: each.rounds_ms("cpu") for name, each in timing.interleave(sessions, {}, seconds=SECONDS).items()}
-    anchor_us = MeasuredPrices.of(Tables(TABLE, TABLE).rows())(profiling.ANCHOR)
+    table = table_of(here())
+    anchor_us = MeasuredPrices.of(Tables(table, table).rows())(profiling.ANCHOR)
     unit = anchor_us / (seen["anchor"] - seen["nothing"])
     return [float(np.median(seen[name] * unit)) for name in files]
 
@@ -286,25 +309,31 @@ PAGE = ROOT / "docs" / "latency.md"
 
 INTRODUCTION = """# Latency before a file is built
 
-Written by `python benchmarks/latency_prediction.py judge` from `benchmarks/results/latency_prediction.json`; the head
-of that script says what makes that, and `profiles/x86-avx2.csv`.
+Written by `python benchmarks/latency_prediction.py judge` from `benchmarks/results/latency_prediction_*.json`; the head
+of that script says what makes those, and the targets' tables in `profiles/`.
 
-Files of random policies, each layer in any compute and each prune group with any count, against what the table of
-`x86-avx2` told of them: the sum over their kernels alone; corrected by every second file of the network and judged on
-the others; and corrected by the files of the other networks alone.  CPU time of one thread at batch 1, in units of a
-kernel that is timed in the same rounds.
+Files of random policies, each layer in any compute and each prune group with any count, against what the table of a
+target told of them: the sum over their kernels alone; corrected by every second file of the network and judged on the
+others; and corrected by the files of the other networks alone.  CPU time of one thread at batch 1, in units of a kernel
+that is timed in the same rounds.
 """
 
 
-SPENT = """## What profiling for less time costs
+SPENT = """### What profiling for less time costs
 
 Tables of `{network}`'s kernels made anew, each in the time given to `profile --max-time`, the last until
 interpolation asks for nothing more; the files are those of above.
 """
 
 
-def page(record: Mapping[str, Any]) -> str:
-    """docs/latency.md, from the result file."""
+def page() -> str:
+    """docs/latency.md, from the result files."""
+    records = {target: json.loads(result_of(target).read_text()) for target in TARGETS if result_of(target).exists()}
+    return "\n".join([INTRODUCTION, *(section(target, record) for target, record in records.items())])
+
+
+def section(target: str, record: Mapping[str, Any]) -> str:
+    """What was seen of one target."""
     columns = ("mape_pct", "within_5_pct", "within_10_pct", "spearman", "worst_pct")
     rows = (
         (f"`{name}`", how, str(each["files"]), *(f"{each[key]:.3g}" for key in columns))
@@ -320,27 +349,31 @@ def page(record: Mapping[str, Any]) -> str:
         ),
     )
     taken_on = record["machine"]
-    spent = "".join(
-        f"\n{SPENT.format(network=name)}\n"
-        + markdown(
-            ("seconds", "kernels", "mean error, %: table alone", "corrected by half", "Spearman"),
-            (
-                (
-                    f"{row['spent_s']:.0f}",
-                    str(row["kernels"]),
-                    f"{row['table alone']['mape_pct']:.3g}",
-                    f"{row['corrected by half']['mape_pct']:.3g}",
-                    f"{row['corrected by half']['spearman']:.3g}",
-                )
-                for row in rows
-            ),
+    return "\n".join(
+        [
+            f"## `{target}`\n",
+            f"CPU: {taken_on['cpu']} ({', '.join(taken_on['flags'])}), onnxruntime "
+            f"{taken_on['packages']['onnxruntime']}.\n",
+            markdown(head, rows),
+            speed,
+            *(_of_less_time(network, tables) for network, tables in record.get("budgets", {}).items()),
+        ]
+    )
+
+
+def _of_less_time(network: str, tables: Sequence[Mapping[str, Any]]) -> str:
+    head = ("seconds", "kernels", "mean error, %: table alone", "corrected by half", "Spearman")
+    rows = (
+        (
+            f"{each['spent_s']:.0f}",
+            str(each["kernels"]),
+            f"{each['table alone']['mape_pct']:.3g}",
+            f"{each['corrected by half']['mape_pct']:.3g}",
+            f"{each['corrected by half']['spearman']:.3g}",
         )
-        for name, rows in record.get("budgets", {}).items()
+        for each in tables
     )
-    return (
-        f"{INTRODUCTION}\nCPU: {taken_on['cpu']} ({', '.join(taken_on['flags'])}), onnxruntime "
-        f"{taken_on['packages']['onnxruntime']}.\n\n{markdown(head, rows)}\n{speed}{spent}"
-    )
+    return f"{SPENT.format(network=network)}\n{markdown(head, rows)}"
 
 
 def hasten() -> None:
@@ -365,24 +398,33 @@ def main() -> None:
     if options.step == "profile":
         profile(options.networks, options.out, options.seconds)
         return
-    record: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"networks": {}}
-    if options.step in ("price", "budgets"):
-        for network in options.networks:
-            measured_us = [row["measured_us"] for row in record["networks"][network]["artifacts"]]
-            if options.step == "price":
-                record["networks"][network] = price(network, options.out, measured_us)
+    if options.step != "judge":
+        record(options.step, options)
+    for target in TARGETS:
+        result = result_of(target)
+        if result.exists():
+            seen = json.loads(result.read_text())
+            save({**seen, "errors": judge(seen)}, result)
+    PAGE.write_text(page(), encoding="utf-8")
+    print(page())
+
+
+def record(step: str, options: argparse.Namespace) -> None:
+    """Take the step for each of the networks, and keep what was seen after each."""
+    result = result_of(here())
+    seen: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {"networks": {}}
+    if step == "measure":
+        seen["machine"] = machine()
+    for network in options.networks:
+        if step == "measure":
+            seen["networks"][network] = measure(network, options.out, options.policies)
+        else:
+            measured_us = [row["measured_us"] for row in seen["networks"][network]["artifacts"]]
+            if step == "price":
+                seen["networks"][network] = price(network, options.out, measured_us)
             else:
-                record.setdefault("budgets", {})[network] = budgets(network, options.out, measured_us)
-            save(record, RESULT)
-    if options.step == "measure":
-        record["machine"] = machine()
-        for network in options.networks:
-            record["networks"][network] = measure(network, options.out, options.policies)
-            save(record, RESULT)
-    record["errors"] = judge(record)
-    save(record, RESULT)
-    PAGE.write_text(page(json.loads(RESULT.read_text())), encoding="utf-8")
-    print(page(record))
+                seen.setdefault("budgets", {})[network] = budgets(network, options.out, measured_us)
+        save(seen, result)
 
 
 if __name__ == "__main__":

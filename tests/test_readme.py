@@ -114,7 +114,7 @@ def test_the_page_of_number_formats_is_that_of_the_result_files(monkeypatch: pyt
     assert number_formats.with_highlights(README) == README
 
 
-@pytest.mark.parametrize("name", ["fine_tuning", "order", "search_methods", "starting_points"])
+@pytest.mark.parametrize("name", ["fine_tuning", "latency_prediction", "order", "search_methods", "starting_points"])
 def test_a_page_is_that_of_its_result_files(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     benchmark = import_module(name)
@@ -129,12 +129,12 @@ def test_sizes_are_told_within_what_is_promised() -> None:
         assert all(abs(each["predicted"] / each["bytes"] - 1) <= 0.005 for each in seen)
 
 
-def test_the_page_of_latencies_is_that_of_the_result_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_latencies_are_those_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import latency_prediction
 
-    record = json.loads(latency_prediction.RESULT.read_text(encoding="utf-8"))
-    assert latency_prediction.PAGE.read_text(encoding="utf-8") == latency_prediction.page(record)
-    for name, by_how in latency_prediction.judge(record).items():
-        for how, errors in by_how.items():
-            assert errors["mape_pct"] == pytest.approx(record["errors"][name][how]["mape_pct"], rel=0.01)
+    records = [latency_prediction.result_of(target) for target in latency_prediction.TARGETS]
+    for record in (json.loads(path.read_text(encoding="utf-8")) for path in records):
+        for name, by_how in latency_prediction.judge(record).items():
+            for how, errors in by_how.items():
+                assert errors["mape_pct"] == pytest.approx(record["errors"][name][how]["mape_pct"], rel=0.01)
