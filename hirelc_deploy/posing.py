@@ -109,6 +109,7 @@ class Posing:
             at_once=bench.run.step("search/at once", lambda: bench.engine.at_once),
             recipes=self.recipes,
             score_error=score_error(bench.original_score, bench.task.search.examples, bench.task.unit),
+            test_error=score_error(bench.original_score, bench.task.test.examples, bench.task.unit),
         )
 
     # -- what can be chosen ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What a user gets: the wheel, built from the source distribution, installed outside the repository."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from hirelc_deploy.demo import MAX_DROP
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("hirelc_deploy", "exporters", "kernels", "profiles")
@@ -127,6 +130,11 @@ def test_in_the_root_the_installed_command_is_not_shadowed_by_the_clone(command)
 
 def test_the_installed_command_runs_the_demo(command, tmp_path):
     done = run(command, "demo", "--out", "demo", folder=tmp_path, timeout_s=600)
-    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "demo" / "manifest.json").read_text(encoding="utf-8"))
+    # a few of 359 images decide whether its limit on the drop is met: nobody's mistake as long as it may be luck
+    assert done.returncode == {"pass": 0, "fail": 2}[manifest["verdict"]], done.stderr
+    missed = {check["name"] for check in manifest["checks"] if not check["ok"]}
+    assert missed <= {"drop"}
+    assert manifest["measured"]["drop_ci95"][0] <= MAX_DROP
     for name in ("model.onnx", "baseline.onnx", "policy.json", "manifest.json", "report.html"):
         assert (tmp_path / "demo" / name).stat().st_size > 0

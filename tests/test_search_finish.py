@@ -58,7 +58,7 @@ def test_what_is_finished_corrects_what_is_expected(gain: float, best: int) -> N
 
 def test_one_that_holds_the_limit_by_a_margin_comes_before_one_that_just_does() -> None:
     choice, _ = finished(Budget(drop=1.0), LADDER, gain=0.5, score_error=0.25)
-    assert choice.best.policy.keep["g"] == 3, "0.75 holds a limit of 1.0 by 0.8 x 0.25, 1.0 just holds it"
+    assert choice.best.policy.keep["g"] == 3, "0.75 holds a limit of 1.0 by 0.25, 1.0 just holds it"
     only = [LADDER[3]]
     assert finished(Budget(drop=1.0), only, gain=0.5, score_error=0.25)[0].best.policy.keep["g"] == 4
 

@@ -8,5 +8,6 @@ DATA = "digits"
 
 EVALUATIONS = 16
 EPOCHS = 20
-MAX_DROP = 1.5
-"""In points: five of the 359 images of the test split."""
+MAX_DROP = 2.0
+"""In points: seven of the 359 images of the test split.  The splits are so small that equal networks differ by one
+point: half of the limit is kept free for that."""

@@ -121,6 +121,8 @@ class Problem:
     """What an engineer would try by hand, by name."""
     score_error: float = 0.0
     """Standard error of one score on the search split, in the score's unit."""
+    test_error: float = 0.0
+    """The same on the test split, which nothing but its size is known of."""
 
     @cached_property
     def position(self) -> Mapping[str, int]:
