@@ -11,7 +11,7 @@ from toy_search import BEST, BEST_COST, COUNTS, DROP_MAX, TIED, chosen, toy
 from hirelc_deploy.budget import Budget, Figures, met
 from hirelc_deploy.policy import FP32, INT8, Compute, PerTensor, Policy, Precision, Storage
 from hirelc_deploy.search.additive import UNFITTED, DropModel, damages, draw, efficient, fit, goal_of
-from hirelc_deploy.search.front import front, hypervolume, points
+from hirelc_deploy.search.front import front, hypervolume, most_added, points, volume
 from hirelc_deploy.search.goal import LEAST, MOST, Goal, Multipliers
 from hirelc_deploy.search.greedy_order import rungs, sequence
 from hirelc_deploy.search.problem import Evaluations, Prices, Spent
@@ -215,6 +215,15 @@ def test_hypervolume_by_hand() -> None:
     places = np.array([[1.0, 1.0, 1.0], [0.0, 2.0, 1.0], [2.0, 2.0, 2.0], [-9.0, 0.0, 3.5]])
     assert hypervolume(places, (3.0, 3.0, 3.0)) == pytest.approx(8 + 6 - 4)
     assert hypervolume(places[3:], (3.0, 3.0, 3.0)) == 0.0
+
+
+def test_what_scores_better_than_the_original_counts_as_no_drop() -> None:
+    lucky, even = np.array([[-1.0, 1.0, 1.0]]), np.array([[0.0, 1.0, 1.0]])
+    assert hypervolume(lucky, (3.0, 3.0, 3.0)) == hypervolume(even, (3.0, 3.0, 3.0)) == pytest.approx(12.0)
+    assert volume(lucky, (3.0, 3.0, 3.0)) == pytest.approx(16.0)
+    # nothing is added by more luck, and a little by fewer bytes
+    found = most_added(np.array([[-2.0, 1.0, 1.0], [0.0, 0.9, 1.0]]), even, (3.0, 3.0, 3.0))
+    assert found == (1, pytest.approx(0.6))
 
 
 def test_points_are_drops_and_logarithms() -> None:

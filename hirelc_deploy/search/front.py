@@ -1,4 +1,8 @@
-"""What was found, as a front: policies that no other one beats in drop, bytes and milliseconds at once."""
+"""What was found, as a front: policies that no other one beats in drop, bytes and milliseconds at once.
+
+A drop below nought counts as nought.  Scores scatter, and of many evaluations that lose nothing some score better than
+the original by luck: who is allowed a drop has no use for that, and a search that counts it is paid for mild policies.
+"""
 
 from collections.abc import Sequence
 
@@ -32,7 +36,17 @@ def front(places: np.ndarray) -> np.ndarray:
     return np.sort(found)
 
 
+def counted(places: np.ndarray) -> np.ndarray:
+    """The same places with drops as they count, (points, 3)."""
+    return np.maximum(places, [0.0, -np.inf, -np.inf])
+
+
 def hypervolume(places: np.ndarray, reference: Sequence[float] | np.ndarray) -> float:
+    """`volume` with drops as they count."""
+    return volume(counted(places), reference)
+
+
+def volume(places: np.ndarray, reference: Sequence[float] | np.ndarray) -> float:
     """The volume between the points and a reference that is worse than them; points beyond it count nothing."""
     inside = places[(places < np.asarray(reference)).all(1)]
     return float(HV(ref_point=np.asarray(reference))(inside)) if len(inside) else 0.0
@@ -46,7 +60,7 @@ def most_added(
     None if there is none below the reference.
     """
     below = np.flatnonzero((places < np.asarray(reference)).all(1))
-    contenders = below[front(places[below])]
+    contenders = below[front(counted(places[below]))]
     if not len(contenders):
         return None
     volumes = [hypervolume(np.vstack([seen, places[i]]), reference) for i in contenders]
