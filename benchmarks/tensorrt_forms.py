@@ -1,11 +1,12 @@
 """Which forms TensorRT-RTX takes for which compute capability, and how large its engines are: no GPU is needed.
 
     pip install hirelc-deploy[tensorrt-rtx]
-    python benchmarks/tensorrt_forms.py measure
+    python benchmarks/tensorrt_forms.py forms sizes
     python benchmarks/tensorrt_forms.py page
 
 Files are those that `exporters/tensorrt.py` writes, of networks with random weights; they are parsed and built, not
-run.  The first command fills benchmarks/results/tensorrt_forms.json, the second writes docs/tensorrt.md from it.
+run.  The first command fills benchmarks/results/tensorrt_forms.json, forms in seconds and sizes in half an hour, the
+second writes docs/tensorrt.md from it.
 """
 
 import argparse
@@ -42,6 +43,7 @@ CAPABILITIES = ("7.5", "8.6", "8.9", "12.0")
 
 INT4 = Precision(Storage("int", 4, PerChannel()), Compute.FP16)
 INT4_BLOCKS = Precision(Storage("int", 4, PerGroup(64)), Compute.FP16)
+INT4_LONG_BLOCKS = Precision(Storage("int", 4, PerGroup(128)), Compute.FP16)
 
 KINDS = {"Conv2d": nn.Conv2d, "Linear": nn.Linear}
 
@@ -55,6 +57,7 @@ FORMS: Mapping[str, tuple[str, Precision | None]] = {
     "int4 a channel, convolution": ("conv", INT4),
     "int4 a channel, Linear": ("linear", INT4),
     "int4 in blocks of 64, Linear": ("linear", INT4_BLOCKS),
+    "int4 in blocks of 128, Linear": ("linear", INT4_LONG_BLOCKS),
 }
 
 SMALL: Mapping[str, Callable[[], nn.Module]] = {
@@ -146,10 +149,17 @@ def sizes() -> list[dict[str, Any]]:
     return rows
 
 
-def measure() -> None:
+def measure(parts: Sequence[str]) -> None:
     if library() is None:
         raise SystemExit("install TensorRT-RTX first: pip install hirelc-deploy[tensorrt-rtx]")
-    save({"library": library(), "opset": OPSET, "forms": forms(), "sizes": sizes()}, RESULT)
+    record = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    if record and (record["library"], record["opset"]) != (library(), OPSET):
+        parts = tuple(PARTS)  # of one library alone
+    found = {part: PARTS[part]() for part in parts}
+    save(record | {"library": library(), "opset": OPSET} | found, RESULT)
+
+
+PARTS: Mapping[str, Callable[[], list[dict[str, Any]]]] = {"forms": forms, "sizes": sizes}
 
 
 def told_bytes(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> float:
@@ -214,8 +224,12 @@ ResNet-18's engines add to theirs (a part of it for each layer in int8): good wi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("action", choices=("measure", "page"))
-    {"measure": measure, "page": page}[parser.parse_args().action]()
+    parser.add_argument("actions", nargs="+", choices=(*PARTS, "page"))
+    actions = parser.parse_args().actions
+    if parts := [each for each in actions if each in PARTS]:
+        measure(parts)
+    if "page" in actions:
+        page()
 
 
 if __name__ == "__main__":

@@ -298,7 +298,9 @@ def _axis(file: _File, node: onnx.NodeProto, scale: np.ndarray, where: str) -> I
         size = shape[axis] // scale.shape[axis] if scale.shape[axis] else 0
         expected = tuple(side // size if a == axis and size else side for a, side in enumerate(shape))
         if not size or shape[axis] % size or scale.shape != expected:
-            yield Found(f"{where}: scales {scale.shape} do not divide a weight {shape} into blocks", "use blocks of 64")
+            yield Found(
+                f"{where}: scales {scale.shape} do not divide a weight {shape} into blocks", "use blocks of 64 or 128"
+            )
         return
     for reader, index in _through_layout(file, node.output[0]):
         wanted = _output_axis(reader, len(shape))

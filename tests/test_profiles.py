@@ -143,6 +143,14 @@ def test_a_target_with_a_cpu_of_its_own_is_here_only_on_such_a_cpu() -> None:
     assert load_target("host").is_here(VNNI)
 
 
+def test_a_cpu_with_vnni_is_another_target_than_one_without() -> None:
+    target = load_target("x86-vnni")
+    assert target.is_here(VNNI | {"avx", "f16c", "fma", "avx512bw", "avx512vl", "amx_int8"})
+    assert not target.is_here(AVX2 | {"avx", "f16c"})
+    assert not target.is_here(AVX2 | {"avx", "f16c", "avx_vnni"})  # 8-bit products at once, by kernels without AVX512
+    assert target.largest_code(target.flags(AVX2)) == 127
+
+
 @pytest.mark.parametrize("name", [name for name in target_names() if load_target(name).basis == "estimate"])
 def test_a_shipped_estimate_is_what_the_fit_gave(name: str) -> None:
     record = json.loads((FOLDER.parent / "benchmarks" / "results" / "estimates.json").read_text(encoding="utf-8"))[name]

@@ -10,7 +10,7 @@ import torch
 from exporting import relative_error
 from onnx import TensorProto, numpy_helper
 from torch import nn
-from trt_files import INT4, INT4_BLOCKS, NETWORKS, OPSET, RUNTIME, Case, case, noise
+from trt_files import INT4, INT4_BLOCKS, INT4_LONG_BLOCKS, NETWORKS, OPSET, RUNTIME, Case, case, noise
 
 from hirelc_deploy import graph
 from hirelc_deploy.compress.grids import fitted, put_on
@@ -55,6 +55,14 @@ def test_a_file_is_the_model_at_every_batch_size(name: str, precision: Precision
         found = run(network, data, tmp_path, examples)
         assert all(array.dtype == np.float32 for array in found.values())
         assert relative_error(found, reference(network.model, network, examples)) < TOLERANCE[precision]
+
+
+def test_int4_in_long_blocks_has_half_the_scales() -> None:
+    """The head has 128 inputs and 10 outputs: one block of 128 a row, or two of 64, and a scale of two bytes each."""
+    network = case("residual")
+    by_size = {each: network.write({"head": each}).layers["head"].bytes for each in (INT4_BLOCKS, INT4_LONG_BLOCKS)}
+    assert by_size[INT4_LONG_BLOCKS] == 10 * 128 // 2 + 2 * 10
+    assert by_size[INT4_BLOCKS] == by_size[INT4_LONG_BLOCKS] + 2 * 10
 
 
 @pytest.mark.parametrize("precision", [INT4, INT4_BLOCKS], ids=str)

@@ -52,7 +52,7 @@ Linear = ["fp32", "fp16", "int8"]
 
 [precisions]
 Conv2d = ["int8/channel->int8"]
-Linear = ["int8/channel->int8", "int4/group64->fp16", "int4/channel->fp16"]
+Linear = ["int8/channel->int8", "int4/group64->fp16", "int4/group128->fp16", "int4/channel->fp16"]
 
 [weights]
 int8_bits = { vnni = 8, otherwise = 8 }

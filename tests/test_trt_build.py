@@ -6,7 +6,7 @@ import sys
 import onnx
 import pytest
 from torch import nn
-from trt_files import INT4, INT4_BLOCKS, NETWORKS, case
+from trt_files import INT4, INT4_BLOCKS, INT4_LONG_BLOCKS, NETWORKS, case
 
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import _trt_build
@@ -63,9 +63,12 @@ def test_every_form_is_built(name: str, precision: Precision | None) -> None:
 
 
 @needs_library
-def test_int4_in_blocks_is_built() -> None:
-    network = case("words")
-    assert build(network.write({"inner": INT4_BLOCKS, "head": FP16}).data, "8.6").data
+@pytest.mark.parametrize(
+    ("name", "precisions"),
+    [("words", {"inner": INT4_BLOCKS, "head": FP16}), ("residual", {"head": INT4_LONG_BLOCKS})],
+)
+def test_int4_in_blocks_is_built(name: str, precisions: dict[str, Precision]) -> None:
+    assert build(case(name).write(precisions).data, "8.6").data
 
 
 @needs_library

@@ -24,6 +24,7 @@ hasten()
 RUNTIME = load_runtime("tensorrt")
 INT4 = Precision(Storage("int", 4, PerChannel()), Compute.FP16)
 INT4_BLOCKS = Precision(Storage("int", 4, PerGroup(64)), Compute.FP16)
+INT4_LONG_BLOCKS = Precision(Storage("int", 4, PerGroup(128)), Compute.FP16)
 OPSET = 21
 EXAMPLES = 16
 
