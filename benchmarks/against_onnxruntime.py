@@ -233,17 +233,17 @@ def candidates(network: str, bench: Workbench, folder: Path) -> dict[str, Candid
         print(f"  {tool}: {what}: {len(data)} bytes", flush=True)
 
     folder.mkdir(parents=True, exist_ok=True)
-    baseline = bench.write_baseline().data
+    baseline = bench.files.baseline().data
     add("none", BASELINE, baseline)
     for what, make in others(network, bench.task).items():
         model = make(named(baseline))
         add("onnxruntime", what, stripped(model), model.ByteSize())
     for what, text in RECIPES.items():
         recipe = Recipe.parse(text)
-        computes = None if recipe.compute else bench.fastest_computes(recipe.counts(bench.space))
+        computes = None if recipe.compute else bench.latencies.fastest_computes(recipe.counts(bench.space))
         policy = recipe.policy(bench.space, computes)
         compressed = bench.compressed(policy)
-        add("hirelc-deploy", what, bench.write(compressed.model, policy, compressed.grids).file.data)
+        add("hirelc-deploy", what, bench.files.write(compressed.model, policy, compressed.grids).file.data)
     return found
 
 

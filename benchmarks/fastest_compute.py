@@ -24,14 +24,14 @@ def measure(network: str, keep_percent: float, out: Path) -> dict[str, Any]:
     """CPU time of one thread of the three files, and in what the fastest one's layers compute."""
     with workbench(network, out / network / "run") as bench:
         counts = Recipe(keep_percent, Compute.FP32).counts(bench.space)
-        chosen = bench.fastest_computes(counts)
+        chosen = bench.latencies.fastest_computes(counts)
         policies = {
             "fp32": Recipe(keep_percent, Compute.FP32).policy(bench.space),
             "int8": Recipe(keep_percent, Compute.INT8).policy(bench.space),
             "fastest": Recipe(keep_percent, None).policy(bench.space, chosen),
         }
-        files = {name: bench.draft(policy) for name, policy in policies.items()}
-        with bench.loaded(files) as sessions:
+        files = {name: bench.files.draft(policy) for name, policy in policies.items()}
+        with bench.files.loaded(files) as sessions:
             times = timing.interleave(sessions, example(bench.task, 1), seconds=SECONDS)
     ratios = {name: timing.ratio(times[name], times["fastest"], clock="cpu") for name in ("fp32", "int8")}
     return {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from _bench import markdown
 
+from hirelc_deploy.cpu import has_dot_product
 from hirelc_deploy.verify.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,8 +28,8 @@ ROWS = (
 )
 HEAD = (
     "| network | fp32 file | file | smaller | faster [95 %] | accuracy before, after "
-    "| drop, points [95 %] | command |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
+    "| drop, points [95 %] | CPU with | command |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
 )
 
 
@@ -38,7 +39,7 @@ def table() -> str:
     rows = [_row(name, manifest, command) for (name, _, command), manifest in zip(ROWS, manifests, strict=True)]
     machines = {f"{m.environment.cpu} ({', '.join(m.environment.flags)})" for m in manifests}
     runtimes = {f"{m.runtime.name} {m.runtime.version}" for m in manifests}
-    where = f"CPU: {'; '.join(sorted(machines))}. {'; '.join(sorted(runtimes))}, one thread, batch 1."
+    where = f"CPUs: {'; '.join(sorted(machines))}. {'; '.join(sorted(runtimes))}, one thread, batch 1."
     return f"{HEAD}{''.join(rows)}\n{where}\n"
 
 
@@ -54,6 +55,7 @@ def _row(name: str, manifest: Manifest, command: str) -> str:
         f"{after.speedup:.1f} × [{after.speedup_ci95[0]:.1f}, {after.speedup_ci95[1]:.1f}]",
         f"{before.accuracy:.2f} %, {after.accuracy:.2f} %",
         f"{after.drop_points:.2f} [{after.drop_ci95[0]:.2f}, {after.drop_ci95[1]:.2f}]",
+        "VNNI" if has_dot_product(frozenset(manifest.environment.flags)) else "AVX2",
         command,
     )
     return f"| {' | '.join(cells)} |\n"

@@ -19,7 +19,6 @@ from torch import nn
 
 from hirelc_deploy.compress import distil
 from hirelc_deploy.policy import Policy
-from hirelc_deploy.posing import score_error
 from hirelc_deploy.search.recipe import Recipe
 from hirelc_deploy.workbench import Workbench
 
@@ -53,7 +52,7 @@ def measure(network: str, out: Path, epochs: int, seed: int) -> dict[str, Any]:
                 row["finished"][named(rate)] = drop(bench, text, finished, rate)
             rows.append(row)
             print(row, flush=True)
-        error = score_error(bench.original_score, bench.task.search.examples, bench.task.unit)
+        error = bench.scoring.error(bench.task.search.examples)
         return {"machine": machine(), "seed": seed, "epochs": epochs, "score_error": error, "rows": rows}
 
 
@@ -80,9 +79,9 @@ def drop(
 
     name = f"{text}/{named(rate)}/{make.__name__}"
     with patch.object(distil, "peak_rate", held):
-        scored = bench._score(bench.simulated_outputs(make(policy, name), policy))
+        scored = bench.scoring.of(bench.simulated_outputs(make(policy, name), policy))
     bench.run.drop_state(name)
-    return bench.task.drop(bench.original_score, scored)
+    return bench.scoring.drop(scored)
 
 
 PAGE = ROOT / "docs" / "fine-tuning.md"

@@ -148,7 +148,7 @@ def random_policies(space: SearchSpace, count: int) -> list[Policy]:
 
 def predictor_of(bench: Workbench, table: Path) -> Predictor:
     """From a table alone: no artifact corrects it, and nothing is measured now."""
-    return Predictor.of_table(bench.network, Tables(table, table).rows(), [], threads=1)
+    return Predictor.of_table(bench.latencies.network, Tables(table, table).rows(), [], threads=1)
 
 
 # -- steps ---------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def profile(networks: Sequence[str], out: Path, seconds: float | None) -> None:
     table = table_of(here())
     for name in networks:
         with bench_of(name, out) as bench:
-            wanted = families(bench.network)
+            wanted = families(bench.latencies.network)
             machine = Here(bench.runtime, threads=1)
             began = time.monotonic()
             with console.progress(f"{name}: measuring kernels", len(wanted)) as advance:
@@ -225,7 +225,7 @@ def budgets(network: str, out: Path, measured_us: Sequence[float]) -> list[dict[
             path = out / network / "table.csv"
             write_table(path, anchor)  # times of all tables are in the same units
             tables = Tables(path, path)
-            wanted = families(bench.network)
+            wanted = families(bench.latencies.network)
             began = time.monotonic()
             with console.progress(f"{network}: {seconds or 'any'} s", len(wanted)) as advance:
                 profiling.profile(wanted, tables, Here(bench.runtime, threads=1), seconds=seconds, advance=advance)
@@ -253,11 +253,11 @@ def _arrays(predictor: Predictor, policies: Sequence[Policy]) -> tuple[np.ndarra
 
 def _timed(bench: Workbench, policies: Sequence[Policy]) -> list[float]:
     """Microseconds of the policies' files, in units of the table."""
-    files = {str(i): bench.draft(policy) for i, policy in enumerate(policies)}
+    files = {str(i): bench.files.draft(policy) for i, policy in enumerate(policies)}
     machine = Here(bench.runtime, threads=1)
     anchor = profiling.makers([profiling.ANCHOR], machine)[profiling.ANCHOR]
     assert not isinstance(anchor, NoKernelError)
-    with bench.loaded(files) as loaded:
+    with bench.files.loaded(files) as loaded:
         sessions: dict[str, Session] = {
             name: Reading(session, example(bench.task, 1)) for name, session in loaded.items()
         }

@@ -85,7 +85,7 @@ def build(network: str, epochs: int, out: Path, only: Sequence[str]) -> None:
     folder = out / network / f"epochs{epochs}"
     wanted = only or (TUNED if epochs else UNTUNED)
     with workbench(network, folder / "run", epochs=epochs) as bench:
-        write_atomic(out / network / "baseline.onnx", bench.write_baseline().data)
+        write_atomic(out / network / "baseline.onnx", bench.files.baseline().data)
         for name in wanted:
             path = folder / f"{name.replace('/', '-')}.onnx"
             if path.exists():
@@ -93,7 +93,7 @@ def build(network: str, epochs: int, out: Path, only: Sequence[str]) -> None:
             storage, _, compute = name.rpartition("/")
             policy = Recipe.parse(f"storage={storage},compute={compute}").policy(bench.space)
             compressed = bench.compressed(policy)
-            data = bench.write(compressed.model, policy, compressed.grids).file.data
+            data = bench.files.write(compressed.model, policy, compressed.grids).file.data
             write_atomic(path, data)
             print(f"{network} {name}, {epochs} epochs: {len(data)} bytes, search {compressed.simulated_score:.2f}")
 

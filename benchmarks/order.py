@@ -17,7 +17,7 @@ from latency_prediction import hasten
 
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.policy import PRUNE_FIRST, QUANTIZE_FIRST
-from hirelc_deploy.posing import Posing, score_error
+from hirelc_deploy.posing import Posing
 from hirelc_deploy.search.recipe import Recipe
 
 OUT = Path("out/benchmarks/order")
@@ -37,10 +37,7 @@ def measure(network: str, out: Path) -> dict[str, Any]:
                 policy = Recipe.parse(f"keep={keep}%,storage={storage},compute=fp32").policy(bench.space)
                 strengths = posing.strengths(policy)
                 scores = bench.recovered_scores([replace(policy, order=steps) for steps in ORDERS.values()])
-                drops = {
-                    name: bench.task.drop(bench.original_score, score)
-                    for name, score in zip(ORDERS, scores, strict=True)
-                }
+                drops = {name: bench.scoring.drop(score) for name, score in zip(ORDERS, scores, strict=True)}
                 asked_for = next(name for name, steps in ORDERS.items() if steps == strengths.weaker_first)
                 rows.append(
                     {
@@ -52,7 +49,7 @@ def measure(network: str, out: Path) -> dict[str, Any]:
                     }
                 )
                 print(keep, storage, drops, asked_for, flush=True)
-        error = score_error(bench.original_score, bench.task.search.examples, bench.task.unit)
+        error = bench.scoring.error(bench.task.search.examples)
         return {"machine": machine(), "score_error": error, "rows": rows}
 
 

@@ -46,7 +46,7 @@ def scores(network: str, out: Path) -> dict[str, dict[str, float]]:
             for recipe in RECIPES[network]:
                 if "statistics" in name and "keep" not in recipe:
                     continue  # they are estimated again only where channels are gone
-                found[recipe]["fp32"] = bench.original_score
+                found[recipe]["fp32"] = bench.scoring.original
                 found[recipe][name] = bench.compressed(Recipe.parse(recipe).policy(bench.space)).simulated_score
                 print(f"{network} {recipe}, {name}: {found[recipe][name]:.2f}", flush=True)
     return found

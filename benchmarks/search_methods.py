@@ -102,7 +102,7 @@ def targets(network: str, out: Path, evaluations: int) -> dict[str, Any]:
         with workbench(network, out / f"{network}-{target}", epochs=4, target=target) as bench:
             policies = [chosen[each].policy for each in TARGETS]
             told = Posing(bench, Budget()).predictor.foretell([*policies, Policy({}, {})]).ms.tolist()
-            seen = bench.times_ms(policies) if target == "host" else None
+            seen = bench.latencies.times_ms(policies) if target == "host" else None
             rows += [
                 {
                     "target": target,
@@ -121,7 +121,7 @@ def targets(network: str, out: Path, evaluations: int) -> dict[str, Any]:
 
 def best_for(bench: Workbench, target: str, evaluations: int) -> Evaluation:
     """The fastest policy that a search finds which holds drop and size."""
-    size_bytes = int(len(bench.write_baseline().data) / SMALLER)
+    size_bytes = int(len(bench.files.baseline().data) / SMALLER)
     problem = Posing(bench, Budget(drop=MAX_DROP, size_bytes=size_bytes)).problem()
     seen = Evaluations(problem, evaluations, lambda each: told(target, len(seen.seen), each))
     with suppress(Spent):

@@ -34,7 +34,7 @@ def errors(network: str, policies: int, out: Path) -> list[dict[str, float]]:
     with workbench(network, out / network) as bench:
         for number in range(policies):
             policy = random_policy(bench.space, random)
-            predicted, real = bench.predicted_bytes(policy), len(bench.draft(policy).data)
+            predicted, real = bench.files.predicted_bytes(policy), len(bench.files.draft(policy).data)
             found.append({"predicted": predicted, "bytes": real, "error_pct": 100 * (predicted - real) / real})
             print(f"{network} {number + 1}/{policies}: {predicted} predicted, {real} written", flush=True)
     return found

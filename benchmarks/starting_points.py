@@ -35,7 +35,6 @@ from hirelc_deploy.compress.prune import Pruned, prune
 from hirelc_deploy.compress.simulate import Simulation
 from hirelc_deploy.graph import forward
 from hirelc_deploy.policy import Policy
-from hirelc_deploy.posing import score_error
 from hirelc_deploy.search.recipe import Recipe
 from hirelc_deploy.trainer import Trainer
 from hirelc_deploy.workbench import Workbench
@@ -103,11 +102,11 @@ def parts_of(model: nn.Module, bench: Workbench, policies: Sequence[Policy]) -> 
     with ExitStack() as formats:
         for policy in policies:
             cut = prune(model, bench.graph, policy, scored).model
-            reestimate(cut, bench._calibration.tensors())
+            reestimate(cut, bench.calibration.tensors())
             norms = present(trainer._norms, cut)
             grids = trainer._fitted(cut, policy, norms)
             simulation = formats.enter_context(trainer.simulated(cut, policy, grids, norms))
-            simulation.calibrate(bench._calibration.tensors())
+            simulation.calibrate(bench.calibration.tensors())
             trained = [p for name, p in cut.named_parameters() if ".trained_" in name]
             optimizer = torch.optim.Adam(trained, RATE) if trained else None
             found.append(Part(cut, places_of(model, bench, policy, scored), simulation, optimizer))
@@ -141,7 +140,7 @@ def generation(bench: Workbench, policies: Sequence[Policy], *, seed: int) -> nn
             schedule.step()
             if part.grids is not None:
                 part.grids.step()
-    reestimate(model, bench._calibration.tensors())
+    reestimate(model, bench.calibration.tensors())
     return model
 
 
@@ -206,10 +205,8 @@ def measure(network: str, out: Path, seed: int, wanted: Sequence[str]) -> dict[s
             "machine": machine(),
             "seed": seed,
             "generation_seconds": seconds,
-            "whole_network_after_a_generation": bench.task.drop(
-                bench.original_score, bench._score(bench._search_outputs(shared))
-            ),
-            "score_error": score_error(bench.original_score, bench.task.search.examples, bench.task.unit),
+            "whole_network_after_a_generation": bench.scoring.drop(bench.scoring.of(bench.scoring.outputs(shared))),
+            "score_error": bench.scoring.error(bench.task.search.examples),
             "rows": rows,
         }
 
@@ -219,7 +216,7 @@ def drops(bench: Workbench, trainer: Trainer, policy: Policy, name: str) -> dict
     key = f"{name}/{policy.digest()}"
 
     def drop(model: nn.Module) -> float:
-        return bench.task.drop(bench.original_score, bench._score(bench.simulated_outputs(model, policy)))
+        return bench.scoring.drop(bench.scoring.of(bench.simulated_outputs(model, policy)))
 
     return {
         "evaluated": bench.run.step(f"evaluated/{key}", lambda: drop(trainer.recovered(policy, f"evaluated/{key}"))),

@@ -49,7 +49,7 @@ def choose(
     for left in bench.graph.left_out:
         console.note(f"left as it is: {left.name}: {left.reason}")
     if policy is None and isinstance(asked, Recipe):
-        policy = asked.policy(bench.space, bench.fastest_computes(asked.counts(bench.space)))
+        policy = asked.policy(bench.space, bench.latencies.fastest_computes(asked.counts(bench.space)))
     posing = Posing(bench, budget, order=settings.order)
 
     def complete(found: Policy) -> Evaluation:

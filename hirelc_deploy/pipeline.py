@@ -49,11 +49,11 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
         policy = choice.best.policy
 
         compressed = bench.compressed(policy)
-        written = bench.write(compressed.model, policy, compressed.grids)
+        written = bench.files.write(compressed.model, policy, compressed.grids)
         exported = written.file
         file = f"model{bench.runtime.suffix}"
-        _write(settings.out, {file: exported.data, BASELINE_FILE: bench.write_baseline().data})
-        halves = bench.write_halves()
+        _write(settings.out, {file: exported.data, BASELINE_FILE: bench.files.baseline().data})
+        halves = bench.files.halves()
         if halves is not None:
             _write(settings.out, {BASELINE_FP16_FILE: halves.data})
         _write(settings.out, {POLICY_FILE: policy.to_json()})
@@ -70,9 +70,9 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             lambda: bench.simulated_outputs(compressed.model, policy),
         )
         if bench.pricing.is_device:
-            run.step(f"learned/{policy.digest()}", lambda: bench.learn(policy, seen.p50_ms))
+            run.step(f"learned/{policy.digest()}", lambda: bench.latencies.learn(policy, seen.p50_ms))
         else:
-            seen = bench.as_foretold(seen, policy)
+            seen = bench.latencies.as_foretold(seen, bench.predict(policy))
 
         manifest = Manifest(
             schema=manifests.SCHEMA,
@@ -105,8 +105,8 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
                 *(f"{left.name}: {left.reason}" for left in network.left_out),
                 *([written.note] if written.note else []),
                 *inspected,
-                *bench.notes_on_latency(policy),
-                *bench.notes_on_rounding(policy),
+                *bench.latencies.notes(policy),
+                *bench.files.notes_on_rounding(policy),
             ),
         )
         outcome = judged(settings.out, manifest, allow_estimates=settings.allow_estimates)

@@ -108,8 +108,8 @@ class Posing:
             # a run that goes on with another number of processes chooses as it did before
             at_once=bench.run.step("search/at once", lambda: bench.engine.at_once),
             recipes=self.recipes,
-            score_error=score_error(bench.original_score, bench.task.search.examples, bench.task.unit),
-            test_error=score_error(bench.original_score, bench.task.test.examples, bench.task.unit),
+            score_error=bench.scoring.error(bench.task.search.examples),
+            test_error=bench.scoring.error(bench.task.test.examples),
         )
 
     # -- what can be chosen ----------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class Posing:
             return True
         return (
             option.storage in self.menu
-            and option.compute in self._bench.computes_allowed[layer]
+            and option.compute in self._bench.latencies.computes_allowed[layer]
             and self._has_whole_groups(layer, option)
         )
 
@@ -199,7 +199,7 @@ class Posing:
         found: dict[str, Policy] = {}
         known: set[str] = set()
         for keep in RECIPE_KEEP_PERCENT:
-            fastest = self.predictor.fastest(Recipe(keep, None).counts(space), self._bench.computes_allowed)
+            fastest = self.predictor.fastest(Recipe(keep, None).counts(space), self._bench.latencies.computes_allowed)
             for storage, compute in self._recipe_precisions:
                 recipe = Recipe(keep, compute, storage)
                 policy = self._offered(recipe.policy(space, fastest))
@@ -243,17 +243,17 @@ class Posing:
         There some files of this very network correct the sum over kernels as well.
         """
         bench = self._bench
-        known = bench.run.step("search/table", lambda: bench.pricing.known(bench.network))
-        told = bench.pricing.told_by(bench.network, known)
+        known = bench.run.step("search/table", lambda: bench.pricing.known(bench.latencies.network))
+        told = bench.pricing.told_by(bench.latencies.network, known)
         if not bench.pricing.is_device or told.unknown:
             return told
         policies = self._timed_policies()
-        times_ms: list[float] | None = bench.run.step("search/times", lambda: bench.times_ms(policies))
+        times_ms: list[float] | None = bench.run.step("search/times", lambda: bench.latencies.times_ms(policies))
         if times_ms is None:
             return told
         pairs = zip(policies, times_ms, strict=True)
         own = [told.artifact(policy, latency_ms) for policy, latency_ms in pairs]
-        return bench.pricing.told_by(bench.network, known, own)
+        return bench.pricing.told_by(bench.latencies.network, known, own)
 
     def _timed_policies(self) -> list[Policy]:
         """Uniform ones, wide and narrow, in each compute."""
@@ -269,7 +269,7 @@ class Posing:
         return Figures(
             latency_ms=float(self.predictor.foretell([Policy({}, {})]).ms[0]),
             speedup=1.0,
-            size_bytes=len(self._bench.write_baseline().data),
+            size_bytes=len(self._bench.files.baseline().data),
             drop=0.0,
         )
 
@@ -291,7 +291,7 @@ class Posing:
         found = []
         with self._bench.progress("sizes of files", len(policies)) as advance:
             for policy in policies:
-                found.append(self._bench.predicted_bytes(policy))
+                found.append(self._bench.files.predicted_bytes(policy))
                 advance("")
         return found
 
@@ -414,8 +414,8 @@ class Posing:
         figures = Figures(
             latency_ms=ms,
             speedup=self.before.latency_ms / ms,
-            size_bytes=bench.predicted_bytes(policy),
-            drop=bench.task.drop(bench.original_score, score),
+            size_bytes=bench.files.predicted_bytes(policy),
+            drop=bench.scoring.drop(score),
         )
         return Evaluation(policy, figures, score)
 
@@ -464,8 +464,3 @@ def positions(variables: Sequence[Variable], rows: Rows) -> Positions:
         {v.name: column for v, column in columns if isinstance(v, LayerVariable)},
         {v.in_policy: column for v, column in columns if isinstance(v, GroupVariable)},
     )
-
-
-def score_error(score: float, examples: int, unit: str) -> float:
-    """Standard error of a score: of a share in percent it is known; of others it is taken as nothing."""
-    return 100 * math.sqrt(score / 100 * (1 - score / 100) / examples) if unit == "%" and 0 <= score <= 100 else 0.0

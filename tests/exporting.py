@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.onnx._internal.exporter import _registration
 
-from hirelc_deploy import datasets, pipeline, verification, workbench
+from hirelc_deploy import datasets, latencies, pipeline, verification
 from hirelc_deploy.compress.batchnorm import reestimate
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.policy import Policy
@@ -54,7 +54,7 @@ def hasten() -> None:
 
     Torch's exporter reads its 1,500 translations anew for every file, which is two thirds of an export's time.
     """
-    workbench.PREDICTION_SECONDS = 0.05
+    latencies.PREDICTION_SECONDS = 0.05
     hierarchical.HIGH_STEPS, hierarchical.LOW_STEPS, hierarchical.PROPOSALS = 512, 1024, 32
     read = getattr(getattr(_registration, "ONNXRegistry", None), "from_torchlib", None)
     if read is not None and not hasattr(read, "cache_info"):

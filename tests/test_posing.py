@@ -75,7 +75,7 @@ def test_every_row_is_a_policy_that_can_be_built(posed: tuple[Posing, Problem]) 
 def test_sizes_are_near_those_of_files(posed: tuple[Posing, Problem]) -> None:
     posing, problem = posed
     rows = some_rows(problem)
-    exact = np.array([posing._bench.predicted_bytes(problem.policy(row)) for row in rows])
+    exact = np.array([posing._bench.files.predicted_bytes(problem.policy(row)) for row in rows])
     off = problem.costs(rows).size_bytes / exact - 1
     # files of a few kilobytes, most of them names and nodes, and few samples: larger networks are 1 % off
     assert np.abs(off).mean() < 0.08
@@ -122,8 +122,8 @@ def test_an_evaluation_has_exact_bytes_and_a_drop(posed: tuple[Posing, Problem],
     posing, problem = posed
     row = some_rows(problem, 1)[0]
     evaluation = problem.evaluate(problem.policy(row))
-    assert evaluation.figures.size_bytes == posing._bench.predicted_bytes(evaluation.policy)
-    assert evaluation.figures.drop == pytest.approx(posing._bench.original_score - evaluation.score)
+    assert evaluation.figures.size_bytes == posing._bench.files.predicted_bytes(evaluation.policy)
+    assert evaluation.figures.drop == pytest.approx(posing._bench.scoring.original - evaluation.score)
 
 
 def test_every_layer_has_its_sensitivity_to_gradients(posed: tuple[Posing, Problem]) -> None:

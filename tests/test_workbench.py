@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from exporting import hasten
 from torch import Tensor, nn
 
-from hirelc_deploy import trainer, workbench
+from hirelc_deploy import latencies, trainer
 from hirelc_deploy.choices import completed, search_space
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.compress.grids import put_on
@@ -278,14 +278,14 @@ def random_policy(bench: Workbench, seed: int) -> Policy:
 
 def written_file(bench: Workbench, policy: Policy) -> Exported:
     made = bench.compressed(policy)
-    return bench.write(made.model, policy, made.grids).file
+    return bench.files.write(made.model, policy, made.grids).file
 
 
 @pytest.mark.parametrize("name", ["convolutions", "tokens"])
 def test_the_size_is_known_before_anything_is_pruned(name: str, tmp_path: Path) -> None:
     with opened(name, tmp_path) as bench:
         policies = [random_policy(bench, seed) for seed in SEEDS]
-        predicted = [bench.predicted_bytes(policy) for policy in policies]
+        predicted = [bench.files.predicted_bytes(policy) for policy in policies]
         written = [len(written_file(bench, policy).data) for policy in policies]
     assert predicted == written
     assert {0 in policy.keep.values() for policy in policies} == {True, False}
@@ -294,7 +294,7 @@ def test_the_size_is_known_before_anything_is_pruned(name: str, tmp_path: Path) 
 
 def test_the_whole_network_in_fp32_is_predicted_to_weigh_what_the_baseline_weighs(tmp_path: Path) -> None:
     with opened("convolutions", tmp_path) as bench:
-        assert bench.predicted_bytes(Policy({}, {})) == len(bench.write_baseline().data)
+        assert bench.files.predicted_bytes(Policy({}, {})) == len(bench.files.baseline().data)
 
 
 # -- a policy made real --------------------------------------------------------------------------------------
@@ -313,14 +313,14 @@ def test_an_evaluation_is_replayed_bit_for_bit(tmp_path: Path, monkeypatch: pyte
         weights = made.model.state_dict()
         file = written_file(bench, policy)
     monkeypatch.setattr(trainer, "distil", None)  # a replay computes nothing
-    monkeypatch.setattr(workbench.timing, "interleave", None)
+    monkeypatch.setattr(latencies.timing, "interleave", None)
     with opened("convolutions", tmp_path, epochs=1) as again:
         assert again.evaluate(policy) == first
         made_again = again.compressed(policy)
         replayed = made_again.model.state_dict()
         assert written_file(again, policy).data == file.data
-        assert first.figures.drop == again.original_score - first.score
-        assert first.figures.size_bytes == again.predicted_bytes(policy)
+        assert first.figures.drop == again.scoring.original - first.score
+        assert first.figures.size_bytes == again.files.predicted_bytes(policy)
     assert replayed.keys() == weights.keys()
     assert all(torch.equal(replayed[key], tensor) for key, tensor in weights.items())
     assert made.grids.keys() == {layer for layer in policy.precisions if layer not in ("inner", "outer")}
@@ -414,29 +414,31 @@ def test_ranges_of_activations_are_those_that_score_best_on_the_search_split(
         methods = bench.runtime.range_methods
         scores = {method: 80.0 if method == best else 70.0 for method in methods}
         assert best in methods
-        monkeypatch.setattr(bench, "_file", lambda graph, policy, grids, seen, ranges: Exported(ranges.encode(), {}))
-        monkeypatch.setattr(bench, "_file_score", lambda file: scores[file.data.decode()])
-        written = bench.write(made.model, policy, made.grids)
+        monkeypatch.setattr(
+            bench.files, "_file", lambda graph, policy, grids, seen, ranges: Exported(ranges.encode(), {})
+        )
+        monkeypatch.setattr(bench.files, "_score", lambda file: scores[file.data.decode()])
+        written = bench.files.write(made.model, policy, made.grids)
         assert written.file.data == best.encode()
         assert written.scores_by_ranges == scores
         assert f"{best} 80.00" in str(written.note)
-        monkeypatch.setattr(bench, "_file_score", None)  # journalled: a resumed run scores nothing again
-        assert bench.write(made.model, policy, made.grids) == written
+        monkeypatch.setattr(bench.files, "_score", None)  # journalled: a resumed run scores nothing again
+        assert bench.files.write(made.model, policy, made.grids) == written
 
 
 def test_what_is_fastest_is_measured_once_and_can_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened("tokens", tmp_path) as bench:
         keep = {group.name: group.total for group in bench.graph.groups}
-        found = bench.fastest_computes(keep)
+        found = bench.latencies.fastest_computes(keep)
         assert found.keys() == bench.graph.layer.keys()
-        monkeypatch.setattr(bench, "_times", None)
-        assert bench.fastest_computes(keep) == found
+        monkeypatch.setattr(bench.latencies, "_timed", None)
+        assert bench.latencies.fastest_computes(keep) == found
         policy = Recipe(100, None).policy(bench.space, found)
         assert {name: precision.compute for name, precision in policy.precisions.items()} == found
         made = bench.compressed(policy)
         file = tmp_path / "model.onnx"
-        file.write_bytes(bench.write(made.model, policy, made.grids).file.data)
-        tensors = bench.write(made.model, policy, made.grids).file.tensors
+        file.write_bytes(bench.files.write(made.model, policy, made.grids).file.data)
+        tensors = bench.files.write(made.model, policy, made.grids).file.tensors
         assert bench.runtime.runs_as(file, tensors, threads=1) == {name: str(each) for name, each in found.items()}
 
 
@@ -444,8 +446,8 @@ def test_integers_are_no_choice_for_a_layer_whose_input_rounds_badly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened("tokens", tmp_path) as bench:
-        monkeypatch.setattr(bench, "rounding_errors", RoundingErrors({}, {"inner": 0.5, "outer": 1e-6}))
-        offered = bench.computes_allowed
+        monkeypatch.setattr(bench.files, "rounding_errors", RoundingErrors({}, {"inner": 0.5, "outer": 1e-6}))
+        offered = bench.latencies.computes_allowed
     assert offered["inner"] == (Compute.FP32,)
     assert set(offered["outer"]) == {Compute.FP32, Compute.INT8, Compute.INT8_DYNAMIC}
 
@@ -478,11 +480,11 @@ def test_an_activation_that_rounds_badly_stays_in_float_and_is_named(
             for precision in (INT8, FP32)
         )
         made = bench.compressed(int8)
-        written = bench.write(made.model, int8, made.grids)
-        assert bench.predicted_bytes(int8) == len(written.file.data)
+        written = bench.files.write(made.model, int8, made.grids)
+        assert bench.files.predicted_bytes(int8) == len(written.file.data)
         operators = [node.op_type for node in onnx.load_from_string(written.file.data).graph.node]
-        notes = bench.notes_on_rounding(int8)
-        assert bench.notes_on_rounding(floats) == ()
+        notes = bench.files.notes_on_rounding(int8)
+        assert bench.files.notes_on_rounding(floats) == ()
     assert "QuantizeLinear" not in operators[operators.index("Add") : operators.index("Flatten")]
     assert any(note.startswith("Add of inner, stem stays in float: ") for note in notes)
     assert any(note.startswith("what inner reads would be better off in float") for note in notes)
@@ -490,11 +492,11 @@ def test_an_activation_that_rounds_badly_stays_in_float_and_is_named(
 
 def test_without_integer_layers_there_are_no_ranges_to_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened("convolutions", tmp_path) as bench:
-        monkeypatch.setattr(bench, "_file_score", None)
+        monkeypatch.setattr(bench.files, "_score", None)
         in_floats = Precision(Storage("int", 4, PerChannel()), Compute.FP32)
         policy = completed(Policy(dict.fromkeys(bench.graph.layer, in_floats), {}), bench.graph, bench.target)
         made = bench.compressed(policy)
-        written = bench.write(made.model, policy, made.grids)
+        written = bench.files.write(made.model, policy, made.grids)
     assert written.scores_by_ranges == {}
     assert written.note is None
 

@@ -1,0 +1,261 @@
+"""The files that a network becomes on its target: foreseen by their bytes, drafted, written, loaded."""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from hirelc_deploy import __version__
+from hirelc_deploy.compress.grids import fitted, put_on
+from hirelc_deploy.exporters import load_runtime
+from hirelc_deploy.exporters._base import RoundingErrors
+from hirelc_deploy.graph import shapes_after
+from hirelc_deploy.kernels._base import Grid
+from hirelc_deploy.policy import CALIBRATED, FP16, INT8, Compute, Policy
+from hirelc_deploy.verify.measure import example
+
+if TYPE_CHECKING:
+    from hirelc_deploy.calibration import Calibration
+    from hirelc_deploy.exporters._base import Arrays, Exported, Session
+    from hirelc_deploy.graph.model_graph import ModelGraph
+    from hirelc_deploy.profiles import Target
+    from hirelc_deploy.rundir import RunFolder
+    from hirelc_deploy.scoring import Scoring
+    from hirelc_deploy.search.space import SearchSpace
+    from hirelc_deploy.task import Task
+    from hirelc_deploy.trainer import Trainer
+
+ROUNDS_BADLY = 1e-3
+"""Of the outputs' variance: what rounding one activation to 8 bits may change.  On the example networks the worst
+tensor changes a tenth of that, most a thousandth."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The file of a policy, and what the choice of its activations' ranges went by."""
+
+    file: "Exported"
+    scores_by_ranges: Mapping[str, float]
+    """On the search split, by method; the best is the file's.  Empty without int8 layers."""
+
+    @property
+    def note(self) -> str | None:
+        """For people."""
+        if not self.scores_by_ranges:
+            return None
+        each = ", ".join(f"{method} {score:.2f}" for method, score in self.scores_by_ranges.items())
+        return f"ranges of activations by the score on the search split: {each}"
+
+
+class Files:
+    """Writes the files of one network's policies for one target."""
+
+    def __init__(
+        self,
+        trainer: "Trainer",
+        scoring: "Scoring",
+        calibration: "Calibration",
+        task: "Task",
+        graph: "ModelGraph",
+        target: "Target",
+        space: "SearchSpace",
+        run: "RunFolder",
+        *,
+        largest: int,
+        threads: int,
+    ) -> None:
+        """`largest` is the magnitude that an 8-bit weight may have; `threads` are those that loaded files run with."""
+        self.runtime = load_runtime(target.runtime.name)
+        self.largest = largest
+        self._trainer = trainer
+        self._scoring = scoring
+        self._calibration = calibration
+        self._task = task
+        self._graph = graph
+        self._target = target
+        self._space = space
+        self._run = run
+        self._threads = threads
+        self._skeletons: dict[frozenset[str], Any] = {}
+
+    # -- of a policy that was made real ----------------------------------------------------------------------
+
+    def write(self, model: nn.Module, policy: Policy, grids: Mapping[str, Grid]) -> Written:
+        """The artifact's file, of a model that has its norms folded and its weights on these grids.
+
+        How ranges of activations are chosen is decided by the score of the file on the search split.
+        """
+        graph = self.float_graph(model)
+        methods = self.runtime.range_methods if _computes_in(policy, *CALIBRATED) else ()
+        if not methods:
+            return Written(self._file(graph, policy, grids), {})
+        seen = self._observed(graph, policy, self._calibration.arrays())
+        # a resumed run writes the best alone
+        file = cache(lambda method: self._file(graph, policy, grids, seen, method))
+        found: dict[str, float] = self._run.step(
+            f"ranges/{policy.digest()}", lambda: {method: self._score(file(method)) for method in methods}
+        )
+        # drop: the lower, the better, whatever the direction of the score; the first of equals
+        best = min(found, key=lambda method: self._scoring.drop(found[method]))
+        return Written(file(best), found)
+
+    def _observed(self, graph: Any, policy: Policy, inputs: "Iterable[Arrays]") -> Any:
+        """What activations span on these inputs."""
+        return self.runtime.observe(graph, policy.precisions, inputs, floats=self._in_float(policy))
+
+    def _file(
+        self, graph: Any, policy: Policy, grids: Mapping[str, Grid], seen: Any = None, ranges: str = "min-max"
+    ) -> "Exported":
+        return self.runtime.write(
+            graph,
+            policy.precisions,
+            grids,
+            seen=seen,
+            ranges=ranges,
+            floats=self._in_float(policy),
+            largest=self.largest,
+            ir_version=self._target.runtime.ir_version,
+            metadata=self._metadata,
+        )
+
+    def _score(self, file: "Exported") -> float:
+        """Of a file, on the search split."""
+        with self.loaded({"candidate": file}) as sessions:
+            return self._scoring.of_file(sessions["candidate"])
+
+    @property
+    def _metadata(self) -> dict[str, str]:
+        """Written into every file."""
+        return {"target": self._target.name, "tool": f"hirelc-deploy {__version__}"}
+
+    # -- of the original -------------------------------------------------------------------------------------
+
+    def baseline(self) -> "Exported":
+        """The original in fp32, stripped in the same way."""
+        return self._of_original({})
+
+    def halves(self) -> "Exported | None":
+        """The original in fp16, stripped in the same way; None where the target does not compute in it."""
+        return None if self.in_halves is None else self._of_original(self.in_halves.precisions)
+
+    @property
+    def in_halves(self) -> Policy | None:
+        """All channels, and every layer in fp16 that can be; None where none can."""
+        able = [layer for layer, choices in self._space.layers.items() if FP16 in choices]
+        return Policy(dict.fromkeys(able, FP16), {}) if able else None
+
+    def _of_original(self, precisions: Mapping[str, Any]) -> "Exported":
+        return self.runtime.write(
+            self._original_graph, precisions, ir_version=self._target.runtime.ir_version, metadata=self._metadata
+        )
+
+    @cached_property
+    def _original_graph(self) -> Any:
+        return self.float_graph(self._trainer.original)
+
+    # -- before anything is trained --------------------------------------------------------------------------
+
+    def predicted_bytes(self, policy: Policy) -> int:
+        """The artifact's size, told from shapes and formats before anything is pruned, trained or calibrated."""
+        return self.runtime.predicted_bytes(
+            self.skeleton(frozenset(name for name, count in policy.keep.items() if count == 0)),
+            shapes_after(self._graph, policy.keep),
+            policy.precisions,
+            floats=self._in_float(policy),
+            ir_version=self._target.runtime.ir_version,
+            metadata=self._metadata,
+        )
+
+    def draft(self, policy: Policy) -> "Exported":
+        """A file with the policy's shapes and formats and untrained weights: it weighs and runs like the real one."""
+        model = self._trainer.cut(policy)
+        grids = fitted(model, policy.precisions, {}, largest=self.largest)
+        put_on(model, policy.precisions, grids, largest=self.largest)
+        return self.drafted(self.float_graph(model), policy, grids)
+
+    def drafted(self, graph: Any, policy: Policy, grids: Mapping[str, Grid]) -> "Exported":
+        """A file whose ranges are those of one example: neither bytes nor speed depend on them."""
+        return self._file(graph, policy, grids, self._observed(graph, policy, [example(self._task, 1)]))
+
+    def skeleton(self, gone: frozenset[str] = frozenset()) -> Any:
+        """The float graph without these branches, everything else at full width."""
+        if gone not in self._skeletons:
+            self._skeletons[gone] = self.float_graph(self._trainer.cut(Policy({}, dict.fromkeys(gone, 0))))
+        return self._skeletons[gone]
+
+    def float_graph(self, model: nn.Module) -> Any:
+        """A model as the runtime's files are made of it."""
+        return self.runtime.float_graph(model, self._task.example, opset=self._target.runtime.opset)
+
+    # -- ready to run ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def loaded(self, files: Mapping[str, "Exported"]) -> "Iterator[dict[str, Session]]":
+        """Files by name, ready to run until the end of the block."""
+        with self.on_disk(files) as paths:
+            yield self.sessions(paths)
+
+    @contextmanager
+    def on_disk(self, files: Mapping[str, "Exported"]) -> "Iterator[dict[str, Path]]":
+        """Where the files lie until the end of the block."""
+        with tempfile.TemporaryDirectory() as folder:
+            paths = {name: Path(folder) / f"{name}{self.runtime.suffix}" for name in files}
+            for name, path in paths.items():
+                path.write_bytes(files[name].data)
+            yield paths
+
+    def sessions(self, paths: "Mapping[str, Path]") -> "dict[str, Session]":
+        """Files that lie there, ready to run."""
+        return {name: self.runtime.load(path, threads=self._threads) for name, path in paths.items()}
+
+    # -- what 8 bits do not hold -----------------------------------------------------------------------------
+
+    @cached_property
+    def rounding_errors(self) -> RoundingErrors:
+        """Of the original's activations, each alone, on a few train examples."""
+        found = self._run.step("rounding errors", lambda: asdict(self._rounding_errors()))
+        return RoundingErrors(**found)
+
+    def _rounding_errors(self) -> RoundingErrors:
+        in_integers = {name: INT8 for name, offered in self._space.layers.items() if INT8 in offered}
+        examples = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in self._calibration.few()]
+        return self.runtime.rounding_errors(self._original_graph, in_integers, examples)
+
+    @property
+    def floats_between(self) -> frozenset[str]:
+        """What stays in float between int8 layers: rounded to 8 bits it would change the outputs."""
+        return frozenset(name for name, error in self.rounding_errors.between.items() if error > ROUNDS_BADLY)
+
+    @property
+    def rounding_badly(self) -> frozenset[str]:
+        """The layers whose inputs 8 bits do not hold."""
+        return frozenset(layer for layer, error in self.rounding_errors.inputs.items() if error > ROUNDS_BADLY)
+
+    def notes_on_rounding(self, policy: Policy) -> tuple[str, ...]:
+        """For people: the activations of int8 layers that 8 bits do not hold, and what became of them."""
+        if not _computes_in(policy, Compute.INT8):
+            return ()
+        errors = self.rounding_errors
+        left = [(errors.between[name], f"{name} stays in float") for name in sorted(self._in_float(policy))]
+        better_off = [
+            (errors.inputs[layer], f"what {layer} reads would be better off in float (compute=fp32 for that layer)")
+            for layer, precision in policy.precisions.items()
+            if precision.compute is Compute.INT8 and layer in self.rounding_badly
+        ]
+        return tuple(
+            f"{what}: rounding it to 8 bits changes the outputs by {100 * error:.2g} % of their variance"
+            for error, what in (*left, *better_off)
+        )
+
+    def _in_float(self, policy: Policy) -> frozenset[str]:
+        return self.floats_between if _computes_in(policy, Compute.INT8) else frozenset()
+
+
+def _computes_in(policy: Policy, *computes: Compute) -> bool:
+    """Whether any layer does so in one of these."""
+    return any(precision.compute in computes for precision in policy.precisions.values())

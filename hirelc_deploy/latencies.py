@@ -1,0 +1,189 @@
+"""How long a network's policies take on its target: told by tables, timed where the target is at hand."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from hirelc_deploy.compress.grids import fitted
+from hirelc_deploy.cost.network import Network
+from hirelc_deploy.policy import INT8, Compute, Policy, Precision
+from hirelc_deploy.verify import text, timing
+from hirelc_deploy.verify.measure import Measurement, example, foretold
+
+if TYPE_CHECKING:
+    from hirelc_deploy.budget import Figures
+    from hirelc_deploy.exporters._base import Exported
+    from hirelc_deploy.files import Files
+    from hirelc_deploy.graph.model_graph import ModelGraph
+    from hirelc_deploy.pricing import Pricing
+    from hirelc_deploy.profiles import Target
+    from hirelc_deploy.rundir import RunFolder
+    from hirelc_deploy.search.space import SearchSpace
+    from hirelc_deploy.task import Task
+    from hirelc_deploy.trainer import Trainer
+
+PREDICTION_SECONDS = 1.0
+"""Spent on timing one policy's file beside the baseline."""
+
+
+class Latencies:
+    """Of one network on one target."""
+
+    def __init__(
+        self,
+        files: "Files",
+        pricing: "Pricing",
+        trainer: "Trainer",
+        task: "Task",
+        graph: "ModelGraph",
+        target: "Target",
+        space: "SearchSpace",
+        run: "RunFolder",
+        *,
+        threads: int,
+        batch: int,
+    ) -> None:
+        """`threads` and `batch` are those that files are timed with."""
+        self.pricing = pricing
+        self._files = files
+        self._trainer = trainer
+        self._task = task
+        self._graph = graph
+        self._target = target
+        self._space = space
+        self._run = run
+        self._threads = threads
+        self._batch = batch
+
+    @cached_property
+    def network(self) -> Network:
+        """What the runtime makes of the network, as a function of the policy."""
+        return self._files.runtime.network(
+            self._files.skeleton(),
+            self._graph,
+            self._space.computes,
+            self._space.groups,
+            batch=self._batch,
+            floats=self._files.floats_between,
+        )
+
+    # -- of one policy ---------------------------------------------------------------------------------------
+
+    def price(self, policy: Policy) -> dict[str, Any]:
+        """Bytes, milliseconds, speed-up and, where this machine is the target, memory, by their names in `Figures`.
+
+        Timed on a file with these shapes and untrained weights, or told by the tables of a target that is elsewhere.
+        """
+        size_bytes = self._files.predicted_bytes(policy)
+        if not self.pricing.is_device:
+            before, after = (self._told_ms(each) for each in (Policy({}, {}), policy))
+            return {"size_bytes": size_bytes, "latency_ms": after, "speedup": before / after}
+        inputs = example(self._task, self._batch)
+        with self._files.on_disk({"baseline": self._files.baseline(), "policy": self._files.draft(policy)}) as paths:
+            times = timing.interleave(self._files.sessions(paths), inputs, seconds=PREDICTION_SECONDS)
+            needs = self._files.runtime.footprint(paths["policy"], inputs, threads=self._threads)
+        clock = timing.clock_for(self._threads)
+        speedup = timing.ratio(times["baseline"], times["policy"], clock=clock)
+        return {
+            "size_bytes": size_bytes,
+            # one thread's CPU time is its wall clock on an idle machine, and close to that on a busy one
+            "latency_ms": times["policy"].p50_ms(clock),
+            "speedup": speedup.value,
+            "memory_bytes": None if needs is None else needs.memory_bytes,
+        }
+
+    def times_ms(self, policies: Sequence[Policy]) -> list[float] | None:
+        """Of the policies' files, side by side, in units of the target's tables; None where those are empty."""
+        seen = self._timed([self._files.draft(policy) for policy in policies])
+        unit = self.pricing.unit()
+        return None if unit is None else [each * unit for each in seen]
+
+    def learn(self, policy: Policy, latency_ms: float) -> bool:
+        """Let a file that was measured just now correct the predictor, if the target's tables have its kernels.
+
+        Returns whether it was learned from.
+        """
+        unit = self.pricing.unit()
+        return unit is not None and self.pricing.learn(self.network.with_counts(policy.keep), policy, latency_ms * unit)
+
+    def as_foretold(self, seen: Measurement, told: "Figures") -> Measurement:
+        """What was measured here of a file whose target is another device: with the latencies that were predicted."""
+        assert told.latency_ms is not None
+        assert told.speedup is not None
+        halves = self._files.in_halves
+        return foretold(
+            seen,
+            told.latency_ms * told.speedup,
+            told.latency_ms,
+            halves_ms=None if halves is None else self._told_ms(halves),
+            is_final=not self._files.runtime.builds_on_device,
+        )
+
+    def notes(self, policy: Policy) -> tuple[str, ...]:
+        """For people: the kernels that no table of a device has which is not this machine."""
+        if self.pricing.is_device:
+            return ()
+        unknown = sorted(self.pricing.predictor(self.network.with_counts(policy.keep)).unknown)
+        if not unknown:
+            return ()
+        return (
+            f"the table of {self._target.name} lacks {len(unknown)} of the kernels that the network can become, and "
+            f"a roofline answered for them: {text.listed(unknown)}",
+        )
+
+    def _told_ms(self, policy: Policy) -> float:
+        return float(self.pricing.predictor(self.network.with_counts(policy.keep)).foretell([policy]).ms[0])
+
+    # -- the fastest of several ------------------------------------------------------------------------------
+
+    def fastest_computes(self, keep: Mapping[str, int]) -> dict[str, Compute]:
+        """What each layer computes in so that the network is fastest with these counts of units.
+
+        The predictor says, from kernels that are measured now if no table has them; its answer and all layers alike
+        are then timed, and the fastest file wins.  Integers are left out for a layer whose input 8 bits do not hold.
+        """
+        found = self._run.step(f"fastest/{Policy({}, keep).digest()}", lambda: self._fastest(keep))
+        return {layer: Compute(compute) for layer, compute in found.items()}
+
+    @cached_property
+    def computes_allowed(self) -> dict[str, tuple[Compute, ...]]:
+        """What each layer and those that share its weight may compute in, fp32 first."""
+        return {layer: self._allowed(layer) for layer in self._space.layers}
+
+    def _allowed(self, layer: str) -> tuple[Compute, ...]:
+        together = (layer, *self._graph.layer[layer].shares_weight_with)
+        if not self._files.rounding_badly.isdisjoint(together):
+            return (Compute.FP32,)
+        computes = self._space.computes
+        return tuple(c for c in computes[layer] if all(c in computes[twin] for twin in together))
+
+    def _fastest(self, keep: Mapping[str, int]) -> dict[str, Compute]:
+        allowed = self.computes_allowed
+        predictor = self.pricing.predictor(self.network.with_counts(keep))
+        candidates = [predictor.fastest(keep, allowed)]
+        if not self.pricing.is_device:
+            return candidates[0]
+        for compute in dict.fromkeys(compute for able in allowed.values() for compute in able):
+            alike = {layer: compute if compute in able else able[0] for layer, able in allowed.items()}
+            if alike not in candidates:
+                candidates.append(alike)
+        times_ms = self._timed(self._in_computes(keep, candidates))
+        return candidates[min(range(len(candidates)), key=times_ms.__getitem__)]
+
+    def _in_computes(self, keep: Mapping[str, int], candidates: Sequence[Mapping[str, Compute]]) -> "list[Exported]":
+        """Drafts of the network with these counts in each of these computes, in 8 bits."""
+        model = self._trainer.cut(Policy({}, keep))
+        graph = self._files.float_graph(model)
+        in_8_bits = dict.fromkeys(self._space.layers, INT8)
+        grids = fitted(model, in_8_bits, {}, largest=self._files.largest)
+        policies = [
+            Policy({name: Precision(INT8.storage, c) for name, c in computes.items() if c is not Compute.FP32}, keep)
+            for computes in candidates
+        ]
+        return [self._files.drafted(graph, policy, grids) for policy in policies]
+
+    def _timed(self, files: "Sequence[Exported]") -> list[float]:
+        """Milliseconds of each, side by side."""
+        with self._files.loaded({str(i): file for i, file in enumerate(files)}) as sessions:
+            seen = timing.interleave(sessions, example(self._task, self._batch), seconds=PREDICTION_SECONDS)
+        return [each.p50_ms(timing.clock_for(self._threads)) for each in seen.values()]

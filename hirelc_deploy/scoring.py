@@ -1,0 +1,73 @@
+"""What a model or a file scores on the search split, beside what the original does there."""
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hirelc_deploy.compress.distil import as_tensors
+from hirelc_deploy.errors import UserError
+from hirelc_deploy.graph import forward
+from hirelc_deploy.verify import accuracy
+
+if TYPE_CHECKING:
+    from hirelc_deploy.exporters._base import Arrays, Session
+    from hirelc_deploy.rundir import RunFolder
+    from hirelc_deploy.task import Task
+
+
+class Scoring:
+    """The search split as a judge: scores in the task's unit."""
+
+    def __init__(self, original: nn.Module, task: "Task", run: "RunFolder") -> None:
+        self._original = original
+        self._task = task
+        self._run = run
+
+    @cached_property
+    def original(self) -> float:
+        """Of the original."""
+        return self._run.step("original score", lambda: self.of(self.outputs(self._original)))
+
+    def drop(self, score: float) -> float:
+        """Of a score, against the original's; a positive one is worse, whatever the direction of the score."""
+        return self._task.drop(self.original, score)
+
+    def error(self, examples: int) -> float:
+        """Standard error of the original's score on so many examples.
+
+        Of a share in percent it is known; of other scores it is taken as nothing.
+        """
+        share = self.original / 100
+        return 100 * math.sqrt(share * (1 - share) / examples) if self._task.unit == "%" and 0 <= share <= 1 else 0.0
+
+    def outputs(self, model: nn.Module) -> accuracy.Outputs:
+        """What a model says of the split."""
+        return accuracy.outputs(torch_session(model), self._task.search)[0]
+
+    def of(self, outputs: accuracy.Outputs) -> float:
+        """The score of these outputs.  Raises UserError if it is no finite number."""
+        score = self._task.score(outputs, self._task.search.targets)
+        if not math.isfinite(score):
+            raise UserError(
+                f"the score on the search split is {score}",
+                fix="do the model's outputs hold NaN or infinity there? mend the model, the data or the task's score",
+            )
+        return score
+
+    def of_file(self, session: "Session") -> float:
+        """The score of a file that is loaded.  Raises UserError as `of`."""
+        return self.of(accuracy.outputs(session, self._task.search)[0])
+
+
+def torch_session(model: nn.Module) -> Callable[["Arrays"], dict[str, Any]]:
+    """The model as a function of arrays, in eval mode."""
+
+    @torch.inference_mode()
+    def run(inputs: "Arrays") -> dict[str, Any]:
+        return {name: output.numpy() for name, output in forward(model.eval(), as_tensors(inputs)).items()}
+
+    return run
