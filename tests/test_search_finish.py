@@ -8,7 +8,7 @@ from toy_search import toy
 
 from hirelc_deploy.budget import Budget, Figures
 from hirelc_deploy.policy import Policy
-from hirelc_deploy.search.finish import FINALISTS, Finishing
+from hirelc_deploy.search.finish import FINALISTS, Finishing, Mending
 from hirelc_deploy.search.problem import Problem
 from hirelc_deploy.search.space import Choice, Evaluation
 
@@ -154,6 +154,15 @@ def test_the_aim_is_never_stricter_than_the_limit_and_never_far_beyond_it(
 
 def test_drops_that_a_score_cannot_tell_count_as_half_of_what_it_can() -> None:
     assert aim(Budget(drop=1.0), 4.0, -0.3, score_error=0.5)[0] == aim(Budget(drop=1.0), 4.0, 0.25)[0]
+
+
+def test_where_mending_ends_abruptly_what_was_nearly_seen_tells() -> None:
+    """Seen on a network: 7.9 points all but gone, 8.7 not.  A straight line through both would hope for 10."""
+    pairs = [(evaluation(1, 7.88, 500), evaluation(1, 0.03, 500)), (evaluation(2, 8.65, 400), evaluation(2, 0.82, 400))]
+    mending = Mending.seen_in(pairs, limit=1.0, score_error=0.345)
+    assert mending is not None
+    assert 7.88 < mending.before(0.58) < 8.65 < mending.before(1.0) < 9.2
+    assert mending.before(0.82) == pytest.approx(8.65)
 
 
 def test_what_was_seen_to_hold_is_aimed_at_however_coarse_the_score_is() -> None:

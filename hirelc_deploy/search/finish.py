@@ -44,9 +44,10 @@ Complete = Callable[[Policy], Evaluation]
 
 @dataclass(frozen=True)
 class Mending:
-    """What fine-tuning leaves of an evaluation's drop: factor x drop ** power."""
+    """What fine-tuning leaves of an evaluation's drop: as was seen, and around that factor x drop ** power."""
 
-    factor: float
+    seen: tuple[tuple[float, float], ...]
+    """Drops before and after."""
     power: float
 
     @classmethod
@@ -54,21 +55,23 @@ class Mending:
         """As far as it was seen, drops below half of what a score can tell counting as that half; None where no
         evaluation dropped by more."""
         least = max(min(score_error, limit) / 2, limit / 20)  # never above what is safe: what held is shown to hold
-        logs = np.log([(e.drop, max(after.drop, least)) for e, after in pairs if e.drop > least]).reshape(-1, 2)
-        if not len(logs):
+        seen = tuple((e.drop, max(after.drop, least)) for e, after in pairs if e.drop > least)
+        if not seen:
             return None
-        before, after = logs.T
+        before, after = np.log(seen).T
         power = POWER
         if np.ptp(before) > 0:
             power = float(np.clip(np.polyfit(before, after, 1)[0], *POWERS))
-        return cls(float(np.exp(np.median(after - power * before))), power)
+        return cls(seen, power)
 
     def before(self, left: float) -> float:
-        """The evaluation's drop of which so much is left."""
-        return float((left / self.factor) ** (1 / self.power))
+        """The evaluation's drop of which so much is left: from where nearly that was seen, since mending ends
+        abruptly."""
+        before, after = min(self.seen, key=lambda pair: abs(np.log(pair[1] / left)))
+        return float(before * (left / after) ** (1 / self.power))
 
 
-UNSEEN = Mending(0.5, 1.0)
+UNSEEN = Mending(((1.0, 0.5),), 1.0)
 """Before anything was seen."""
 
 
