@@ -61,7 +61,7 @@ def compare(network: str, out: Path, methods: list[str], seeds: int, evaluations
         return record(problem, runs, evaluations)
 
 
-def parts(network: str, out: Path, seeds: int, evaluations: int) -> dict[str, Any]:
+def parts(network: str, out: Path, names: list[str], seeds: int, evaluations: int) -> dict[str, Any]:
     """The hierarchical search as it is, and without one of its parts."""
     with workbench(network, out / network, epochs=4) as bench:
         problem = Posing(bench, Budget(drop=MAX_DROP)).problem()
@@ -70,7 +70,7 @@ def parts(network: str, out: Path, seeds: int, evaluations: int) -> dict[str, An
                 bench.run.step(f"parts/{name}/{seed}/{evaluations}", partial(one, problem, name, seed, evaluations))
             )
             for seed in range(seeds)
-            for name in WITHOUT
+            for name in names
         ]
         return record(problem, runs, evaluations)
 
@@ -260,6 +260,7 @@ def main() -> None:
     for name in ("run", "parts"):
         steps.choices[name].add_argument("--seeds", type=int, default=5)
     steps.choices["run"].add_argument("--methods", default=",".join(FILES))
+    steps.choices["parts"].add_argument("--parts", default=",".join(WITHOUT))
     steps.add_parser("page")
     options = parser.parse_args()
     if options.step == "page":
@@ -271,7 +272,7 @@ def main() -> None:
         elif options.step == "targets":
             found = targets(network, options.out, options.evaluations)
         else:
-            found = parts(network, options.out, options.seeds, options.evaluations)
+            found = parts(network, options.out, options.parts.split(","), options.seeds, options.evaluations)
         save(found, RESULTS / f"search_{options.step}_{network}.json")
 
 

@@ -102,6 +102,12 @@ def version_of(log: str) -> str:
     return f"{digits // 10_000}.{digits // 100 % 100}.{digits % 100}"
 
 
+def inferences_per_s(log: str) -> float | None:
+    """What trtexec says of its throughput, a batch counting as one; None where it does not."""
+    found = re.search(r"Throughput: ([0-9.]+) qps", log)
+    return float(found[1]) if found and float(found[1]) else None
+
+
 def failure_of(log: str) -> tuple[str, str]:
     """What went wrong on the device and what to do, from what trtexec printed."""
     for words, what, fix in SAID:

@@ -80,7 +80,7 @@ def _initializer(graph: ir.Graph, value: ir.Value, kept: Collection[tuple[ir.Nod
     array = half(tensor.numpy())
     if not in_floats:
         value.const_value = ir.Tensor(array, name=value.name)
-        value.dtype = ir.DataType.FLOAT16
+        value.type = ir.TensorType(ir.DataType.FLOAT16)  # copies of a graph share what `dtype` would change
         return
     name = f"{name_of(value)}#half"
     own = ir.Value(name=name, const_value=ir.Tensor(array, name=name))

@@ -48,7 +48,14 @@ class Row:
 
 def rows(manifest: Manifest) -> tuple[Row, ...]:
     """Every figure of an artifact, and then the checks that have no figure of their own."""
-    figures = (_size(manifest), _latency(manifest), _accuracy(manifest), *_gains(manifest), *_needs(manifest))
+    figures = (
+        _size(manifest),
+        _latency(manifest),
+        _accuracy(manifest),
+        *_gains(manifest),
+        *_needs(manifest),
+        *_energy(manifest),
+    )
     shown = {row.check.name for row in figures if row.check is not None}
     unit = manifest.task.unit
     others = (
@@ -191,6 +198,14 @@ def _needs(manifest: Manifest) -> tuple[Row, ...]:
     )
     load = Row("load" + elsewhere, text.quantity("load_ms", before.load_ms, ""), text.milliseconds(after.load_ms))
     return memory, load
+
+
+def _energy(manifest: Manifest) -> tuple[Row, ...]:
+    """Of an inference, where a board has sensors for it."""
+    before, after = manifest.baseline.energy_mj, manifest.measured.energy_mj
+    if after is None:
+        return ()
+    return (Row("energy", text.quantity("energy_mj", before, ""), text.millijoules(after)),)
 
 
 def _agreement(manifest: Manifest) -> Row:

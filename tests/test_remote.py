@@ -31,8 +31,12 @@ needs_sshd = pytest.mark.skipif(not HAS_SSHD, reason="host keys are checked by o
 
 STAND_IN = """
 import os, subprocess, sys
+if "-p" in sys.argv:  # another port, where nobody listens
+    print("ssh: connect to host device: Connection refused", file=sys.stderr)
+    sys.exit(255)
 command = sys.argv[-1]  # behind options and the host
-sys.exit(subprocess.run(["sh", "-c", command], env={**os.environ, "TMPDIR": {folder!r}}).returncode)
+environment = {**os.environ, "TMPDIR": {folder!r}, "PATH": {folder!r} + "/bin:" + os.environ["PATH"]}
+sys.exit(subprocess.run(["sh", "-c", command], env=environment).returncode)
 """
 
 SHAPES = """op,attributes,operands,compute
@@ -115,7 +119,8 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
     (folder / "sshd_config").write_text(
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder / 'host'}\nPidFile none\nUsePAM no\n"
         f"AuthorizedKeysFile {folder / 'authorized'}\nStrictModes no\nPasswordAuthentication no\n"
-        f"KbdInteractiveAuthentication no\nPermitRootLogin yes\nSetEnv TMPDIR={folder}\n"
+        "KbdInteractiveAuthentication no\nPermitRootLogin yes\n"
+        f"SetEnv TMPDIR={folder} PATH={folder / 'bin'}:{os.environ['PATH']}\n"
     )
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)  # where sshd keeps what has no privileges

@@ -21,9 +21,10 @@ from hirelc_deploy import cli, pipeline
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.exporters import _trt_build
-from hirelc_deploy.exporters._trt_exec import failure_of, outputs_of, runs_as, times_of, version_of
+from hirelc_deploy.exporters._trt_exec import failure_of, inferences_per_s, outputs_of, runs_as, times_of, version_of
 from hirelc_deploy.policy import INT8
 from hirelc_deploy.verify import manifest as manifests, remote
+from hirelc_deploy.verify.power import Power, drawn
 from hirelc_deploy.verify.remote import ATTEMPTS, SSH_VARIABLE
 
 STAND_IN = Path(__file__).with_name("trtexec_stand_in.py")
@@ -94,6 +95,46 @@ def test_an_artifact_is_built_timed_scored_and_read_back_on_the_device(
     assert any("the GPU alone takes 0.418 ms" in note for note in after.notes)
     assert after.environment.packages == {"tensorrt": "10.3.0"}
     assert not list(device.folder.glob("tmp.*")), "the folder on the device is left behind"
+    assert after.measured.energy_mj is None, "there is no tegrastats"
+
+
+TEGRASTATS = """#!/bin/sh
+trap 'echo ended > {ended}; exit' TERM
+echo "$@" > {asked}
+for watts in 4 4 10 10 10; do
+  for _ in 1 2 3 4 5 6 7 8 9 10; do
+    echo "11-28-2026 09:00:00 RAM 2/7MB CPU [1%@1510] gpu@47C {rail} ${{watts}}000mW/5000mW VDD_SOC 900mW/900mW"
+  done
+done
+while :; do sleep 0.01; done
+"""
+"""Four watts for two seconds, ten for three; like NVIDIA's documentation, not recorded on a device."""
+
+
+def test_energy_is_what_the_board_draws_for_each_inference(
+    device: Device, artifact: Path, trtexec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended, asked = tmp_path / "ended", tmp_path / "asked"
+    command = device.folder / "bin" / "tegrastats"
+    command.parent.mkdir(exist_ok=True)
+    command.write_text(TEGRASTATS.format(ended=ended, asked=asked, rail="VDD_IN"))
+    command.chmod(0o755)
+    try:
+        assert verify(artifact, trtexec) == ExitStatus.OK
+    finally:
+        command.unlink()
+    after = manifests.read(artifact)
+    assert asked.read_text().split() == ["--interval", "100"]
+    assert ended.exists(), "it would run on for ever"
+    # 10 W at 2000, 1250 and 666.7 inferences a second
+    assert after.measured.energy_mj == pytest.approx(5.0)
+    assert after.baseline_fp16 is not None
+    assert after.baseline_fp16.energy_mj == pytest.approx(8.0)
+    assert after.baseline.energy_mj == pytest.approx(15.0)
+    assert any(note.startswith("energy: the board draws 10 W") and "VDD_IN" in note for note in after.notes)
+    shown = capsys.readouterr().out
+    assert "energy" in shown
+    assert "5.00 mJ" in shown
 
 
 def test_an_export_ends_on_the_device_where_it_has_one(
@@ -223,6 +264,17 @@ def test_what_trtexec_says_is_read() -> None:
     with pytest.raises(UserError, match="does not say which TensorRT"):
         version_of("nothing")
     assert failure_of("") == ("nothing was printed", "is the target's TensorRT the device's?")
+
+
+def test_power_is_that_of_the_whole_module() -> None:
+    nano = "RAM 2448/7620MB VDD_IN 5012mW/4980mW VDD_CPU_GPU_CV 720mW/720mW VDD_SOC 1440mW/1440mW"
+    agx = "GR3D_FREQ 0% VDD_GPU_SOC 3000mW/3000mW VDD_CPU_CV 1000mW/999mW VIN_SYS_5V0 4000mW/4000mW VDDQ 5mW/5mW"
+    assert drawn(nano, 3) == Power(5.012, ("VDD_IN",))
+    assert drawn(agx, 3) == Power(8.0, ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"))
+    assert drawn(f"{nano}\nVDD_IN 9000mW/7000mW", 0.1) == Power(9.0, ("VDD_IN",))
+    assert drawn("RAM 2448/7620MB VDD_SOC 1440mW/1440mW", 3) is None
+    assert inferences_per_s("[I] Throughput: 1046.27 qps") == 1046.27
+    assert inferences_per_s("nothing") is None
 
 
 def test_what_a_layer_runs_as_is_read_by_the_names_of_its_operators() -> None:

@@ -34,6 +34,7 @@ def main() -> int:
     _, kind, file = Path(options["loadEngine"]).read_bytes().split(b"\n", 2)
     if "exportTimes" in options:
         Path(options["exportTimes"]).write_text(json.dumps(times(LATENCY_MS[kind.decode()])))
+        print(f"[11/27/2026-14:00:00] [I] Throughput: {1000 / LATENCY_MS[kind.decode()]} qps")
     if "exportLayerInfo" in options:
         Path(options["exportLayerInfo"]).write_text(json.dumps(layers(file)))
     if "exportOutput" in options:

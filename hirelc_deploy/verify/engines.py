@@ -21,6 +21,7 @@ from hirelc_deploy.rundir import write_atomic
 from hirelc_deploy.verify import accuracy
 from hirelc_deploy.verify.manifest import Baseline, Environment, Measured, MeasuredBasis, Percentiles
 from hirelc_deploy.verify.measure import BASELINE_FILE, BASELINE_FP16_FILE, Measurement, example
+from hirelc_deploy.verify.power import Power, drawn, watched
 
 if TYPE_CHECKING:
     from hirelc_deploy.exporters._base import Arrays
@@ -57,11 +58,21 @@ class _Built:
     times: Times
     layers: str
     """As trtexec wrote them."""
+    power: Power | None
+    """While it was timed; None where the device does not tell."""
+    inferences_per_s: float | None
 
     @property
     def latency_ms(self) -> Percentiles:
         p50, p90, p99 = np.percentile(self.times.end_to_end_ms, (50, 90, 99)).tolist()
         return Percentiles(p50=p50, p90=p90, p99=p99)
+
+    @property
+    def energy_mj(self) -> float | None:
+        """Of one inference."""
+        if self.power is None or self.inferences_per_s is None:
+            return None
+        return 1000 * self.power.watts / self.inferences_per_s
 
 
 class Board:
@@ -100,15 +111,18 @@ class Board:
             self.trtexec, engine, shapes, batch=batch, times="times.json", layers="layers.json"
         )
         back = self._checked(
-            f"{make} > log 2>&1 && {time} >> log 2>&1 && cp {engine} engine",
+            f"{make} > log 2>&1 && {watched(f'{time} >> log 2>&1', 'power')} && cp {engine} engine",
             {file.name: file.read_bytes()},
             also=f"rm -f {shlex.quote(file.name)}",
         )
+        log = back["log"].decode(errors="replace")
         built = _Built(
             len(back["engine"]),
-            trtexec_of.version_of(back["log"].decode(errors="replace")),
+            trtexec_of.version_of(log),
             trtexec_of.times_of(back["times.json"].decode()),
             back["layers.json"].decode(),
+            drawn(back["power"].decode(errors="replace"), trtexec_of.SECONDS),
+            trtexec_of.inferences_per_s(log),
         )
         return built, back["engine"]
 
@@ -186,7 +200,12 @@ def measure_on(
     gpu_ms = {name: float(np.median(each.times.gpu_ms)) for name, each in built.items()}
     artifact, baseline = built[ARTIFACT], built[BASELINE]
     seen = Measurement(
-        baseline=Baseline(size_bytes=baseline.size_bytes, accuracy=compared.before, latency_ms=latencies[BASELINE]),
+        baseline=Baseline(
+            size_bytes=baseline.size_bytes,
+            accuracy=compared.before,
+            latency_ms=latencies[BASELINE],
+            energy_mj=baseline.energy_mj,
+        ),
         measured=Measured(
             size_bytes=artifact.size_bytes,
             accuracy=compared.after,
@@ -197,6 +216,7 @@ def measure_on(
             drop_points=compared.drop,
             drop_ci95=compared.drop_ci95,
             agreement=compared.agreement,
+            energy_mj=artifact.energy_mj,
             basis=MeasuredBasis(size="measured", accuracy="measured", latency="measured"),
         ),
         runs_as=trtexec_of.runs_as(artifact.layers, onnx.load(folder / file), tensors),
@@ -207,7 +227,10 @@ def measure_on(
     return OnDevice(
         seen=seen,
         baseline_fp16=Baseline(
-            size_bytes=built[HALVES].size_bytes, accuracy=halves_score, latency_ms=latencies[HALVES]
+            size_bytes=built[HALVES].size_bytes,
+            accuracy=halves_score,
+            latency_ms=latencies[HALVES],
+            energy_mj=built[HALVES].energy_mj,
         ),
         environment=Environment(
             cpu=board.name,
@@ -225,8 +248,13 @@ def measure_on(
             f"{gpu_ms[ARTIFACT]:.3g} ms, {gpu_ms[HALVES]:.3g} ms in fp16 and {gpu_ms[BASELINE]:.3g} ms in fp32 "
             "(medians, CUDA graph)",
             *([f"clocks: {board.clocks}"] if board.clocks else []),
+            *([_note_on(artifact.power)] if artifact.power else []),
         ),
     )
+
+
+def _note_on(power: Power) -> str:
+    return f"energy: the board draws {power.watts:.3g} W while the engine is timed ({' + '.join(power.rails)})"
 
 
 def _together(batches: "Iterable[Batch]") -> "Iterator[Batch]":

@@ -95,6 +95,7 @@ class Baseline(Record):
     latency_ms: Percentiles | None
     memory_bytes: int | None = None
     load_ms: Figure | None = None
+    energy_mj: Figure | None = None
 
 
 class Predicted(Record):
@@ -136,6 +137,8 @@ class Measured(Record):
     """Peak of a process that loads and runs the file, over what it held before; None where the system hides it."""
     load_ms: Figure | None = None
     """Wall clock, in that process."""
+    energy_mj: Figure | None = None
+    """Of one inference, run back to back: what the whole board draws, idle or not; None where no sensor tells."""
 
 
 class PredictionError(Record):

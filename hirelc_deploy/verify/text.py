@@ -23,6 +23,10 @@ def milliseconds(latency_ms: float) -> str:
     return f"{_significant(latency_ms)} ms"
 
 
+def millijoules(energy_mj: float) -> str:
+    return f"{_significant(energy_mj)} mJ"
+
+
 def times(factor: float) -> str:
     return f"{_significant(factor)} ×"
 
@@ -90,5 +94,6 @@ _FORMATS: dict[str, Callable[[float], str]] = {
     "size_bytes": size,
     "memory_bytes": size,
     "load_ms": milliseconds,
+    "energy_mj": millijoules,
     "size on disk": "{:.0f} bytes".format,
 }
