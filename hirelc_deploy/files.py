@@ -12,7 +12,6 @@ from torch import nn
 
 from hirelc_deploy import __version__
 from hirelc_deploy.compress.grids import fitted, put_on
-from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import RoundingErrors
 from hirelc_deploy.graph import shapes_after
 from hirelc_deploy.kernels._base import Grid
@@ -22,12 +21,8 @@ from hirelc_deploy.verify.measure import example
 if TYPE_CHECKING:
     from hirelc_deploy.calibration import Calibration
     from hirelc_deploy.exporters._base import Arrays, Exported, Session
-    from hirelc_deploy.graph.model_graph import ModelGraph
-    from hirelc_deploy.profiles import Target
-    from hirelc_deploy.rundir import RunFolder
     from hirelc_deploy.scoring import Scoring
-    from hirelc_deploy.search.space import SearchSpace
-    from hirelc_deploy.task import Task
+    from hirelc_deploy.subject import Subject
     from hirelc_deploy.trainer import Trainer
 
 ROUNDS_BADLY = 1e-3
@@ -55,32 +50,12 @@ class Written:
 class Files:
     """Writes the files of one network's policies for one target."""
 
-    def __init__(
-        self,
-        trainer: "Trainer",
-        scoring: "Scoring",
-        calibration: "Calibration",
-        task: "Task",
-        graph: "ModelGraph",
-        target: "Target",
-        space: "SearchSpace",
-        run: "RunFolder",
-        *,
-        largest: int,
-        threads: int,
-    ) -> None:
-        """`largest` is the magnitude that an 8-bit weight may have; `threads` are those that loaded files run with."""
-        self.runtime = load_runtime(target.runtime.name)
-        self.largest = largest
+    def __init__(self, subject: "Subject", trainer: "Trainer", scoring: "Scoring", calibration: "Calibration") -> None:
+        self._subject = subject
+        self._runtime = subject.runtime
         self._trainer = trainer
         self._scoring = scoring
         self._calibration = calibration
-        self._task = task
-        self._graph = graph
-        self._target = target
-        self._space = space
-        self._run = run
-        self._threads = threads
         self._skeletons: dict[frozenset[str], Any] = {}
 
     # -- of a policy that was made real ----------------------------------------------------------------------
@@ -91,13 +66,13 @@ class Files:
         How ranges of activations are chosen is decided by the score of the file on the search split.
         """
         graph = self.float_graph(model)
-        methods = self.runtime.range_methods if _computes_in(policy, *CALIBRATED) else ()
+        methods = self._runtime.range_methods if _computes_in(policy, *CALIBRATED) else ()
         if not methods:
             return Written(self._file(graph, policy, grids), {})
         seen = self._observed(graph, policy, self._calibration.arrays())
         # a resumed run writes the best alone
         file = cache(lambda method: self._file(graph, policy, grids, seen, method))
-        found: dict[str, float] = self._run.step(
+        found: dict[str, float] = self._subject.run.step(
             f"ranges/{policy.digest()}", lambda: {method: self._score(file(method)) for method in methods}
         )
         # drop: the lower, the better, whatever the direction of the score; the first of equals
@@ -106,20 +81,20 @@ class Files:
 
     def _observed(self, graph: Any, policy: Policy, inputs: "Iterable[Arrays]") -> Any:
         """What activations span on these inputs."""
-        return self.runtime.observe(graph, policy.precisions, inputs, floats=self._in_float(policy))
+        return self._runtime.observe(graph, policy.precisions, inputs, floats=self._in_float(policy))
 
     def _file(
         self, graph: Any, policy: Policy, grids: Mapping[str, Grid], seen: Any = None, ranges: str = "min-max"
     ) -> "Exported":
-        return self.runtime.write(
+        return self._runtime.write(
             graph,
             policy.precisions,
             grids,
             seen=seen,
             ranges=ranges,
             floats=self._in_float(policy),
-            largest=self.largest,
-            ir_version=self._target.runtime.ir_version,
+            largest=self._subject.largest,
+            ir_version=self._subject.target.runtime.ir_version,
             metadata=self._metadata,
         )
 
@@ -131,7 +106,7 @@ class Files:
     @property
     def _metadata(self) -> dict[str, str]:
         """Written into every file."""
-        return {"target": self._target.name, "tool": f"hirelc-deploy {__version__}"}
+        return {"target": self._subject.target.name, "tool": f"hirelc-deploy {__version__}"}
 
     # -- of the original -------------------------------------------------------------------------------------
 
@@ -146,12 +121,15 @@ class Files:
     @property
     def in_halves(self) -> Policy | None:
         """All channels, and every layer in fp16 that can be; None where none can."""
-        able = [layer for layer, choices in self._space.layers.items() if FP16 in choices]
+        able = [layer for layer, choices in self._subject.space.layers.items() if FP16 in choices]
         return Policy(dict.fromkeys(able, FP16), {}) if able else None
 
     def _of_original(self, precisions: Mapping[str, Any]) -> "Exported":
-        return self.runtime.write(
-            self._original_graph, precisions, ir_version=self._target.runtime.ir_version, metadata=self._metadata
+        return self._runtime.write(
+            self._original_graph,
+            precisions,
+            ir_version=self._subject.target.runtime.ir_version,
+            metadata=self._metadata,
         )
 
     @cached_property
@@ -162,25 +140,25 @@ class Files:
 
     def predicted_bytes(self, policy: Policy) -> int:
         """The artifact's size, told from shapes and formats before anything is pruned, trained or calibrated."""
-        return self.runtime.predicted_bytes(
+        return self._runtime.predicted_bytes(
             self.skeleton(frozenset(name for name, count in policy.keep.items() if count == 0)),
-            shapes_after(self._graph, policy.keep),
+            shapes_after(self._subject.graph, policy.keep),
             policy.precisions,
             floats=self._in_float(policy),
-            ir_version=self._target.runtime.ir_version,
+            ir_version=self._subject.target.runtime.ir_version,
             metadata=self._metadata,
         )
 
     def draft(self, policy: Policy) -> "Exported":
         """A file with the policy's shapes and formats and untrained weights: it weighs and runs like the real one."""
         model = self._trainer.cut(policy)
-        grids = fitted(model, policy.precisions, {}, largest=self.largest)
-        put_on(model, policy.precisions, grids, largest=self.largest)
+        grids = fitted(model, policy.precisions, {}, largest=self._subject.largest)
+        put_on(model, policy.precisions, grids, largest=self._subject.largest)
         return self.drafted(self.float_graph(model), policy, grids)
 
     def drafted(self, graph: Any, policy: Policy, grids: Mapping[str, Grid]) -> "Exported":
         """A file whose ranges are those of one example: neither bytes nor speed depend on them."""
-        return self._file(graph, policy, grids, self._observed(graph, policy, [example(self._task, 1)]))
+        return self._file(graph, policy, grids, self._observed(graph, policy, [example(self._subject.task, 1)]))
 
     def skeleton(self, gone: frozenset[str] = frozenset()) -> Any:
         """The float graph without these branches, everything else at full width."""
@@ -190,7 +168,7 @@ class Files:
 
     def float_graph(self, model: nn.Module) -> Any:
         """A model as the runtime's files are made of it."""
-        return self.runtime.float_graph(model, self._task.example, opset=self._target.runtime.opset)
+        return self._runtime.float_graph(model, self._subject.task.example, opset=self._subject.target.runtime.opset)
 
     # -- ready to run ----------------------------------------------------------------------------------------
 
@@ -204,27 +182,27 @@ class Files:
     def on_disk(self, files: Mapping[str, "Exported"]) -> "Iterator[dict[str, Path]]":
         """Where the files lie until the end of the block."""
         with tempfile.TemporaryDirectory() as folder:
-            paths = {name: Path(folder) / f"{name}{self.runtime.suffix}" for name in files}
+            paths = {name: Path(folder) / f"{name}{self._runtime.suffix}" for name in files}
             for name, path in paths.items():
                 path.write_bytes(files[name].data)
             yield paths
 
     def sessions(self, paths: "Mapping[str, Path]") -> "dict[str, Session]":
         """Files that lie there, ready to run."""
-        return {name: self.runtime.load(path, threads=self._threads) for name, path in paths.items()}
+        return {name: self._runtime.load(path, threads=self._subject.threads) for name, path in paths.items()}
 
     # -- what 8 bits do not hold -----------------------------------------------------------------------------
 
     @cached_property
     def rounding_errors(self) -> RoundingErrors:
         """Of the original's activations, each alone, on a few train examples."""
-        found = self._run.step("rounding errors", lambda: asdict(self._rounding_errors()))
+        found = self._subject.run.step("rounding errors", lambda: asdict(self._rounding_errors()))
         return RoundingErrors(**found)
 
     def _rounding_errors(self) -> RoundingErrors:
-        in_integers = {name: INT8 for name, offered in self._space.layers.items() if INT8 in offered}
+        in_integers = {name: INT8 for name, offered in self._subject.space.layers.items() if INT8 in offered}
         examples = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in self._calibration.few()]
-        return self.runtime.rounding_errors(self._original_graph, in_integers, examples)
+        return self._runtime.rounding_errors(self._original_graph, in_integers, examples)
 
     @property
     def floats_between(self) -> frozenset[str]:

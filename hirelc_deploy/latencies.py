@@ -14,12 +14,8 @@ if TYPE_CHECKING:
     from hirelc_deploy.budget import Figures
     from hirelc_deploy.exporters._base import Exported
     from hirelc_deploy.files import Files
-    from hirelc_deploy.graph.model_graph import ModelGraph
     from hirelc_deploy.pricing import Pricing
-    from hirelc_deploy.profiles import Target
-    from hirelc_deploy.rundir import RunFolder
-    from hirelc_deploy.search.space import SearchSpace
-    from hirelc_deploy.task import Task
+    from hirelc_deploy.subject import Subject
     from hirelc_deploy.trainer import Trainer
 
 PREDICTION_SECONDS = 1.0
@@ -29,41 +25,21 @@ PREDICTION_SECONDS = 1.0
 class Latencies:
     """Of one network on one target."""
 
-    def __init__(
-        self,
-        files: "Files",
-        pricing: "Pricing",
-        trainer: "Trainer",
-        task: "Task",
-        graph: "ModelGraph",
-        target: "Target",
-        space: "SearchSpace",
-        run: "RunFolder",
-        *,
-        threads: int,
-        batch: int,
-    ) -> None:
-        """`threads` and `batch` are those that files are timed with."""
+    def __init__(self, subject: "Subject", files: "Files", pricing: "Pricing", trainer: "Trainer") -> None:
         self.pricing = pricing
+        self._subject = subject
         self._files = files
         self._trainer = trainer
-        self._task = task
-        self._graph = graph
-        self._target = target
-        self._space = space
-        self._run = run
-        self._threads = threads
-        self._batch = batch
 
     @cached_property
     def network(self) -> Network:
         """What the runtime makes of the network, as a function of the policy."""
-        return self._files.runtime.network(
+        return self._subject.runtime.network(
             self._files.skeleton(),
-            self._graph,
-            self._space.computes,
-            self._space.groups,
-            batch=self._batch,
+            self._subject.graph,
+            self._subject.space.computes,
+            self._subject.space.groups,
+            batch=self._subject.batch,
             floats=self._files.floats_between,
         )
 
@@ -78,11 +54,11 @@ class Latencies:
         if not self.pricing.is_device:
             before, after = (self._told_ms(each) for each in (Policy({}, {}), policy))
             return {"size_bytes": size_bytes, "latency_ms": after, "speedup": before / after}
-        inputs = example(self._task, self._batch)
+        inputs = example(self._subject.task, self._subject.batch)
         with self._files.on_disk({"baseline": self._files.baseline(), "policy": self._files.draft(policy)}) as paths:
             times = timing.interleave(self._files.sessions(paths), inputs, seconds=PREDICTION_SECONDS)
-            needs = self._files.runtime.footprint(paths["policy"], inputs, threads=self._threads)
-        clock = timing.clock_for(self._threads)
+            needs = self._subject.runtime.footprint(paths["policy"], inputs, threads=self._subject.threads)
+        clock = timing.clock_for(self._subject.threads)
         speedup = timing.ratio(times["baseline"], times["policy"], clock=clock)
         return {
             "size_bytes": size_bytes,
@@ -116,7 +92,7 @@ class Latencies:
             told.latency_ms * told.speedup,
             told.latency_ms,
             halves_ms=None if halves is None else self._told_ms(halves),
-            is_final=not self._files.runtime.builds_on_device,
+            is_final=not self._subject.runtime.builds_on_device,
         )
 
     def notes(self, policy: Policy) -> tuple[str, ...]:
@@ -127,8 +103,8 @@ class Latencies:
         if not unknown:
             return ()
         return (
-            f"the table of {self._target.name} lacks {len(unknown)} of the kernels that the network can become, and "
-            f"a roofline answered for them: {text.listed(unknown)}",
+            f"the table of {self._subject.target.name} lacks {len(unknown)} of the kernels that the network can become, "
+            f"and a roofline answered for them: {text.listed(unknown)}",
         )
 
     def _told_ms(self, policy: Policy) -> float:
@@ -142,19 +118,19 @@ class Latencies:
         The predictor says, from kernels that are measured now if no table has them; its answer and all layers alike
         are then timed, and the fastest file wins.  Integers are left out for a layer whose input 8 bits do not hold.
         """
-        found = self._run.step(f"fastest/{Policy({}, keep).digest()}", lambda: self._fastest(keep))
+        found = self._subject.run.step(f"fastest/{Policy({}, keep).digest()}", lambda: self._fastest(keep))
         return {layer: Compute(compute) for layer, compute in found.items()}
 
     @cached_property
     def computes_allowed(self) -> dict[str, tuple[Compute, ...]]:
         """What each layer and those that share its weight may compute in, fp32 first."""
-        return {layer: self._allowed(layer) for layer in self._space.layers}
+        return {layer: self._allowed(layer) for layer in self._subject.space.layers}
 
     def _allowed(self, layer: str) -> tuple[Compute, ...]:
-        together = (layer, *self._graph.layer[layer].shares_weight_with)
+        together = (layer, *self._subject.graph.layer[layer].shares_weight_with)
         if not self._files.rounding_badly.isdisjoint(together):
             return (Compute.FP32,)
-        computes = self._space.computes
+        computes = self._subject.space.computes
         return tuple(c for c in computes[layer] if all(c in computes[twin] for twin in together))
 
     def _fastest(self, keep: Mapping[str, int]) -> dict[str, Compute]:
@@ -174,8 +150,8 @@ class Latencies:
         """Drafts of the network with these counts in each of these computes, in 8 bits."""
         model = self._trainer.cut(Policy({}, keep))
         graph = self._files.float_graph(model)
-        in_8_bits = dict.fromkeys(self._space.layers, INT8)
-        grids = fitted(model, in_8_bits, {}, largest=self._files.largest)
+        in_8_bits = dict.fromkeys(self._subject.space.layers, INT8)
+        grids = fitted(model, in_8_bits, {}, largest=self._subject.largest)
         policies = [
             Policy({name: Precision(INT8.storage, c) for name, c in computes.items() if c is not Compute.FP32}, keep)
             for computes in candidates
@@ -185,5 +161,7 @@ class Latencies:
     def _timed(self, files: "Sequence[Exported]") -> list[float]:
         """Milliseconds of each, side by side."""
         with self._files.loaded({str(i): file for i, file in enumerate(files)}) as sessions:
-            seen = timing.interleave(sessions, example(self._task, self._batch), seconds=PREDICTION_SECONDS)
-        return [each.p50_ms(timing.clock_for(self._threads)) for each in seen.values()]
+            seen = timing.interleave(
+                sessions, example(self._subject.task, self._subject.batch), seconds=PREDICTION_SECONDS
+            )
+        return [each.p50_ms(timing.clock_for(self._subject.threads)) for each in seen.values()]

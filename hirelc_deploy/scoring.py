@@ -15,22 +15,20 @@ from hirelc_deploy.verify import accuracy
 
 if TYPE_CHECKING:
     from hirelc_deploy.exporters._base import Arrays, Session
-    from hirelc_deploy.rundir import RunFolder
-    from hirelc_deploy.task import Task
+    from hirelc_deploy.subject import Subject
 
 
 class Scoring:
     """The search split as a judge: scores in the task's unit."""
 
-    def __init__(self, original: nn.Module, task: "Task", run: "RunFolder") -> None:
-        self._original = original
-        self._task = task
-        self._run = run
+    def __init__(self, subject: "Subject") -> None:
+        self._subject = subject
+        self._task = subject.task
 
     @cached_property
     def original(self) -> float:
         """Of the original."""
-        return self._run.step("original score", lambda: self.of(self.outputs(self._original)))
+        return self._subject.run.step("original score", lambda: self.of(self.outputs(self._subject.model)))
 
     def drop(self, score: float) -> float:
         """Of a score, against the original's; a positive one is worse, whatever the direction of the score."""

@@ -14,12 +14,9 @@ from torch import Tensor, nn
 
 from hirelc_deploy.budget import Figures
 from hirelc_deploy.calibration import Calibration
-from hirelc_deploy.choices import search_space
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.compress.importance import Method
 from hirelc_deploy.compress.posttraining import PostTraining
-from hirelc_deploy.cpu import cpu_flags
-from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.files import Files
 from hirelc_deploy.kernels._base import Grid
 from hirelc_deploy.latencies import Latencies
@@ -28,6 +25,7 @@ from hirelc_deploy.pool import Engine, in_turn
 from hirelc_deploy.pricing import Pricing
 from hirelc_deploy.scoring import Scoring
 from hirelc_deploy.search.space import Evaluation
+from hirelc_deploy.subject import Subject
 from hirelc_deploy.trainer import Trainer
 from hirelc_deploy.verify import accuracy
 from hirelc_deploy.verify.machines import Here
@@ -78,20 +76,15 @@ class Workbench:
 
         `target_spec` is what the user named the target by: FILE.toml has its tables beside it.
         """
-        self.model = model.eval()
-        self.task = task
-        self.graph = graph
-        self.target = target
-        self.run = run
-        self.space = search_space(graph, target)
-        self.runtime = load_runtime(target.runtime.name)
-        self.largest = target.largest_code(target.flags(cpu_flags()))
+        subject = Subject(model.eval(), task, graph, target, run, threads=threads, batch=batch)
+        self.model, self.task, self.graph, self.target, self.run = model, task, graph, target, run
+        self.space, self.runtime, self.largest = subject.space, subject.runtime, subject.largest
         self.progress = progress
         self.engine = engine
         self.calibration = Calibration(task, fine_tuning.seed)
-        self.scoring = Scoring(self.model, task, run)
+        self.scoring = Scoring(subject)
         self.trainer = Trainer(
-            self.model,
+            model,
             task,
             graph,
             run,
@@ -103,32 +96,10 @@ class Workbench:
             is_symmetric=self.runtime.is_symmetric,
             progress=progress,
         )
-        self.files = Files(
-            self.trainer,
-            self.scoring,
-            self.calibration,
-            task,
-            graph,
-            target,
-            self.space,
-            run,
-            largest=self.largest,
-            threads=threads,
-        )
+        self.files = Files(subject, self.trainer, self.scoring, self.calibration)
         here = Here(self.runtime, threads=threads)
         self.pricing = Pricing(target, tables_at(target_spec or target.name, target, here.where), here, progress)
-        self.latencies = Latencies(
-            self.files,
-            self.pricing,
-            self.trainer,
-            task,
-            graph,
-            target,
-            self.space,
-            run,
-            threads=threads,
-            batch=batch,
-        )
+        self.latencies = Latencies(subject, self.files, self.pricing, self.trainer)
 
     # -- what the search is handed ---------------------------------------------------------------------------
 
