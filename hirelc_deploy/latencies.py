@@ -103,8 +103,8 @@ class Latencies:
         if not unknown:
             return ()
         return (
-            f"the table of {self._subject.target.name} lacks {len(unknown)} of the kernels that the network can become, "
-            f"and a roofline answered for them: {text.listed(unknown)}",
+            f"the table of {self._subject.target.name} lacks {len(unknown)} of the kernels that the network can "
+            f"become, and a roofline answered for them: {text.listed(unknown)}",
         )
 
     def _told_ms(self, policy: Policy) -> float:
