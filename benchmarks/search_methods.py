@@ -135,6 +135,8 @@ ONE_SEED = "one seed (differences of a tenth say nothing)"
 
 PAGE = ROOT / "docs" / "search.md"
 
+WITHOUT_RECIPES = "  Without recipes beside them, 0 is nothing found, and 1 what all of these found together."
+
 INTRODUCTION = """# Methods of search side by side
 
 Written by `python benchmarks/search_methods.py page` from `benchmarks/results/search_*.json`; the head of that script
@@ -175,7 +177,8 @@ def page() -> str:
             sections.append(
                 f"## {title.format(network)}\n\n{found['evaluations']} evaluations, {ran}, a drop of "
                 f"{found['max_drop']:g} points allowed, one standard error of a score {found['score_error']:.2f}; "
-                f"{found['machine']['cpu']} ({', '.join(found['machine']['flags'])}).{rates}\n\n"
+                f"{found['machine']['cpu']} ({', '.join(found['machine']['flags'])}).{rates}"
+                f"{WITHOUT_RECIPES if step == 'parts' else ''}\n\n"
                 + markdown(
                     (*comparing.HEAD, "hypervolume, drops below nought counted"),
                     [(*comparing.cells(row), f"{luck[row.method]:.2f}") for row in rows],
@@ -194,8 +197,8 @@ def with_luck(found: dict[str, Any]) -> dict[str, float]:
     volumes: dict[str, list[float]] = defaultdict(list)
     for run in found["runs"]:
         volumes[run["method"]].append(volume(np.array(run["places"]), corner))
-    recipes = np.concatenate([run["places"] for run in found["runs"] if run["method"] == comparing.BASELINE])
-    least = volume(recipes, corner) if len(recipes) else 0.0
+    recipes = [place for run in found["runs"] if run["method"] == comparing.BASELINE for place in run["places"]]
+    least = volume(np.array(recipes), corner) if recipes else 0.0
     most = volume(np.concatenate([run["places"] for run in found["runs"]]), corner)
     return {method: (float(np.median(each)) - least) / (most - least) for method, each in volumes.items()}
 
