@@ -24,6 +24,11 @@ ROWS = (
     ("`wide`", "export_wide_hierarchical.json", "`python benchmarks/fashion_mnist.py wide --search hierarchical`"),
     ("`wide`, recipe by hand", "export_wide.json", "`python benchmarks/fashion_mnist.py wide`"),
     ("`small`", "export_small_hierarchical.json", "`python benchmarks/fashion_mnist.py small --search hierarchical`"),
+    (
+        "`small`",
+        "export_small_hierarchical_vnni.json",
+        "`python benchmarks/fashion_mnist.py small --search hierarchical`",
+    ),
     ("`small`, recipe by hand", "export_small.json", "`python benchmarks/fashion_mnist.py small`"),
 )
 HEAD = (
