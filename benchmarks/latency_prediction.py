@@ -405,8 +405,9 @@ def main() -> None:
         if result.exists():
             seen = json.loads(result.read_text())
             save({**seen, "errors": judge(seen)}, result)
-    PAGE.write_text(page(), encoding="utf-8")
-    print(page())
+    text = page()
+    PAGE.write_text(text, encoding="utf-8")
+    print(text)
 
 
 def record(step: str, options: argparse.Namespace) -> None:

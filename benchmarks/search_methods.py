@@ -12,7 +12,7 @@ benchmarks/results/.
 
 import argparse
 import json
-from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -168,12 +168,9 @@ def page() -> str:
             seeds = len({run["seed"] for run in found["runs"]})
             rates = "" if found.get("rate") == "told" else "  Every pruned network was trained at 2e-3."
             ran = ONE_SEED if seeds == 1 else f"{seeds} seeds"
-            rows = comparing.table(
-                [comparing.read(run) for run in found["runs"]],
-                Goal.of(Budget(drop=found["max_drop"]), Figures(**found["before"])),
-                found["evaluations"],
-            )
-            luck = with_luck(found)
+            runs = [comparing.read(run) for run in found["runs"]]
+            goal = Goal.of(Budget(drop=found["max_drop"]), Figures(**found["before"]))
+            rows, luck = comparing.table(runs, goal, found["evaluations"]), with_luck(runs, goal)
             sections.append(
                 f"## {title.format(network)}\n\n{found['evaluations']} evaluations, {ran}, a drop of "
                 f"{found['max_drop']:g} points allowed, one standard error of a score {found['score_error']:.2f}; "
@@ -191,16 +188,19 @@ def page() -> str:
     return "\n".join(sections)
 
 
-def with_luck(found: dict[str, Any]) -> dict[str, float]:
+def with_luck(runs: Sequence[Run], goal: Goal[float]) -> dict[str, float]:
     """By method, the scaled hypervolume where what scores better than the original counts as gained."""
-    corner = reference(Goal.of(Budget(drop=found["max_drop"]), Figures(**found["before"])))
-    volumes: dict[str, list[float]] = defaultdict(list)
-    for run in found["runs"]:
-        volumes[run["method"]].append(volume(np.array(run["places"]), corner))
-    recipes = [place for run in found["runs"] if run["method"] == comparing.BASELINE for place in run["places"]]
-    least = volume(np.array(recipes), corner) if recipes else 0.0
-    most = volume(np.concatenate([run["places"] for run in found["runs"]]), corner)
-    return {method: (float(np.median(each)) - least) / (most - least) for method, each in volumes.items()}
+    corner = reference(goal)
+
+    def reached(some: Sequence[Run]) -> float:
+        return volume(np.array([place for run in some for place in run.places]).reshape(-1, 3), corner)
+
+    by_method = {run.method: [each for each in runs if each.method == run.method] for run in runs}
+    least, most = reached(by_method.get(comparing.BASELINE, [])), reached(runs)
+    return {
+        method: (float(np.median([reached([run]) for run in mine])) - least) / (most - least)
+        for method, mine in by_method.items()
+    }
 
 
 def section_of_targets(network: str, found: dict[str, Any]) -> str:
