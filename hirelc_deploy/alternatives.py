@@ -6,36 +6,48 @@ import numpy as np
 
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.rundir import write_atomic
-from hirelc_deploy.search.front import front
-from hirelc_deploy.search.space import Choice
+from hirelc_deploy.search.front import counted, front
+from hirelc_deploy.search.space import Choice, Evaluation
 from hirelc_deploy.verify.manifest import FrontRecord, Predicted
 
 
 def write_front(folder: Path, choice: Choice) -> tuple[FrontRecord, ...]:
-    """Policies that no other evaluated one beats, each as a file that `--policy` takes.  None without a search."""
-    figures = [(each, each.figures.size_bytes, each.figures.latency_ms) for each in choice.evaluations]
-    priced = [(each, size, ms) for each, size, ms in figures if size is not None and ms is not None]
-    if len(priced) < 2:
+    """Policies that no other evaluated one beats, each as a file that `--policy` takes.  None without a search.
+
+    They are compared by their figures as the manifest gives them, where a drop below nought counts as nought.  Of
+    policies that are alike in all of these one is kept: one that was finished, else the first.
+    """
+    found = [(record, each.policy) for each in choice.evaluations if (record := _record(each, choice)) is not None]
+    if len(found) < 2:
         return ()
-    best = front(np.array([(each.drop, size, ms) for each, size, ms in priced], float))
-    chosen = sorted((priced[i] for i in best), key=lambda each: each[1:])
+    found.sort(key=lambda one: one[0].finished_drop_points is None)
+    places = counted(np.array([(it.drop_points, it.size_bytes, it.latency_ms) for it, _ in found], float))
+    _, unlike = np.unique(places, axis=0, return_index=True)
+    best = sorted(
+        (found[i] for i in unlike[front(places[unlike])]), key=lambda one: (one[0].size_bytes, one[0].latency_ms)
+    )
     folder.mkdir(parents=True, exist_ok=True)
     records = []
-    for number, (each, size_bytes, latency_ms) in enumerate(chosen, start=1):
+    for number, (record, policy) in enumerate(best, start=1):
         file = folder / f"{number:02}.json"
-        write_atomic(file, each.policy.to_json())
-        finished = next((end.drop for end in choice.finished if _alike(end.policy, each.policy)), None)
-        records.append(
-            FrontRecord(
-                path=f"{folder.name}/{file.name}",
-                size_bytes=size_bytes,
-                latency_ms=latency_ms,
-                speedup=each.figures.speedup,
-                drop_points=each.drop,
-                finished_drop_points=finished,
-            )
-        )
+        write_atomic(file, policy.to_json())
+        records.append(record.model_copy(update={"path": f"{folder.name}/{file.name}"}))
     return tuple(records)
+
+
+def _record(each: Evaluation, choice: Choice) -> FrontRecord | None:
+    """Without the name of its file, which only some have; None where size or latency is not known."""
+    size_bytes, latency_ms = each.figures.size_bytes, each.figures.latency_ms
+    if size_bytes is None or latency_ms is None:
+        return None
+    return FrontRecord(
+        path="",
+        size_bytes=size_bytes,
+        latency_ms=latency_ms,
+        speedup=each.figures.speedup,
+        drop_points=each.drop,
+        finished_drop_points=next((end.drop for end in choice.finished if _alike(end.policy, each.policy)), None),
+    )
 
 
 def predicted(choice: Choice) -> Predicted:

@@ -67,7 +67,7 @@ def test_what_else_was_found_can_be_built(searched: verification.Outcome, tmp_pa
         assert not any(
             other.size_bytes <= one.size_bytes
             and other.latency_ms <= one.latency_ms
-            and other.drop_points <= one.drop_points
+            and max(other.drop_points, 0.0) <= max(one.drop_points, 0.0)
             for other in front
             if other is not one
         )

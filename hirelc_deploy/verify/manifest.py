@@ -182,7 +182,7 @@ class LayerRecord(Record):
 
 
 class FrontRecord(Record):
-    """A policy that no other evaluated one beats in bytes, milliseconds and drop at once."""
+    """A policy that no other evaluated one beats in bytes, milliseconds and drop, none below nought, at once."""
 
     path: str
     """Its policy file, from the artifact folder."""
