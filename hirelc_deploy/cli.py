@@ -257,6 +257,15 @@ def export(
     importance: Importance = None,
     evaluations: EvaluationCount = None,
     epochs: Epochs = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Change train images at random in fine-tuning: flip (left and right), shift (up to a twelfth), or "
+            "flip,shift. Default: none. Give what the network was trained with.",
+            rich_help_panel=TUNING,
+        ),
+    ] = None,
     post_training: Annotated[
         str | None,
         typer.Option(

@@ -28,6 +28,8 @@ POST_TRAINING_STEPS = ("statistics", "equalise", "feed-back", "biases")
 """What is done to weights that are not fine-tuned: BatchNorm's statistics are estimated again, channels are scaled so
 that layers have even ranges, errors of rounding are fed back into weights not yet rounded, and biases make up for what
 is left in the means."""
+AUGMENTATIONS = ("flip", "shift")
+"""How train images are changed at random for fine-tuning (`hirelc_deploy.augment`)."""
 
 
 def parse_duration_ms(text: object) -> float:
@@ -116,6 +118,8 @@ class ExportSettings:
     """At most so many; None is EVALUATIONS for a search, and as many as a recipe needs."""
     epochs: int = 4
     """Of fine-tuning; 0 is post-training only."""
+    augment: tuple[str, ...] = ()
+    """Of AUGMENTATIONS those that fine-tuning uses; a task of the user's own has its own."""
     post_training: tuple[str, ...] | None = None
     """The steps of POST_TRAINING_STEPS to take where nothing is fine-tuned; None takes all."""
     workers: int = 1
@@ -145,6 +149,10 @@ class ExportSettings:
             raise UserError(
                 f"post-training says how weights are corrected that are not fine-tuned, and epochs is {self.epochs}",
                 fix="give epochs 0 as well, or leave post-training out",
+            )
+        if self.augment and not self.epochs:
+            raise UserError(
+                "augment changes what fine-tuning sees, and epochs is 0", fix="leave augment out, or give epochs"
             )
         if self.search not in (None, "recipe") and not self.epochs and self.recipe is None and self.policy is None:
             raise UserError(
@@ -177,15 +185,23 @@ def _path(value: object) -> Path:
 
 
 def _steps(value: object) -> tuple[str, ...]:
-    """`none`, or steps with commas between them."""
+    return _names(value, POST_TRAINING_STEPS, "step of post-training")
+
+
+def _augmentations(value: object) -> tuple[str, ...]:
+    return _names(value, AUGMENTATIONS, "augmentation")
+
+
+def _names(value: object, known: tuple[str, ...], kind: str) -> tuple[str, ...]:
+    """`none`, or names with commas between them."""
     text = _text(value)
     names = () if text == "none" else tuple(part.strip() for part in text.split(","))
     for name in names:
-        if name not in POST_TRAINING_STEPS:
+        if name not in known:
             raise UserError(
-                f"{name!r} is no step of post-training",
-                fix=f"did you mean {nearest(name, POST_TRAINING_STEPS)}? There is {', '.join(POST_TRAINING_STEPS)}, "
-                "with commas between them, or none",
+                f"{name!r} is no {kind}",
+                fix=f"did you mean {nearest(name, known)}? There is {', '.join(known)}, with commas between them, "
+                "or none",
             )
     return names
 
@@ -235,6 +251,7 @@ OPTIONS: Mapping[str, Option] = {
     "allow_estimates": Option("allow_estimates", _flag),
     "evaluations": Option("evaluations", _whole),
     "epochs": Option("epochs", _whole),
+    "augment": Option("augment", _augmentations),
     "post_training": Option("post_training", _steps),
     "workers": Option("workers", _whole),
     "seed": Option("seed", _whole),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hirelc_deploy import checkpoint, choosing, console, datasets, graph, kernels
+from hirelc_deploy.augment import augmented
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.compress.posttraining import PostTraining
@@ -43,7 +44,7 @@ def opened(
     if settings.kernels is not None:
         kernels.add_folder(settings.kernels)
     target = load_target(settings.target)
-    task = task or datasets.load_task(settings.data, seed=settings.seed)
+    task = augmented(task or datasets.load_task(settings.data, seed=settings.seed), settings.augment)
     trained = checkpoint.of(model, settings.model) if model else checkpoint.load(settings.model, settings.checkpoint)
     network = graph.trace(trained.model, task.example)
     _check_labels(trained, task)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, TypeVar
@@ -25,11 +25,18 @@ Inputs = Mapping[str, np.ndarray]
 Batch = tuple[Inputs, np.ndarray]
 """Inputs by name and the target; the first axis of each is the example."""
 
+Augment = Callable[[Inputs, np.random.Generator], Inputs]
+"""One train example, its inputs without the axis of the batch, changed at random: names, shapes and types stay."""
+
 T = TypeVar("T")
 
 BATCH = 128
 EXAMPLE = 8  # examples in `Task.example`: more than one shows that the batch axis is free, many make a trace slow
 SEARCH_FRACTION = 0.1
+
+VIEWS = 8
+"""Of an augmented example: as it is, and the others changed.  Few enough for what the original says of all of them to
+be kept, so that not every epoch costs a pass through it."""
 
 LEAST_VARIANCE = 1e-12
 """Of an output that is constant."""
@@ -102,7 +109,8 @@ class DatasetSource:
     """A map-style PyTorch dataset, `dataset[i] -> (input, target)`, read example by example.
 
     An input is an array or tensor, or a mapping of name to those; all examples have one shape.  `dataset[i]` must be
-    the same each time: random augmentation would make outputs that are cached by index belong to other inputs.
+    the same each time, or outputs that are cached by index would belong to other inputs; what is to change at random
+    is the task's `augment`.
     """
 
     def __init__(self, dataset: MapDataset) -> None:
@@ -130,8 +138,8 @@ class DatasetSource:
 class Batches:
     """One split: batches in a fixed order, as often as they are asked for.  Reading them is what opens the data.
 
-    Every batch is checked as it is read.  Raises UserError, naming the example, for NaN or infinity and for a label
-    outside `labels`.
+    Every batch is checked as it is read.  Raises UserError, naming the example, for NaN or infinity, for a label
+    outside `labels` and for an augmentation that changes more than values.
     """
 
     split: str
@@ -142,6 +150,8 @@ class Batches:
     """The examples of the source that belong to the split, in order."""
     labels: frozenset[int] | None = None
     """The labels that may occur; None where targets are not labels."""
+    augment: Augment | None = None
+    """What makes views of an example; without it all views are the example."""
 
     @property
     def examples(self) -> int:
@@ -153,28 +163,54 @@ class Batches:
         return self.source.targets[self.indices]
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, self.examples, self.batch):
-            yield self.take(np.arange(start, min(start + self.batch, self.examples)))
+        return self.viewed(0)
 
-    def shuffled(self, seed: int, epoch: int) -> Iterator[tuple[np.ndarray, Inputs, np.ndarray]]:
+    def shuffled(self, seed: int, epoch: int, *, view: int = 0) -> Iterator[tuple[np.ndarray, Inputs, np.ndarray]]:
         """Positions in the split (n,), inputs and targets: every example once, in an order of (seed, epoch) alone.
 
         Batches differ by one example at most, so that no BatchNorm meets a last batch of one.
         """
         order = np.random.default_rng([seed, epoch]).permutation(self.examples)
         for positions in np.array_split(order, math.ceil(self.examples / self.batch)):
-            inputs, target = self.take(positions)
+            inputs, target = self.take(positions, view=view)
             yield positions, inputs, target
 
-    def take(self, positions: np.ndarray) -> Batch:
-        """The examples at these positions of the split."""
+    def view_of(self, epoch: int) -> int:
+        """The view that an epoch of training sees, below VIEWS; view 0 is the examples as they are."""
+        return 0 if self.augment is None else epoch % VIEWS
+
+    def viewed(self, view: int) -> Iterator[Batch]:
+        """The split in its order, every example in this view."""
+        for start in range(0, self.examples, self.batch):
+            yield self.take(np.arange(start, min(start + self.batch, self.examples)), view=view)
+
+    def take(self, positions: np.ndarray, *, view: int = 0) -> Batch:
+        """The examples at these positions of the split; of a view they are the same each time."""
         indices = self.indices[positions]
         inputs, target = self.source.take(indices)
+        if view and self.augment is not None:
+            inputs = self._changed(inputs, indices, view)
         for name, array in (*inputs.items(), ("target", target)):
             self._check_finite(name, array, indices)
         if self.labels is not None:
             self._check_labels(target, indices)
         return inputs, target
+
+    def _changed(self, inputs: Inputs, indices: np.ndarray, view: int) -> Inputs:
+        assert self.augment is not None
+        changed: dict[str, np.ndarray] = {name: np.empty_like(array) for name, array in inputs.items()}
+        for row, index in enumerate(indices):
+            example = self.augment({name: array[row] for name, array in inputs.items()}, _draws(view, index))
+            before = {name: (array.shape[1:], array.dtype) for name, array in inputs.items()}
+            after = {name: (np.shape(array), np.asarray(array).dtype) for name, array in example.items()}
+            if after != before:
+                raise UserError(
+                    f"the augmentation makes {_forms(after)} of {_forms(before)} (example {index})",
+                    fix="let it return inputs of the same names, shapes and types",
+                )
+            for name, array in example.items():
+                changed[name][row] = array
+        return changed
 
     def _check_finite(self, name: str, array: np.ndarray, indices: np.ndarray) -> None:
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
@@ -196,12 +232,24 @@ class Batches:
             )
 
 
+def _draws(view: int, index: int) -> np.random.Generator:
+    """Of this view of this example, whoever asks."""
+    return np.random.default_rng([view, index])
+
+
+def _forms(inputs: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> str:
+    return ", ".join(f"{name} {dtype}{list(shape)}" for name, (shape, dtype) in sorted(inputs.items()))
+
+
 class Task(ABC):
     """Data, a loss and a score.  Subclasses give `loss` and `score`, and `unit` and `higher_is_better` if need be.
 
     Without a search split of its own a task cuts SEARCH_FRACTION of the train data, with `seed`, and says so in
     `search_seen_in_training`: the network was trained on those examples.  The test split is read by nobody but the
     one who iterates `test`.
+
+    `augment` changes train examples for fine-tuning, as the network's own training did (`hirelc_deploy.augment` has
+    some for images): the original is asked about the very examples that the small network is shown.
     """
 
     spec: str = ""
@@ -210,7 +258,14 @@ class Task(ABC):
     higher_is_better: bool = True
 
     def __init__(
-        self, train: Source, test: Source, search: Source | None = None, *, batch: int = BATCH, seed: int = 0
+        self,
+        train: Source,
+        test: Source,
+        search: Source | None = None,
+        *,
+        augment: Augment | None = None,
+        batch: int = BATCH,
+        seed: int = 0,
     ) -> None:
         for name, source in (("train", train), ("test", test), ("search", search)):
             if source is not None and len(source) == 0:
@@ -225,7 +280,7 @@ class Task(ABC):
                 f"{len(train)} train examples are too few to cut a search split of {SEARCH_FRACTION:.0%} from",
                 fix="bring a search split (x_search and y_search, or a folder search/) or more data",
             )
-        self.train = Batches("train", train, batch, kept, labels)
+        self.train = Batches("train", train, batch, kept, labels, augment)
         self.search = Batches("search", train if search is None else search, batch, held_out, labels)
         self.test = Batches("test", test, batch, np.arange(len(test)), labels)
 
@@ -283,11 +338,19 @@ class Task(ABC):
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
         for batches in (self.train, self.search):
-            for inputs, target in batches:
-                for name, array in (*sorted(inputs.items()), ("target", target)):
-                    digest.update(f"{batches.split}.{name}:{array.dtype}{list(array.shape)}".encode())
-                    digest.update(np.ascontiguousarray(array).data)
+            for batch in batches:
+                self._digest(digest, batches.split, batch)
+        if self.train.augment is not None:
+            few = np.arange(min(EXAMPLE, self.train.examples))
+            for view in range(1, VIEWS):  # what it makes of some examples tells one augmentation from another
+                self._digest(digest, f"view {view}", self.train.take(few, view=view))
         return digest.hexdigest()
+
+    def _digest(self, digest: "hashlib._Hash", name: str, batch: Batch) -> None:
+        inputs, target = batch
+        for key, array in (*sorted(inputs.items()), ("target", target)):
+            digest.update(f"{name}.{key}:{array.dtype}{list(array.shape)}".encode())
+            digest.update(np.ascontiguousarray(array).data)
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -314,10 +377,11 @@ class Classification(Task):
         search: Source | None = None,
         *,
         output: str | None = None,
+        augment: Augment | None = None,
         batch: int = BATCH,
         seed: int = 0,
     ) -> None:
-        super().__init__(train, test, search, batch=batch, seed=seed)
+        super().__init__(train, test, search, augment=augment, batch=batch, seed=seed)
         self.output = output
 
     def loss(self, outputs: Mapping[str, Tensor], target: Tensor) -> Tensor:

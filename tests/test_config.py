@@ -107,6 +107,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(tmp_path):
         ('min-speedup = "3x"', "min-speedup: '3x'"),
         ('post-training = "biases,equalize"', "post-training: 'equalize' is no step"),
         ("post-training = true", "post-training: True"),
+        ('augment = "flip,rotate"', "augment: 'rotate' is no augmentation"),
         ("[max-latency]\nms = 5", "max-latency: "),
     ],
 )
@@ -132,6 +133,7 @@ def test_a_required_option_that_is_missing_is_named(name):
         ({"threads": 0}, "threads is 0"),
         ({"evaluations": 0}, "evaluations is 0"),
         ({"post_training": ("biases",)}, "post-training says how .* not fine-tuned, and epochs is 4"),
+        ({"augment": ("flip",), "epochs": 0}, "augment changes what fine-tuning sees, and epochs is 0"),
         ({"recipe": "keep=50%", "policy": Path("policy.json")}, "recipe and policy"),
     ],
 )

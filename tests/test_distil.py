@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hirelc_deploy.augment import images
 from hirelc_deploy.compress import distil as module
 from hirelc_deploy.compress.batchnorm import reestimate
 from hirelc_deploy.compress.distil import (
@@ -105,9 +106,8 @@ class LabelsOnly(Small):
 
 def task() -> Task:
     random = np.random.default_rng(0)
-    images = random.normal(size=(EXAMPLES, 1, 4, 4)).astype(np.float32)
-    source = ArraySource(images, np.arange(EXAMPLES) % 3)
-    return Classification(source, source, source, batch=BATCH)
+    source = ArraySource(random.normal(size=(EXAMPLES, 1, 4, 4)).astype(np.float32), np.arange(EXAMPLES) % 3)
+    return Classification(source, source, source, augment=images("flip", "shift"), batch=BATCH)
 
 
 def build(kind: type[Small] = Small, seed: int = 0) -> Small:
@@ -283,9 +283,9 @@ def test_epochs_that_are_done_are_not_read_again(monkeypatch: pytest.MonkeyPatch
     epochs: list[int] = []
     shuffled = module.Batches.shuffled
 
-    def noted(self: module.Batches, seed: int, epoch: int) -> Any:
+    def noted(self: module.Batches, seed: int, epoch: int, *, view: int = 0) -> Any:
         epochs.append(epoch)
-        return shuffled(self, seed, epoch)
+        return shuffled(self, seed, epoch, view=view)
 
     monkeypatch.setattr(module.Batches, "shuffled", noted)
     train(build(), checkpoints=checkpoints)
@@ -442,12 +442,13 @@ def test_number_grids_are_trained_with_the_weights(role: str) -> None:
 # -- the original's outputs ----------------------------------------------------------------------------------
 
 
-def test_kept_outputs_are_those_computed_on_the_fly() -> None:
+@pytest.mark.parametrize("view", [0, 2])
+def test_kept_outputs_are_those_computed_on_the_fly(view: int) -> None:
     teacher, data = build(Several), task()
     kept, fresh = Teacher(teacher, data.train), Teacher(teacher, data.train, cache_bytes=0)
-    for positions, inputs, _ in data.train.shuffled(3, 0):
+    for positions, inputs, _ in data.train.shuffled(3, 0, view=view):
         expected = forward(teacher, as_tensors(inputs))
-        for outputs in (kept.outputs(positions, inputs), fresh.outputs(positions, inputs)):
+        for outputs in (kept.outputs(positions, inputs, view=view), fresh.outputs(positions, inputs, view=view)):
             assert outputs.keys() == expected.keys()
             for name, output in outputs.items():
                 torch.testing.assert_close(output, expected[name].detach())
@@ -455,14 +456,41 @@ def test_kept_outputs_are_those_computed_on_the_fly() -> None:
         assert kept.distance(outputs, expected) == fresh.distance(outputs, expected)
 
 
+def runs_of(teacher: Small, kept: Teacher, data: Task, view: int) -> int:
+    """Of the original, while an epoch of this view is read."""
+    calls: list[int] = []
+    with teacher.register_forward_pre_hook(lambda *_: calls.append(1)):
+        for positions, inputs, _ in data.train.shuffled(3, 0, view=view):
+            kept.outputs(positions, inputs, view=view)
+    return len(calls)
+
+
 def test_kept_outputs_are_not_computed_again() -> None:
     teacher, data = build(), task()
     kept = Teacher(teacher, data.train)
-    calls: list[int] = []
-    teacher.register_forward_pre_hook(lambda *_: calls.append(1))
-    for positions, inputs, _ in data.train.shuffled(3, 0):
-        kept.outputs(positions, inputs)
-    assert not calls
+    assert [runs_of(teacher, kept, data, view) for view in (0, 0, 1, 2, 1, 2)] == [0, 0, *2 * (STEPS_PER_EPOCH,), 0, 0]
+
+
+def test_what_all_views_take_is_bounded() -> None:
+    """Room for two of them: of the third one every batch is asked about when it comes."""
+    teacher, data = build(), task()
+    kept = Teacher(teacher, data.train, cache_bytes=2 * EXAMPLES * 3 * 4)
+    steps = STEPS_PER_EPOCH
+    assert [runs_of(teacher, kept, data, view) for view in (1, 2, 1, 2, 0)] == [steps, steps, 0, steps, 0]
+
+
+def test_every_epoch_shows_another_view() -> None:
+    student, shown = student_of(build()), []
+    with student.register_forward_pre_hook(
+        lambda module, args, kwargs: shown.append((module.training, kwargs["input"].clone())), with_kwargs=True
+    ):
+        train(build(), student=student)
+    trained_on = [inputs for is_training, inputs in shown if is_training]
+    for epoch in range(SETTINGS.epochs):
+        found = trained_on[epoch * STEPS_PER_EPOCH : (epoch + 1) * STEPS_PER_EPOCH]
+        wanted = task().train.shuffled(SETTINGS.seed, epoch, view=epoch)
+        for inputs, (_, expected, _) in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(inputs.numpy(), expected["input"])
 
 
 def test_training_does_not_depend_on_whether_outputs_fit_in_memory() -> None:

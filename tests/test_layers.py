@@ -21,7 +21,7 @@ LAYERS = (
     ("policy", "budget"),
     ("kernels",),
     ("graph", "profiles", "task", "usercode"),
-    ("checkpoint", "imagefolder"),
+    ("augment", "checkpoint", "imagefolder"),
     ("datasets",),
     ("cost", "compress"),
     ("exporters",),

@@ -23,7 +23,8 @@ from hirelc_deploy.graph import forward
 from hirelc_deploy.task import LEAST_VARIANCE, Batches, Inputs, Task
 
 CACHE_BYTES = 1 << 30
-"""Outputs of the original up to this size are kept in memory; larger ones are computed in every step."""
+"""Outputs of the original up to this size, of all views together, are kept in memory; others are computed in every
+step."""
 
 CHECKPOINT_SECONDS = 30.0
 """What a killed run loses at most."""
@@ -77,7 +78,7 @@ class Checkpoints(Protocol):
 
 
 class Teacher:
-    """Outputs of the original network on the train split, by position; computed once where they fit.
+    """Outputs of the original network on the train split, by view and position; computed once where they fit.
 
     Raises UserError if no output is made of floats.
     """
@@ -85,15 +86,19 @@ class Teacher:
     def __init__(self, model: nn.Module, train: Batches, *, cache_bytes: int = CACHE_BYTES) -> None:
         self._model = model.eval()
         self._train = train
+        self._cache_bytes = cache_bytes
         self.parameters = parameters_of(model)
-        self._cached: dict[str, Tensor] | None = None
+        self._kept: dict[int, dict[str, Tensor] | None] = {}
         self._variance: dict[str, float] = {}
-        self._read(cache_bytes)
+        self._read()
 
-    def outputs(self, positions: np.ndarray, inputs: Inputs) -> dict[str, Tensor]:
-        """What the original says of these examples."""
-        if self._cached is not None:
-            return {name: cached[positions] for name, cached in self._cached.items()}
+    def outputs(self, positions: np.ndarray, inputs: Inputs, *, view: int = 0) -> dict[str, Tensor]:
+        """What the original says of these examples, which are `inputs` in this view."""
+        if view not in self._kept:
+            self._kept[view] = self._all_of(view)
+        kept = self._kept[view]
+        if kept is not None:
+            return {name: each[positions] for name, each in kept.items()}
         return self._run(inputs)
 
     def distance(self, outputs: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> Tensor:
@@ -105,19 +110,19 @@ class Teacher:
         terms = [F.mse_loss(outputs[name], original[name]) / variance for name, variance in self._variance.items()]
         return torch.stack(terms).mean()
 
-    def _read(self, cache_bytes: int) -> None:
-        """One pass over the split: the variance of every output, and the outputs themselves where they fit."""
+    def _read(self) -> None:
+        """One pass over the split as it is: the variance of every output, and the outputs themselves where they fit."""
         moments: dict[str, _Moments] = {}
+        kept: dict[str, Tensor] | None = None
         start = 0
         for inputs, target in self._train:
             outputs = self._run(inputs)
             if start == 0:
                 moments = {name: _Moments() for name, output in outputs.items() if output.is_floating_point()}
-                self._cached = self._room_for(outputs, cache_bytes)
+                kept = self._room_for(outputs)
             for name, seen in moments.items():
                 seen.add(outputs[name])
-            for name, cached in (self._cached or {}).items():
-                cached[start : start + len(target)] = outputs[name]
+            _put(kept, start, outputs)
             start += len(target)
         if not moments:
             raise UserError(
@@ -125,18 +130,36 @@ class Teacher:
                 fix="let it return what they are made from (logits), or export without fine-tuning: --epochs 0",
             )
         self._variance = {name: max(seen.variance, LEAST_VARIANCE) for name, seen in moments.items()}
+        self._kept[0] = kept
 
-    def _room_for(self, outputs: Mapping[str, Tensor], cache_bytes: int) -> dict[str, Tensor] | None:
+    def _all_of(self, view: int) -> dict[str, Tensor] | None:
+        """The outputs of the split in another view; None if they do not fit beside those that are kept."""
+        first = self._kept[0]
+        if first is None or (len(self._kept) + 1) * sum(each.nbytes for each in first.values()) > self._cache_bytes:
+            return None
+        kept, start = {name: torch.empty_like(each) for name, each in first.items()}, 0
+        for inputs, target in self._train.viewed(view):
+            _put(kept, start, self._run(inputs))
+            start += len(target)
+        return kept
+
+    def _room_for(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Empty tensors for the outputs of the whole split, told from those of one batch; None if they are too many."""
         examples = self._train.examples
         room = {name: (examples, *output.shape[1:]) for name, output in outputs.items()}
-        if sum(math.prod(room[name]) * output.element_size() for name, output in outputs.items()) > cache_bytes:
+        if sum(math.prod(room[name]) * output.element_size() for name, output in outputs.items()) > self._cache_bytes:
             return None
         return {name: output.new_empty(room[name]) for name, output in outputs.items()}
 
     @torch.no_grad()
     def _run(self, inputs: Inputs) -> dict[str, Tensor]:
         return forward(self._model, as_tensors(inputs))
+
+
+def _put(kept: dict[str, Tensor] | None, start: int, outputs: Mapping[str, Tensor]) -> None:
+    """A batch's outputs to where they belong, if they are kept."""
+    for name, each in (kept or {}).items():
+        each[start : start + len(outputs[name])] = outputs[name]
 
 
 class _Moments:
@@ -172,6 +195,8 @@ def distil(
 ) -> None:
     """Train `student` in place, under its simulated formats, towards the original and the task's targets.
 
+    Of augmented examples every epoch shows another view, and the original is asked about that view.
+
     For the last SETTLED part of the steps BatchNorm uses its statistics, which `settle` estimates once before: what
     is trained then are the very numbers that are stored.  How fast it learns follows from how far it is from the
     original (`peak_rate`).  `name` tells this fine-tuning's checkpoint from others';
@@ -204,6 +229,7 @@ def distil(
             advance("from the checkpoint")
         saved = time.monotonic()
         for step, (positions, inputs, target) in _steps(task.train, settings, done, steps_per_epoch):
+            view = task.train.view_of(step // steps_per_epoch)
             if step == settled_from:
                 simulation.train(False)  # as it is after a checkpoint was read: a resumed run ends the same
                 settle()
@@ -212,7 +238,7 @@ def distil(
                 _hold_statistics(student)
             simulation.train(True)
             outputs = forward(student, as_tensors(inputs))
-            original = teacher.outputs(positions, inputs)
+            original = teacher.outputs(positions, inputs, view=view)
             loss = teacher.distance(outputs, original) + settings.task_weight * task.loss(
                 outputs, torch.from_numpy(target)
             )
@@ -270,7 +296,8 @@ def _steps(
     """All steps from number `done` on; the order of each epoch is drawn from the seed and its number alone."""
     first = done // steps_per_epoch  # epochs before it are not read again
     for epoch in range(first, settings.epochs):
-        for step, batch in enumerate(train.shuffled(settings.seed, epoch), start=epoch * steps_per_epoch):
+        batches = train.shuffled(settings.seed, epoch, view=train.view_of(epoch))
+        for step, batch in enumerate(batches, start=epoch * steps_per_epoch):
             if step >= done:
                 yield step, batch
 
