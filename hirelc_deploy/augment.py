@@ -1,6 +1,7 @@
-"""Train images changed at random for fine-tuning, as most networks were trained with.
+"""Train images changed at random for fine-tuning.
 
-Without it a small network learns what the original says of the very images that the original has learned by heart.
+A small network then learns what the original says of more than the images that the original has learned by heart.
+That takes epochs: a few of them can mend less (docs/findings.md).
 `Classification(..., augment=images("flip", "shift"))`, or any function of one's own (`hirelc_deploy.task.Augment`).
 """
 

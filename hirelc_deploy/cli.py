@@ -262,7 +262,7 @@ def export(
         typer.Option(
             metavar="NAMES",
             help="Change train images at random in fine-tuning: flip (left and right), shift (up to a twelfth), or "
-            "flip,shift. Default: none. Give what the network was trained with.",
+            "flip,shift. Default: none. A few epochs can mend less with it.",
             rich_help_panel=TUNING,
         ),
     ] = None,

@@ -8,7 +8,7 @@ import pytest
 from exporting import hasten
 from test_workbench import NETWORKS, silent, task, traced
 
-from hirelc_deploy import posing as posing_module
+from hirelc_deploy import costing, effects
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.choices import completed
 from hirelc_deploy.compress.distil import FineTuning
@@ -35,8 +35,8 @@ def posed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         pytest.MonkeyPatch.context() as patch,
         RunFolder.open(tmp_path_factory.mktemp("run"), {}, resume=False) as run,
     ):
-        patch.setattr(posing_module, "SIZE_SAMPLES", 80)
-        patch.setattr(posing_module, "COUNTS_TRIED", 3)
+        patch.setattr(costing, "SIZE_SAMPLES", 80)
+        patch.setattr(effects, "COUNTS_TRIED", 3)
         bench = Workbench(
             model,
             task(NETWORKS[name][1]),

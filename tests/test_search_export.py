@@ -9,7 +9,7 @@ import pytest
 from exporting import digits, export, hasten, policy_of, quick_target, trained_digit_net
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hirelc_deploy import compare as comparing, posing, tensorboard, trainer, verification, workbench
+from hirelc_deploy import compare as comparing, costing, effects, tensorboard, trainer, verification, workbench
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.errors import UserError
 
@@ -22,9 +22,9 @@ EVALUATIONS = 6
 def small_effort() -> Iterator[None]:
     """Everything is done, and little of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(posing, "SIZE_SAMPLES", 60)
-        patch.setattr(posing, "COUNTS_TRIED", 3)
-        patch.setattr(posing, "LOOKED_AT", 64)
+        patch.setattr(costing, "SIZE_SAMPLES", 60)
+        patch.setattr(effects, "COUNTS_TRIED", 3)
+        patch.setattr(effects, "LOOKED_AT", 64)
         patch.setattr(trainer, "RECOVERY_EXAMPLES", 256)
         patch.setattr("hirelc_deploy.search.finish.FINALISTS", 2)
         yield

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from exporting import digits, policy_of, trained_digit_net, write_policy
 
-from hirelc_deploy import pipeline, posing, trainer, verification
+from hirelc_deploy import costing, pipeline, trainer, verification
 from hirelc_deploy.choices import search_space
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.errors import ExitStatus, UserError
@@ -181,7 +181,7 @@ def test_a_packed_format_is_refused_by_what_there_is(board: str, tmp_path: Path)
 def test_a_search_chooses_among_what_the_board_holds(
     board: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(posing, "SIZE_SAMPLES", 24)
+    monkeypatch.setattr(costing, "SIZE_SAMPLES", 24)
     monkeypatch.setattr(trainer, "RECOVERY_EXAMPLES", 128)
     outcome = export(tmp_path, board, search="evolution", evaluations=3, epochs=1, max_drop=50.0)
     manifest = outcome.manifest

@@ -2,7 +2,6 @@
 
 from data import splits
 
-from hirelc_deploy.augment import images
 from hirelc_deploy.task import ArraySource, Classification
 
 SEARCH_IMAGES_14 = 2000
@@ -22,4 +21,4 @@ def _task(pixels: int, search_images: int) -> Classification:
     data = splits(pixels)
     data |= {name: data[name][:search_images] for name in ("x_search", "y_search")}
     train, search, test = (ArraySource(data[f"x_{name}"], data[f"y_{name}"]) for name in ("train", "search", "test"))
-    return Classification(train, test, search, augment=images("flip", "shift"))
+    return Classification(train, test, search)
