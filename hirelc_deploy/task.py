@@ -198,14 +198,14 @@ class Batches:
 
     def _changed(self, inputs: Inputs, indices: np.ndarray, view: int) -> Inputs:
         assert self.augment is not None
-        changed: dict[str, np.ndarray] = {name: np.empty_like(array) for name, array in inputs.items()}
+        changed = {name: np.empty_like(array) for name, array in inputs.items()}
+        wanted = {name: (array.shape[1:], array.dtype) for name, array in inputs.items()}
         for row, index in enumerate(indices):
             example = self.augment({name: array[row] for name, array in inputs.items()}, _draws(view, index))
-            before = {name: (array.shape[1:], array.dtype) for name, array in inputs.items()}
-            after = {name: (np.shape(array), np.asarray(array).dtype) for name, array in example.items()}
-            if after != before:
+            found = {name: (np.shape(array), np.asarray(array).dtype) for name, array in example.items()}
+            if found != wanted:
                 raise UserError(
-                    f"the augmentation makes {_forms(after)} of {_forms(before)} (example {index})",
+                    f"the augmentation makes {_forms(found)} of {_forms(wanted)} (example {index})",
                     fix="let it return inputs of the same names, shapes and types",
                 )
             for name, array in example.items():

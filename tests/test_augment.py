@@ -1,13 +1,17 @@
 """Train images changed at random: the changes themselves, and what a task makes of them."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+from exporting import digits, export, hasten, quick_target, trained_digit_net
 
 from hirelc_deploy.augment import augmented, flip, images, shift
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.task import VIEWS, ArraySource, Augment, Classification, Inputs
+
+hasten()
 
 RANDOM = np.random.default_rng
 
@@ -124,3 +128,15 @@ def broken(inputs: Inputs, _: np.random.Generator) -> Inputs:
 def test_what_cannot_be_an_augmentation_is_refused(make: Callable[[], object], said: str) -> None:
     with pytest.raises(UserError, match=said):
         make()
+
+
+def test_an_export_trains_on_what_was_changed_from_its_second_epoch_on(tmp_path: Path) -> None:
+    target = quick_target(tmp_path)
+
+    def weights(epochs: int, *augment: str) -> bytes:
+        out = tmp_path / f"{epochs}{augment}"
+        settings = {"recipe": "keep=50%", "target": target, "epochs": epochs, "augment": augment}
+        return (export(out, trained_digit_net(), digits(), **settings).folder / "model.onnx").read_bytes()
+
+    assert weights(1) == weights(1, "shift")
+    assert weights(2) != weights(2, "shift")
