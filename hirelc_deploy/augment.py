@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hirelc_deploy.config import AUGMENTATIONS, nearest
+from hirelc_deploy.config import AUGMENTATIONS, require_known
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.task import Augment, Inputs, Task
 
@@ -45,12 +45,7 @@ def images(*names: str) -> Augment:
 
     Raises UserError for an unknown name, and where an example has no image.
     """
-    for name in names:
-        if name not in CHANGES:
-            raise UserError(
-                f"{name!r} is no augmentation",
-                fix=f"did you mean {nearest(name, CHANGES)}? There is {', '.join(CHANGES)}",
-            )
+    require_known(names, AUGMENTATIONS, "augmentation")
 
     def changed(inputs: Inputs, random: np.random.Generator) -> Inputs:
         found = {name: array for name, array in inputs.items() if array.ndim == IMAGE_AXES}

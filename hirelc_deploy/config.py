@@ -171,6 +171,17 @@ def _require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         )
 
 
+def require_known(names: Iterable[str], known: tuple[str, ...], kind: str) -> None:
+    """Raises UserError for the first name that is not among the known ones."""
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"{name!r} is no {kind}",
+                fix=f"did you mean {nearest(name, known)}? There is {', '.join(known)}, with commas between them, "
+                "or none",
+            )
+
+
 def require_at_least(least: int, name: str, value: int | None) -> None:
     if value is not None and value < least:
         raise UserError(f"{name} is {value}", fix=f"it is {least} or more")
@@ -196,13 +207,7 @@ def _names(value: object, known: tuple[str, ...], kind: str) -> tuple[str, ...]:
     """`none`, or names with commas between them."""
     text = _text(value)
     names = () if text == "none" else tuple(part.strip() for part in text.split(","))
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"{name!r} is no {kind}",
-                fix=f"did you mean {nearest(name, known)}? There is {', '.join(known)}, with commas between them, "
-                "or none",
-            )
+    require_known(names, known, kind)
     return names
 
 

@@ -201,7 +201,8 @@ class Batches:
         changed = {name: np.empty_like(array) for name, array in inputs.items()}
         wanted = {name: (array.shape[1:], array.dtype) for name, array in inputs.items()}
         for row, index in enumerate(indices):
-            example = self.augment({name: array[row] for name, array in inputs.items()}, _draws(view, index))
+            draws = np.random.default_rng([view, index])  # the same for this view of it, whoever asks
+            example = self.augment({name: array[row] for name, array in inputs.items()}, draws)
             found = {name: (np.shape(array), np.asarray(array).dtype) for name, array in example.items()}
             if found != wanted:
                 raise UserError(
@@ -230,11 +231,6 @@ class Batches:
                 "which the train data lacks",
                 fix="number the classes alike in every split, and leave out those that train does not have",
             )
-
-
-def _draws(view: int, index: int) -> np.random.Generator:
-    """Of this view of this example, whoever asks."""
-    return np.random.default_rng([view, index])
 
 
 def _forms(inputs: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> str:
@@ -337,20 +333,21 @@ class Task(ABC):
     @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
-        for batches in (self.train, self.search):
-            for batch in batches:
-                self._digest(digest, batches.split, batch)
-        if self.train.augment is not None:
-            few = np.arange(min(EXAMPLE, self.train.examples))
-            for view in range(1, VIEWS):  # what it makes of some examples tells one augmentation from another
-                self._digest(digest, f"view {view}", self.train.take(few, view=view))
+        for part, (inputs, target) in self._told_apart_by():
+            for name, array in (*sorted(inputs.items()), ("target", target)):
+                digest.update(f"{part}.{name}:{array.dtype}{list(array.shape)}".encode())
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
-    def _digest(self, digest: "hashlib._Hash", name: str, batch: Batch) -> None:
-        inputs, target = batch
-        for key, array in (*sorted(inputs.items()), ("target", target)):
-            digest.update(f"{name}.{key}:{array.dtype}{list(array.shape)}".encode())
-            digest.update(np.ascontiguousarray(array).data)
+    def _told_apart_by(self) -> Iterator[tuple[str, Batch]]:
+        """The train and search data, and what an augmentation makes of some examples."""
+        for batches in (self.train, self.search):
+            for batch in batches:
+                yield batches.split, batch
+        if self.train.augment is not None:
+            few = np.arange(min(EXAMPLE, self.train.examples))
+            for view in range(1, VIEWS):
+                yield f"view {view}", self.train.take(few, view=view)
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -135,19 +135,21 @@ class Teacher:
     def _all_of(self, view: int) -> dict[str, Tensor] | None:
         """The outputs of the split in another view; None if they do not fit beside those that are kept."""
         first = self._kept[0]
-        if first is None or (len(self._kept) + 1) * sum(each.nbytes for each in first.values()) > self._cache_bytes:
+        kept = None if first is None else self._room_for(first)
+        if kept is None:
             return None
-        kept, start = {name: torch.empty_like(each) for name, each in first.items()}, 0
+        start = 0
         for inputs, target in self._train.viewed(view):
             _put(kept, start, self._run(inputs))
             start += len(target)
         return kept
 
     def _room_for(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """Empty tensors for the outputs of the whole split, told from those of one batch; None if they are too many."""
+        """Empty tensors for one view more of the whole split, told from some outputs; None if that is too much."""
         examples = self._train.examples
         room = {name: (examples, *output.shape[1:]) for name, output in outputs.items()}
-        if sum(math.prod(room[name]) * output.element_size() for name, output in outputs.items()) > self._cache_bytes:
+        size_bytes = sum(math.prod(room[name]) * output.element_size() for name, output in outputs.items())
+        if (len(self._kept) + 1) * size_bytes > self._cache_bytes:
             return None
         return {name: output.new_empty(room[name]) for name, output in outputs.items()}
 
@@ -228,8 +230,7 @@ def distil(
         for _ in range(done // steps_per_epoch):
             advance("from the checkpoint")
         saved = time.monotonic()
-        for step, (positions, inputs, target) in _steps(task.train, settings, done, steps_per_epoch):
-            view = task.train.view_of(step // steps_per_epoch)
+        for step, view, (positions, inputs, target) in _steps(task.train, settings, done, steps_per_epoch):
             if step == settled_from:
                 simulation.train(False)  # as it is after a checkpoint was read: a resumed run ends the same
                 settle()
@@ -292,14 +293,18 @@ def as_tensors(inputs: Inputs) -> dict[str, Tensor]:
 
 def _steps(
     train: Batches, settings: FineTuning, done: int, steps_per_epoch: int
-) -> Iterator[tuple[int, tuple[np.ndarray, Inputs, np.ndarray]]]:
-    """All steps from number `done` on; the order of each epoch is drawn from the seed and its number alone."""
+) -> Iterator[tuple[int, int, tuple[np.ndarray, Inputs, np.ndarray]]]:
+    """All steps from number `done` on, with the view that they see of their examples.
+
+    The order of each epoch is drawn from the seed and its number alone.
+    """
     first = done // steps_per_epoch  # epochs before it are not read again
     for epoch in range(first, settings.epochs):
-        batches = train.shuffled(settings.seed, epoch, view=train.view_of(epoch))
+        view = train.view_of(epoch)
+        batches = train.shuffled(settings.seed, epoch, view=view)
         for step, batch in enumerate(batches, start=epoch * steps_per_epoch):
             if step >= done:
-                yield step, batch
+                yield step, view, batch
 
 
 def _rate(step: int, steps: int) -> float:
