@@ -24,7 +24,7 @@ from hirelc_deploy.compress.fold import along_channels, channel_factor, fold, fo
 from hirelc_deploy.compress.grids import fitted, put_on
 from hirelc_deploy.compress.inputs import energies
 from hirelc_deploy.compress.prune import prune
-from hirelc_deploy.compress.simulate import RANGE_MOMENTUM, Simulation, StoredWeight, simulated
+from hirelc_deploy.compress.simulate import RANGE_MOMENTUM, ActivationGrid, Simulation, StoredWeight, simulated
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import Exported
 from hirelc_deploy.exporters._float import FloatGraph
@@ -402,6 +402,27 @@ def test_activations_are_rounded_to_256_values() -> None:
     assert len(rounded.unique()) == 256
     assert outside[1] == 0
     assert outside.tolist() == pytest.approx([-1, 0, 3], abs=step)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 2.5), (-1.0, 3.0), (-2.0, 0.0), (0.3, 0.7), (0.0, 0.0)])
+@pytest.mark.parametrize("is_symmetric", [False, True])
+def test_activations_and_their_gradients_are_those_of_torch(low: float, high: float, is_symmetric: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 50, 50).mul_(3).to(memory_format=torch.channels_last)
+    gradient = torch.randn_like(x)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    rounded = ActivationGrid(torch.tensor(low), torch.tensor(high), is_symmetric=is_symmetric).round(ours)
+    if is_symmetric:
+        step, zero, bounds = max(-low, high) / 127, 0, (-128, 127)
+    else:
+        step = (max(high, 0) - min(low, 0)) / 255
+        zero, bounds = round(-min(low, 0) / step) if step else 0, (0, 255)
+    expected = torch.fake_quantize_per_tensor_affine(theirs, max(step, torch.finfo(torch.float32).tiny), zero, *bounds)
+    torch.testing.assert_close(rounded, expected)
+    rounded.backward(gradient)
+    expected.backward(gradient)
+    assert 0 < (ours.grad == 0).sum() < x.numel() or high == low
+    torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_stored_in_int8_and_computed_in_fp32_rounds_weights_alone() -> None:
