@@ -29,6 +29,11 @@ ROWS = (
         "export_small_hierarchical_vnni.json",
         "`python benchmarks/fashion_mnist.py small --search hierarchical`",
     ),
+    (
+        "`depthwise`",
+        "export_depthwise_hierarchical.json",
+        "`python benchmarks/fashion_mnist.py depthwise --search hierarchical`",
+    ),
     ("`small`, recipe by hand", "export_small.json", "`python benchmarks/fashion_mnist.py small`"),
 )
 HEAD = (

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from hirelc_deploy.cost.kernel import Kernel
+from hirelc_deploy.cost.memory import MemoryLaw
 from hirelc_deploy.cost.network import Network
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.kernels._base import Grid
@@ -132,6 +133,8 @@ class Runtime(Protocol):
     """How the range of an activation can be chosen; empty where the runtime quantises none."""
     is_symmetric: bool
     """Whether the grids of activations are int8 about zero, and not uint8 with a zero point."""
+    memory_law: MemoryLaw | None
+    """What loading and running a file takes of memory; None where that is not known."""
     builds_on_device: bool
     """Whether what the device runs is only built there: a file's bytes are then not those that it loads."""
 
@@ -179,7 +182,7 @@ class Runtime(Protocol):
         """What it would cost to round the int8 activations of a float graph, each alone."""
         ...
 
-    def predicted_bytes(
+    def foreseen(
         self,
         graph: Any,
         shapes: Mapping[str, tuple[int, ...]],
@@ -188,8 +191,11 @@ class Runtime(Protocol):
         floats: Collection[str] = (),
         ir_version: int = 8,
         metadata: Mapping[str, str] | None = None,
-    ) -> int:
-        """The size of the file that `write` would make if the graph's parameters had these shapes."""
+    ) -> bytes:
+        """A file like that which `write` would make if the graph's parameters had these shapes, in nodes and length.
+
+        Its values mean nothing.
+        """
         ...
 
     def load(self, path: Path, *, threads: int) -> Session:

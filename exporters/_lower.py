@@ -7,7 +7,7 @@ one kernel writes in one way and another reads in another is brought over once. 
 exporter decides (`_plan`), as a function of the policy.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import prod
 
 import numpy as np
@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from hirelc_deploy.cost.kernel import ABSENT, Kernel, Operand, number_text
-from hirelc_deploy.cost.network import Channels, Condition, Network, State, Term
+from hirelc_deploy.cost.network import Channels, Condition, Held, Network, State, Term
 from hirelc_deploy.exporters._float import FloatGraph, name_of, weight_of
 from hirelc_deploy.exporters._plan import ACTIVATIONS, INTEGER, MOVES, computed_by
 from hirelc_deploy.graph.model_graph import ModelGraph
@@ -29,6 +29,11 @@ BLOCKED = {"Add", "Mul", "Sum", "Concat", "Relu", "Sigmoid", "Tanh", "MaxPool", 
 
 FUSED_ACTIVATIONS = ACTIVATIONS | {"Sigmoid", "Tanh", "LeakyRelu"}
 """What a convolution in floats does on the way out."""
+
+FLOAT_BYTES = 4
+
+VIEWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"}
+"""Operators that say something else about the same memory."""
 
 FUSED_ADD = 1 / 3
 """Of an addition that a convolution takes along: it reads one tensor more, where an Add reads two and writes one."""
@@ -68,6 +73,9 @@ class Lowering:
         self.blocked: dict[ir.Value, Condition | None] = {}
         """When a value is held in blocks of channels."""
         self.channels: dict[ir.Value, Channels] = {}
+        self.places = {node: i for i, node in enumerate(self.graph)}
+        self.copies: list[Held] = []
+        """What borders make of tensors."""
         self.fused: dict[ir.Node, tuple[Condition, ...]] = {}
         """Activations and additions that a kernel before them does, and when (no condition: always)."""
 
@@ -101,6 +109,7 @@ class Lowering:
             states=tuple(lowering.states),
             terms=tuple(lowering.terms),
             alike=tuple((layer.name, twin) for layer in model.layers for twin in layer.shares_weight_with),
+            held=tuple(lowering.held()),
         )
 
     # -- states ----------------------------------------------------------------------------------------------
@@ -294,6 +303,9 @@ class Lowering:
         kernel = Kernel(op, "", (Operand("x", tuple(self.shape(value))),), Compute.FP32)
         scales = kernel.channels == (channels.full, channels.full)
         self.terms.append(Term(kernel, channels, channels, conditions, scales, place=name_of(value)))
+        behind = self.moment(value) + 1
+        element_bytes = 1 if op == "QuantizeLinear" else FLOAT_BYTES
+        self.copies.append(Held(prod(self.shape(value)), channels, element_bytes, behind, behind, conditions))
 
     def _reading(
         self, value: ir.Value
@@ -346,6 +358,50 @@ class Lowering:
         known = [condition for condition in conditions if condition is not None]
         return None if len(known) < len(conditions) else self.state(name, "any", known)
 
+    # -- memory ----------------------------------------------------------------------------------------------
+
+    def held(self) -> Iterator[Held]:
+        """Tensors that need memory of their own, no views and nothing that is changed in place, and copies on borders.
+
+        A node is a moment, and so are the borders behind it.
+        """
+        constant: set[ir.Value] = set()
+        for node in self.graph:
+            if all(x is None or x.is_initializer() or x in constant for x in node.inputs):
+                constant.update(node.outputs)  # folded when a session loads
+        end = 2 * len(self.places)
+        for value in self.values():
+            producer = value.producer()
+            if value in constant or (producer is not None and _keeps_its_input(producer)):
+                continue
+            integer, uses = self.integer.get(value), self._uses_through_views(value)
+            first, last = self.moment(value), max((2 * self.places[node] + 1 for node in uses), default=end)
+            elements, channels = prod(self.shape(value)), self.channels.get(value, Channels(1, {}))
+            if integer is not None:
+                yield Held(elements, channels, 1, first, last, (integer,))
+            otherwise = () if integer is None else (_other(integer, self.computes),)
+            yield Held(elements, channels, FLOAT_BYTES, first, last, otherwise)
+        yield from self.copies
+
+    def moment(self, value: ir.Value) -> int:
+        """In which a value is written; the network's inputs are there from the beginning."""
+        producer = value.producer()
+        return 0 if producer is None else 2 * self.places[producer] + 1
+
+    def _uses_through_views(self, value: ir.Value) -> list[ir.Node]:
+        """The nodes that read a value, or the same memory under another name; none if the network hands it out."""
+        if value.is_graph_output():
+            return []
+        found: list[ir.Node] = []
+        for use in value.uses():
+            found.append(use.node)
+            if _keeps_its_input(use.node):
+                further = self._uses_through_views(use.node.outputs[0])
+                if not further:
+                    return []
+                found += further
+        return found
+
     # -- about the graph -------------------------------------------------------------------------------------
 
     def layer(self, node: ir.Node) -> str | None:
@@ -390,6 +446,14 @@ class Lowering:
         constant = [x for x in node.inputs if x is not None and x.is_initializer() and len(self.shape(x)) == 1]
         producer = others[0].producer() if len(others) == 1 and constant else None
         return self.layer(producer) if producer is not None and producer.op_type == "MatMul" else None
+
+
+def _keeps_its_input(node: ir.Node) -> bool:
+    """Whether what a node writes lies where its input lay."""
+    read = node.inputs[0] if node.inputs else None
+    if read is None or read.is_initializer():
+        return False
+    return node.op_type in VIEWS or (node.op_type in FUSED_ACTIVATIONS and len(list(read.uses())) == 1)
 
 
 def _other(condition: Condition, computes: Mapping[str, tuple[Compute, ...]]) -> Condition:

@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 from torch import nn
 
-from hirelc_deploy.exporters import _kernels, _lower, _sessions
+from hirelc_deploy.exporters import _kernels, _lower, _memory, _sessions
 from hirelc_deploy.exporters._base import (
     Arrays,
     Exported,
@@ -55,6 +55,7 @@ class OnnxRuntime:
     name = "onnxruntime"
     suffix = ".onnx"
     range_methods = tuple(Method)
+    memory_law = _memory.LAW
     is_symmetric = False
     builds_on_device = False
 
@@ -126,7 +127,7 @@ class OnnxRuntime:
 
         return rounding_errors(graph, layout, examples, on_its_grid)
 
-    def predicted_bytes(
+    def foreseen(
         self,
         graph: FloatGraph,
         shapes: Mapping[str, tuple[int, ...]],
@@ -135,8 +136,8 @@ class OnnxRuntime:
         floats: Collection[str] = (),
         ir_version: int = 8,
         metadata: Mapping[str, str] | None = None,
-    ) -> int:
-        """The size of the file that `write` will make once the model has parameters of these shapes.
+    ) -> bytes:
+        """A file as long as that which `write` will make once the model has parameters of these shapes.
 
         `graph` is the float graph before anything was removed; `shapes` gives each parameter's shape after.
         Nothing is pruned, trained or calibrated for it: the plan depends on the graph alone, and the size of a
@@ -149,7 +150,7 @@ class OnnxRuntime:
         exported = _finish(
             small, precisions, layout, ranges, None, largest=INT8_MAX, ir_version=ir_version, metadata=metadata or {}
         )
-        return len(exported.data)
+        return exported.data
 
     def load(self, path: Path, *, threads: int) -> Session:
         return _sessions.Loaded(path, _sessions.options(threads))

@@ -54,6 +54,7 @@ class TensorRt:
     name = "tensorrt"
     suffix = ".onnx"
     range_methods = tuple(Method)
+    memory_law = None
     is_symmetric = True
     builds_on_device = True
 
@@ -127,7 +128,7 @@ class TensorRt:
 
         return rounding_errors(graph, layout, examples, on_its_grid)
 
-    def predicted_bytes(
+    def foreseen(
         self,
         graph: FloatGraph,
         shapes: Mapping[str, tuple[int, ...]],
@@ -136,8 +137,8 @@ class TensorRt:
         floats: Collection[str] = (),
         ir_version: int = 10,
         metadata: Mapping[str, str] | None = None,
-    ) -> int:
-        """The size of the file that `write` will make once the model has parameters of these shapes."""
+    ) -> bytes:
+        """A file as long as that which `write` will make once the model has parameters of these shapes."""
         small = with_shapes(graph, shapes)
         layout = plan(small, precisions, floats=floats)
         exported = _finish(
@@ -150,7 +151,7 @@ class TensorRt:
             ir_version=ir_version,
             metadata=metadata or {},
         )
-        return len(exported.data)
+        return exported.data
 
     def load(self, path: Path, *, threads: int) -> Session:
         """The file in the reference.  Raises UserError if that cannot load it, or no TensorRT could."""

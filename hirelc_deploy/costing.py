@@ -1,6 +1,6 @@
 """What policies cost on a network's target: bytes and milliseconds, a table look-up each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,9 @@ import numpy as np
 
 from hirelc_deploy.budget import Figures
 from hirelc_deploy.cost.latency import Decisions
-from hirelc_deploy.cost.size import Positions, SizePredictor
+from hirelc_deploy.cost.memory import Activations, DecodedPredictor, MemoryPredictor
+from hirelc_deploy.cost.size import SizePredictor
+from hirelc_deploy.cost.weights import Positions
 from hirelc_deploy.offers import Offers
 from hirelc_deploy.policy import Policy, Precision
 from hirelc_deploy.search.problem import GroupVariable, LayerVariable, Prices, Rows, Variable, policy_of
@@ -24,8 +26,10 @@ SIZE_SAMPLES = 160
 class Costing:
     """Of one workbench's network; what no table has is measured where this machine is the target."""
 
-    def __init__(self, bench: "Workbench", offers: Offers) -> None:
+    def __init__(self, bench: "Workbench", offers: Offers, *, limits_memory: bool = False) -> None:
+        """Memory is told only where it has a limit: it takes files to know what a network needs."""
         self._bench = bench
+        self._limits_memory = limits_memory
         self._graph = bench.graph
         self._offers = offers
 
@@ -55,37 +59,96 @@ class Costing:
             latency_ms=float(self.predictor.foretell([Policy({}, {})]).ms[0]),
             speedup=1.0,
             size_bytes=len(self._bench.files.baseline().data),
+            memory_bytes=self.memory_bytes(Policy({}, {})),
             drop=0.0,
         )
 
     @cached_property
     def costs(self) -> "TableCosts":
         """Prices of rows, as a search asks for them."""
-        return TableCosts(self._offers.variables, self.predictor, self.sizes)
+        return TableCosts(self._offers.variables, self.predictor, self.sizes, self._memory)
 
     @cached_property
     def sizes(self) -> SizePredictor:
-        precisions, counts = options_of(self._offers.variables)
-        lengths = [len(variable.options) for variable in self._offers.variables]
-        rows = np.random.default_rng(0).integers(lengths, size=(SIZE_SAMPLES, len(lengths)))
-        rows[0] = [variable.as_trained for variable in self._offers.variables]
-        policies = [policy_of(self._offers.variables, row) for row in rows]
-        exact: list[int] = self._bench.run.step("search/sizes", lambda: self._exact_sizes(policies))
-        return SizePredictor(self._graph, precisions, counts, positions(self._offers.variables, rows), exact)
+        exact = self._of_samples("search/sizes", "sizes of files", self._bench.files.predicted_bytes)
+        return SizePredictor(self._graph, *options_of(self._offers.variables), self._sampled, exact)
 
-    def _exact_sizes(self, policies: Sequence[Policy]) -> list[int]:
-        found = []
-        with self._bench.progress("sizes of files", len(policies)) as advance:
-            for policy in policies:
-                found.append(self._bench.files.predicted_bytes(policy))
-                advance("")
-        return found
+    # -- memory ----------------------------------------------------------------------------------------------
+
+    def memory_bytes(self, policy: Policy) -> int | None:
+        """At the peak of a process that loads and runs the policy's file; None where no limit asks, or no law tells."""
+        told = self._bench.latencies.memory_bytes(policy) if self._limits_memory else None
+        return None if told is None else round(self._memory_factor * told)
+
+    @cached_property
+    def _memory(self) -> MemoryPredictor | None:
+        law = self._bench.runtime.memory_law
+        if law is None or not self._limits_memory:
+            return None
+        exact = self._of_samples(
+            "search/decoded", "decoding", lambda policy: law.decoded_bytes(self._bench.files.foreseen(policy))
+        )
+        return MemoryPredictor(
+            law,
+            DecodedPredictor(self._graph, *options_of(self._offers.variables), self._sampled, exact),
+            Activations(self.predictor.latency.network),
+            factor=self._memory_factor,
+        )
+
+    @cached_property
+    def _memory_factor(self) -> float:
+        """What files of this network need where this machine is the target, against what the law says."""
+        bench = self._bench
+        if not bench.pricing.is_device:
+            return 1.0
+        policies = self._offers.timed_policies()
+        seen = bench.run.step("search/memory", lambda: [bench.latencies.seen_memory_bytes(p) for p in policies])
+        told = [bench.latencies.memory_bytes(policy) for policy in policies]
+        ratios = [s / t for s, t in zip(seen, told, strict=True) if s and t]
+        return float(np.exp(np.log(ratios).mean())) if ratios else 1.0
+
+    # -- samples ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _samples(self) -> Rows:
+        """Random policies that additive predictions are fitted to, (SIZE_SAMPLES, variables)."""
+        variables = self._offers.variables
+        lengths = [len(variable.options) for variable in variables]
+        rows = np.random.default_rng(0).integers(lengths, size=(SIZE_SAMPLES, len(lengths)))
+        rows[0] = [variable.as_trained for variable in variables]
+        return rows
+
+    @property
+    def _sampled(self) -> Positions:
+        return positions(self._offers.variables, self._samples)
+
+    def _of_samples(self, step: str, shown: str, exact: Callable[[Policy], int]) -> list[int]:
+        """A number of bytes of each of them, told one by one; a step of the run."""
+        policies = [policy_of(self._offers.variables, row) for row in self._samples]
+
+        def found() -> list[int]:
+            each = []
+            with self._bench.progress(shown, len(policies)) as advance:
+                for policy in policies:
+                    each.append(exact(policy))
+                    advance("")
+            return each
+
+        told: list[int] = self._bench.run.step(step, found)
+        return told
 
 
 class TableCosts:
     """Prices of rows: tables of kernels, and sizes that add up."""
 
-    def __init__(self, variables: Sequence[Variable], predictor: "Predictor", sizes: SizePredictor) -> None:
+    def __init__(
+        self,
+        variables: Sequence[Variable],
+        predictor: "Predictor",
+        sizes: SizePredictor,
+        memory: MemoryPredictor | None = None,
+    ) -> None:
+        self._memory = memory
         self._variables = variables
         self._predictor = predictor
         self._sizes = sizes
@@ -102,8 +165,11 @@ class TableCosts:
 
     def __call__(self, rows: Rows) -> Prices:
         computes = np.stack([of[rows[:, i]] for of, i in zip(self._computes, self._layers, strict=True)], axis=1)
-        told = self._predictor.of(Decisions(computes.astype(np.int16), rows[:, self._groups].astype(np.int32)))
-        return Prices(self._sizes(positions(self._variables, rows)), told.ms)
+        decisions = Decisions(computes.astype(np.int16), rows[:, self._groups].astype(np.int32))
+        chosen = positions(self._variables, rows)
+        size_bytes = self._sizes(chosen)
+        memory_bytes = None if self._memory is None else self._memory(size_bytes, chosen, decisions)
+        return Prices(size_bytes, self._predictor.of(decisions).ms, memory_bytes)
 
 
 def options_of(variables: Sequence[Variable]) -> tuple[dict[str, Sequence[Precision]], dict[str, Sequence[int]]]:

@@ -140,7 +140,11 @@ class Files:
 
     def predicted_bytes(self, policy: Policy) -> int:
         """The artifact's size, told from shapes and formats before anything is pruned, trained or calibrated."""
-        return self._runtime.predicted_bytes(
+        return len(self.foreseen(policy))
+
+    def foreseen(self, policy: Policy) -> bytes:
+        """A file like the artifact's in length and nodes; its values mean nothing."""
+        return self._runtime.foreseen(
             self.skeleton(frozenset(name for name, count in policy.keep.items() if count == 0)),
             shapes_after(self._subject.graph, policy.keep),
             policy.precisions,

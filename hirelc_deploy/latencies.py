@@ -4,7 +4,11 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hirelc_deploy.compress.grids import fitted
+from hirelc_deploy.cost.latency import decisions_of
+from hirelc_deploy.cost.memory import Activations
 from hirelc_deploy.cost.network import Network
 from hirelc_deploy.policy import INT8, Compute, Policy, Precision
 from hirelc_deploy.verify import text, timing
@@ -46,14 +50,20 @@ class Latencies:
     # -- of one policy ---------------------------------------------------------------------------------------
 
     def price(self, policy: Policy) -> dict[str, Any]:
-        """Bytes, milliseconds, speed-up and, where this machine is the target, memory, by their names in `Figures`.
+        """Bytes, milliseconds, speed-up and memory, by their names in `Figures`.
 
-        Timed on a file with these shapes and untrained weights, or told by the tables of a target that is elsewhere.
+        Seen of a file with these shapes and untrained weights, or told by the tables of a target that is elsewhere,
+        and by its runtime's law of memory, if it has one.
         """
         size_bytes = self._files.predicted_bytes(policy)
         if not self.pricing.is_device:
             before, after = (self._told_ms(each) for each in (Policy({}, {}), policy))
-            return {"size_bytes": size_bytes, "latency_ms": after, "speedup": before / after}
+            return {
+                "size_bytes": size_bytes,
+                "latency_ms": after,
+                "speedup": before / after,
+                "memory_bytes": self.memory_bytes(policy),
+            }
         inputs = example(self._subject.task, self._subject.batch)
         with self._files.on_disk({"baseline": self._files.baseline(), "policy": self._files.draft(policy)}) as paths:
             times = timing.interleave(self._files.sessions(paths), inputs, seconds=PREDICTION_SECONDS)
@@ -106,6 +116,23 @@ class Latencies:
             f"the table of {self._subject.target.name} lacks {len(unknown)} of the kernels that the network can "
             f"become, and a roofline answered for them: {text.listed(unknown)}",
         )
+
+    def memory_bytes(self, policy: Policy) -> int | None:
+        """At the peak of a process that loads and runs the policy's file, told by the runtime's law of memory."""
+        law = self._subject.runtime.memory_law
+        if law is None:
+            return None
+        network = self.network.with_counts(policy.keep)
+        activations = Activations(network)(decisions_of(network, [policy]))
+        file = self._files.foreseen(policy)
+        return round(float(law(np.array([len(file)]), np.array([law.decoded_bytes(file)]), activations)[0]))
+
+    def seen_memory_bytes(self, policy: Policy) -> int | None:
+        """Of a file with the policy's shapes and formats, in a process of its own; None where no system tells it."""
+        inputs = example(self._subject.task, self._subject.batch)
+        with self._files.on_disk({"policy": self._files.draft(policy)}) as paths:
+            needs = self._subject.runtime.footprint(paths["policy"], inputs, threads=self._subject.threads)
+        return None if needs is None else needs.memory_bytes
 
     def _told_ms(self, policy: Policy) -> float:
         return float(self.pricing.predictor(self.network.with_counts(policy.keep)).foretell([policy]).ms[0])

@@ -7,7 +7,7 @@ import math
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from hirelc_deploy.cost.size import column_counts
+from hirelc_deploy.cost.weights import column_counts
 from hirelc_deploy.effects import Effects
 from hirelc_deploy.kernels import load_format
 from hirelc_deploy.policy import FP16, FP32, Compute, PerChannel, PerGroup, Policy, Precision, Storage

@@ -28,7 +28,7 @@ class Posing:
         self._budget = budget
         self._effects = Effects(bench)
         self._offers = Offers(bench, self._effects)
-        self._costing = Costing(bench, self._offers)
+        self._costing = Costing(bench, self._offers, limits_memory=budget.memory_bytes is not None)
 
     def problem(self) -> Problem:
         """Measures what is not known yet."""
@@ -90,6 +90,7 @@ class Posing:
             latency_ms=ms,
             speedup=before.latency_ms / ms,
             size_bytes=bench.files.predicted_bytes(policy),
+            memory_bytes=self._costing.memory_bytes(policy),
             drop=bench.scoring.drop(score),
         )
         return Evaluation(policy, figures, score)

@@ -7,36 +7,43 @@ that returns one tensor has one output, called `output`.
 
 import hashlib
 import json
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hirelc_deploy.batches import VIEWS, Augment, Batches
 from hirelc_deploy.errors import UserError
+from hirelc_deploy.sources import ArraySource, Batch, DatasetSource, Inputs, MapDataset, Source
 
-Inputs = Mapping[str, np.ndarray]
-Batch = tuple[Inputs, np.ndarray]
-"""Inputs by name and the target; the first axis of each is the example."""
-
-Augment = Callable[[Inputs, np.random.Generator], Inputs]
-"""One train example, its inputs without the axis of the batch, changed at random: names, shapes and types stay."""
+__all__ = [
+    "BATCH",
+    "LEAST_VARIANCE",
+    "VIEWS",
+    "ArraySource",
+    "Augment",
+    "Batch",
+    "Batches",
+    "Classification",
+    "DatasetSource",
+    "Inputs",
+    "MapDataset",
+    "Source",
+    "Task",
+    "check_labels",
+    "stratified_holdout",
+]
 
 T = TypeVar("T")
 
 BATCH = 128
 EXAMPLE = 8  # examples in `Task.example`: more than one shows that the batch axis is free, many make a trace slow
 SEARCH_FRACTION = 0.1
-
-VIEWS = 8
-"""Of an augmented example: as it is, and the others changed.  Few enough for what the original says of all of them to
-be kept, so that not every epoch costs a pass through it."""
 
 LEAST_VARIANCE = 1e-12
 """Of an output that is constant."""
@@ -52,189 +59,6 @@ def stratified_holdout(labels: np.ndarray, fraction: float, seed: int) -> tuple[
     held_out = np.sort(np.concatenate(held))
     kept = np.setdiff1d(np.arange(len(labels)), held_out)
     return kept, held_out
-
-
-class Source(Protocol):
-    """Examples that can be read by index.  Nothing is read before `take` or `targets` asks for it."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def targets(self) -> np.ndarray:
-        """The targets of all examples, (N, ...), without reading the inputs where that is possible."""
-        ...
-
-    def take(self, indices: np.ndarray) -> Batch:
-        """The examples at `indices`, in that order."""
-        ...
-
-    def header(self) -> str:
-        """What tells this data from other data without reading the examples: shapes, names, checksums kept beside."""
-        ...
-
-
-class ArraySource:
-    """Arrays in memory: one input (N, ...) or several by name, and the targets (N, ...)."""
-
-    def __init__(self, inputs: np.ndarray | Inputs, targets: np.ndarray) -> None:
-        self._inputs: Inputs = {"input": inputs} if isinstance(inputs, np.ndarray) else dict(inputs)
-        self.targets = targets
-        for name, array in self._inputs.items():
-            if len(array) != len(targets):
-                raise UserError(
-                    f"{name} has {len(array)} examples and its targets have {len(targets)}",
-                    fix="give one target for each example, in the same order",
-                )
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def take(self, indices: np.ndarray) -> Batch:
-        return {name: array[indices] for name, array in self._inputs.items()}, self.targets[indices]
-
-    def header(self) -> str:
-        arrays = {**self._inputs, "target": self.targets}
-        return " ".join(f"{name}:{array.dtype}{list(array.shape)}" for name, array in sorted(arrays.items()))
-
-
-class MapDataset(Protocol):
-    """PyTorch's map-style dataset."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]: ...
-
-
-class DatasetSource:
-    """A map-style PyTorch dataset, `dataset[i] -> (input, target)`, read example by example.
-
-    An input is an array or tensor, or a mapping of name to those; all examples have one shape.  `dataset[i]` must be
-    the same each time, or outputs that are cached by index would belong to other inputs; what is to change at random
-    is the task's `augment`.
-    """
-
-    def __init__(self, dataset: MapDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    @cached_property
-    def targets(self) -> np.ndarray:
-        known = getattr(self.dataset, "targets", None)  # a convention: most datasets hold their labels in memory
-        return np.asarray([self.dataset[i][1] for i in range(len(self))] if known is None else known)
-
-    def take(self, indices: np.ndarray) -> Batch:
-        examples = [self.dataset[int(i)] for i in indices]
-        inputs = [x if isinstance(x, Mapping) else {"input": x} for x, _ in examples]
-        stacked = {name: np.stack([np.asarray(x[name]) for x in inputs]) for name in inputs[0]}
-        return stacked, np.asarray([target for _, target in examples])
-
-    def header(self) -> str:
-        return f"{type(self.dataset).__qualname__}[{len(self)}]"
-
-
-@dataclass(frozen=True, eq=False)
-class Batches:
-    """One split: batches in a fixed order, as often as they are asked for.  Reading them is what opens the data.
-
-    Every batch is checked as it is read.  Raises UserError, naming the example, for NaN or infinity, for a label
-    outside `labels` and for an augmentation that changes more than values.
-    """
-
-    split: str
-    """train, search or test."""
-    source: Source
-    batch: int
-    indices: np.ndarray
-    """The examples of the source that belong to the split, in order."""
-    labels: frozenset[int] | None = None
-    """The labels that may occur; None where targets are not labels."""
-    augment: Augment | None = None
-    """What makes views of an example; without it all views are the example."""
-
-    @property
-    def examples(self) -> int:
-        return len(self.indices)
-
-    @property
-    def targets(self) -> np.ndarray:
-        """The targets of the whole split, (examples, ...)."""
-        return self.source.targets[self.indices]
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.viewed(0)
-
-    def shuffled(self, seed: int, epoch: int, *, view: int = 0) -> Iterator[tuple[np.ndarray, Inputs, np.ndarray]]:
-        """Positions in the split (n,), inputs and targets: every example once, in an order of (seed, epoch) alone.
-
-        Batches differ by one example at most, so that no BatchNorm meets a last batch of one.
-        """
-        order = np.random.default_rng([seed, epoch]).permutation(self.examples)
-        for positions in np.array_split(order, math.ceil(self.examples / self.batch)):
-            inputs, target = self.take(positions, view=view)
-            yield positions, inputs, target
-
-    def view_of(self, epoch: int) -> int:
-        """The view that an epoch of training sees, below VIEWS; view 0 is the examples as they are."""
-        return 0 if self.augment is None else epoch % VIEWS
-
-    def viewed(self, view: int) -> Iterator[Batch]:
-        """The split in its order, every example in this view."""
-        for start in range(0, self.examples, self.batch):
-            yield self.take(np.arange(start, min(start + self.batch, self.examples)), view=view)
-
-    def take(self, positions: np.ndarray, *, view: int = 0) -> Batch:
-        """The examples at these positions of the split; of a view they are the same each time."""
-        indices = self.indices[positions]
-        inputs, target = self.source.take(indices)
-        if view and self.augment is not None:
-            inputs = self._changed(inputs, indices, view)
-        for name, array in (*inputs.items(), ("target", target)):
-            self._check_finite(name, array, indices)
-        if self.labels is not None:
-            self._check_labels(target, indices)
-        return inputs, target
-
-    def _changed(self, inputs: Inputs, indices: np.ndarray, view: int) -> Inputs:
-        assert self.augment is not None
-        changed = {name: np.empty_like(array) for name, array in inputs.items()}
-        wanted = {name: (array.shape[1:], array.dtype) for name, array in inputs.items()}
-        for row, index in enumerate(indices):
-            draws = np.random.default_rng([view, index])  # the same for this view of it, whoever asks
-            example = self.augment({name: array[row] for name, array in inputs.items()}, draws)
-            found = {name: (np.shape(array), np.asarray(array).dtype) for name, array in example.items()}
-            if found != wanted:
-                raise UserError(
-                    f"the augmentation makes {_forms(found)} of {_forms(wanted)} (example {index})",
-                    fix="let it return inputs of the same names, shapes and types",
-                )
-            for name, array in example.items():
-                changed[name][row] = array
-        return changed
-
-    def _check_finite(self, name: str, array: np.ndarray, indices: np.ndarray) -> None:
-        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-            bad = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
-            raise UserError(
-                f"the {self.split} data holds NaN or infinity: {name} of example {indices[bad][0]}",
-                fix="remove such examples, or find what made them (a division by zero while normalising?)",
-            )
-
-    def _check_labels(self, target: np.ndarray, indices: np.ndarray) -> None:
-        assert self.labels is not None
-        unknown = ~np.isin(target, list(self.labels))
-        if unknown.any():
-            example = int(np.flatnonzero(unknown.reshape(len(target), -1).any(axis=1))[0])
-            raise UserError(
-                f"the {self.split} data has the label {target[unknown][0]} (example {indices[example]}), "
-                "which the train data lacks",
-                fix="number the classes alike in every split, and leave out those that train does not have",
-            )
-
-
-def _forms(inputs: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> str:
-    return ", ".join(f"{name} {dtype}{list(shape)}" for name, (shape, dtype) in sorted(inputs.items()))
 
 
 class Task(ABC):

@@ -280,7 +280,7 @@ def test_the_size_of_a_file_is_known_before_it_is_written(
     with one_layer.encoded(ENCODINGS[encoding]):
         seen = one_layer.RUNTIME.observe(network.graph, policy, [network.inputs])
         written = one_layer.RUNTIME.write(network.graph, policy, grids, seen=seen, largest=largest)
-        assert one_layer.RUNTIME.predicted_bytes(network.graph, shapes, policy) == len(written.data)
+        assert len(one_layer.RUNTIME.foreseen(network.graph, shapes, policy)) == len(written.data)
 
 
 def test_a_table_that_layers_share_is_in_the_file_once() -> None:

@@ -426,7 +426,7 @@ def test_the_size_of_a_file_is_known_before_it_is_written(
     exported, _ = write(network, precision, tmp_path)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.model.state_dict().items()}
     precisions = {} if precision is None else dict.fromkeys(network.able, precision)
-    predicted = RUNTIME.predicted_bytes(network.graph, shapes, precisions)
+    predicted = len(RUNTIME.foreseen(network.graph, shapes, precisions))
     assert predicted == len(exported.data)
 
 
@@ -443,7 +443,7 @@ def test_the_size_of_a_narrower_depthwise_layer_is_known() -> None:
         narrow = network(channels)
         written = RUNTIME.write(RUNTIME.float_graph(narrow, inputs, opset=18), {})
         shapes = {name: tuple(tensor.shape) for name, tensor in narrow.state_dict().items()}
-        assert RUNTIME.predicted_bytes(wide, shapes, {}) == len(written.data)
+        assert len(RUNTIME.foreseen(wide, shapes, {})) == len(written.data)
 
 
 def test_a_file_is_for_old_runtimes_and_says_nothing_about_this_machine() -> None:
@@ -495,7 +495,7 @@ def test_what_is_computed_between_integer_layers_can_stay_in_float(tmp_path: Pat
         path = tmp_path / "model.onnx"
         path.write_bytes(exported.data)
         shapes = {name: tuple(tensor.shape) for name, tensor in residual.folded.state_dict().items()}
-        predicted = RUNTIME.predicted_bytes(residual.graph, shapes, precisions, floats=floats)
+        predicted = len(RUNTIME.foreseen(residual.graph, shapes, precisions, floats=floats))
         assert predicted == len(exported.data)
         assert set(RUNTIME.runs_as(path, exported.tensors, threads=1).values()) == {"int8"}
         found = RUNTIME.load(path, threads=1).run(residual.inputs)

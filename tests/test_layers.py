@@ -20,6 +20,8 @@ LAYERS = (
     ("_outer", "rundir"),
     ("policy", "budget"),
     ("kernels",),
+    ("sources",),
+    ("batches",),
     ("graph", "profiles", "task", "usercode"),
     ("augment", "checkpoint", "imagefolder"),
     ("datasets",),

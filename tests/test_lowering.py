@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from hirelc_deploy.choices import search_space
 from hirelc_deploy.compress.grids import fitted, put_on
 from hirelc_deploy.cost.kernel import Kernel
+from hirelc_deploy.cost.latency import decisions_of
+from hirelc_deploy.cost.memory import Activations
 from hirelc_deploy.cost.network import Network
 from hirelc_deploy.exporters._float import FloatGraph
 from hirelc_deploy.exporters._plan import MOVES
 from hirelc_deploy.exporters.onnxruntime import RUNTIME, optimised
 from hirelc_deploy.graph import trace
-from hirelc_deploy.policy import INT8, Compute, Precision
+from hirelc_deploy.policy import INT8, Compute, Policy, Precision
 from hirelc_deploy.profiles import load_target
 
 hasten()
@@ -156,3 +158,14 @@ def test_what_is_priced_is_what_runs(name: str, seed: int, tmp_path: Path) -> No
     # mixed: every layer and operator, and borders but for one that a session moves about
     assert not off.keys() - borders
     assert all(abs(told - real) <= 1 for told, real in off.values())
+
+
+def test_what_lies_in_memory_at_once() -> None:
+    """In floats most behind the stem: its output, whose activation is in place, and what pooling makes of it.  In
+    integers most in the stem itself, with the image in floats and as it is quantised."""
+    _, network, _ = lowered("stages")
+    channels, places, pooled = 16, 16 * 16, 8 * 8
+    policies = [Policy({}, {}), Policy(dict.fromkeys(network.computes, INT8), {})]
+    in_floats, in_integers = Activations(network)(decisions_of(network, policies))
+    assert in_floats == 4 * channels * (places + pooled)
+    assert in_integers == ((4 + 1) * 3 + channels) * places

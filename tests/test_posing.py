@@ -1,6 +1,7 @@
 """A real network as a search problem: options that can be built, prices that hold, harm that is measured."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +28,11 @@ MULTIPLE = {"convolutions": 8, "tied": 2}
 """Of channels: every count is measured once."""
 
 
-@pytest.fixture(scope="module", params=["convolutions", "tied"])
-def posed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Posing, Problem]]:
-    name = str(request.param)
+@contextmanager
+def posed_under(name: str, budget: Budget, folder: Path) -> Iterator[Posing]:
+    """A network as a problem under a budget; samples are few."""
     model, graph = traced(name)
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        RunFolder.open(tmp_path_factory.mktemp("run"), {}, resume=False) as run,
-    ):
+    with pytest.MonkeyPatch.context() as patch, RunFolder.open(folder, {}, resume=False) as run:
         patch.setattr(costing, "SIZE_SAMPLES", 80)
         patch.setattr(effects, "COUNTS_TRIED", 3)
         bench = Workbench(
@@ -50,7 +48,12 @@ def posed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             batch=1,
             progress=silent,
         )
-        posing = Posing(bench, Budget(drop=1.0))
+        yield Posing(bench, budget)
+
+
+@pytest.fixture(scope="module", params=["convolutions", "tied"])
+def posed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Posing, Problem]]:
+    with posed_under(str(request.param), Budget(drop=1.0), tmp_path_factory.mktemp("run")) as posing:
         yield posing, posing.problem()
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from toy_search import BEST, BEST_COST, COUNTS, DROP_MAX, TIED, chosen, toy
+from toy_search import BEST, BEST_COST, COUNTS, DROP_MAX, MEMORY_BYTES, TIED, chosen, toy
 
 from hirelc_deploy.budget import Budget, Figures, met
 from hirelc_deploy.policy import FP32, INT8, Compute, PerTensor, Policy, Precision, Storage
@@ -76,6 +76,19 @@ def test_sensitivities_alone_do_not_solve_the_toy() -> None:
 @pytest.mark.parametrize(("method", "seed"), [*product(DRAWN, SEEDS), *product(sorted({*METHODS} - {*DRAWN}), [0])])
 def test_a_method_comes_close_to_the_optimum(method: str, seed: int) -> None:
     assert gap(seen(method, seed)) <= GAPS[method]
+
+
+@pytest.mark.parametrize("method", ["greedy", "knapsack", "evolution"])
+def test_a_method_keeps_a_limit_on_memory(method: str) -> None:
+    """Which the best policy breaks; more than a third of what is evaluated keeps it, and that comes close as well."""
+    budget = Budget(drop=DROP_MAX, memory_bytes=MEMORY_BYTES)
+    problem = toy().problem
+    best = problem.costs(np.array([[BEST[name] for name in toy().names]]))
+    assert best.memory[0] > MEMORY_BYTES
+    found = seen(method, 0, budget=budget)
+    kept = [each for each in found if (each.figures.memory_bytes or 0) <= MEMORY_BYTES]
+    assert len(kept) > len(found) / 3
+    assert gap([chosen(toy(budget).problem, found)]) <= 2 * GAPS[method] + 0.2
 
 
 def test_the_grid_finds_the_best_recipe() -> None:
@@ -241,6 +254,20 @@ def test_reward_by_hand() -> None:
     assert reward == pytest.approx([-1.5 - 2 * 0.5 - 3 * 0.2 + np.log(2), -0.5])
 
 
+def test_memory_is_a_term_of_the_reward_where_it_has_a_limit() -> None:
+    """A quarter too much of it; without a limit, or without a law that tells it, it is none."""
+    prices = Prices(np.array([1000.0]), np.array([100.0]), np.array([2500.0]))
+    before = Figures(latency_ms=100.0, size_bytes=1000, memory_bytes=4000)
+    multipliers = Multipliers(memory=6.0)
+    limited = Goal.of(Budget(memory_bytes=2000), before)
+    assert limited.reward(np.zeros(1), prices, multipliers) == pytest.approx([-6 * 0.25])
+    assert Goal.of(Budget(), before).reward(np.zeros(1), prices, multipliers) == pytest.approx([0.0])
+    untold = Goal.of(Budget(memory_bytes=2000), Figures(latency_ms=100.0, size_bytes=1000))
+    assert untold.reward(np.zeros(1), Prices(prices.size_bytes, prices.latency_ms), multipliers) == pytest.approx([0.0])
+    with pytest.raises(ValueError, match="not told"):
+        limited.reward(np.zeros(1), Prices(prices.size_bytes, prices.latency_ms), multipliers)
+
+
 def test_a_limit_on_speedup_is_one_on_latency() -> None:
     before = Figures(latency_ms=100.0, size_bytes=1000)
     assert Goal.of(Budget(speedup=4.0, latency_ms=30.0), before).latency_ms_max == 25.0
@@ -254,12 +281,10 @@ def test_a_limit_on_speedup_is_one_on_latency() -> None:
 
 
 def test_multipliers_grow_while_a_limit_is_missed() -> None:
-    after = Multipliers(drop=10.0, latency=10.0, size=90.0).after(
-        drop_missed=True, latency_missed=False, size_missed=True
-    )
+    after = Multipliers(drop=10.0, latency=10.0, size=90.0).after({"drop", "size"})
     assert (after.drop, after.latency, after.size) == pytest.approx((15.0, 9.0, MOST))
-    kept = Multipliers(1.05, 1.05, 1.05).after(drop_missed=False, latency_missed=False, size_missed=False)
-    assert kept == Multipliers(LEAST, LEAST, LEAST)
+    kept = Multipliers(1.05, 1.05, 1.05).after(())
+    assert kept == Multipliers(LEAST, LEAST, LEAST, 9.0)
 
 
 def test_a_policy_is_a_row_and_back() -> None:

@@ -87,7 +87,7 @@ def test_the_size_is_told_before_a_file_is_written(name: str, precision: Precisi
     network = case(name)
     precisions = network.precisions(precision)
     shapes = {key: tuple(tensor.shape) for key, tensor in network.model.state_dict().items()}
-    told = RUNTIME.predicted_bytes(network.graph, shapes, precisions, ir_version=10, metadata={"tool": "x"})
+    told = len(RUNTIME.foreseen(network.graph, shapes, precisions, ir_version=10, metadata={"tool": "x"}))
     assert told == len(network.write(precisions, metadata={"tool": "x"}).data)
 
 

@@ -3,6 +3,7 @@
 Six layers (five precisions each, two of them tied) and three prune groups (eight counts each) in four blocks: 1.6
 million legal policies.  Bytes and milliseconds of a layer are products of what comes in and what goes out; 8-bit
 arithmetic rounds channels up to sixteen, and neighbours that compute differently pay for the conversion between them.
+It needs the memory of the layer that reads and writes most, in bytes or in floats.
 The true drop is no sum of the sensitivities: pruning hurts more than they say, layers differ from what they say, and
 pruning and rounding in one block make each other worse.
 """
@@ -79,6 +80,8 @@ CHANCE_DROP = 80.0
 DROP_MAX = 1.0
 BEST = {"l0": 0, "l1": 1, "l2": 2, "l3": 1, "l4": 1, "l5": 0, "g0": 4, "g1": 4, "g2": 5}
 """The best policy at a drop of DROP_MAX, by position in the options."""
+MEMORY_BYTES = 100_000
+"""Too little for the best policy, whose first layer computes in floats."""
 BEST_COST = -3.613907
 """log(bytes / before) + log(ms / before) of it."""
 
@@ -138,7 +141,11 @@ def toy(budget: Budget | None = None, *, int8_macs_per_ms: float = INT8_MACS_PER
     )
     prices = prices_at(bare.as_trained[None])
     before = Figures(
-        latency_ms=float(prices.latency_ms[0]), speedup=1.0, size_bytes=int(prices.size_bytes[0]), drop=0.0
+        latency_ms=float(prices.latency_ms[0]),
+        speedup=1.0,
+        size_bytes=int(prices.size_bytes[0]),
+        memory_bytes=int(prices.memory[0]),
+        drop=0.0,
     )
     problem = replace(bare, before=before, recipes=_recipes())
 
@@ -150,6 +157,7 @@ def toy(budget: Budget | None = None, *, int8_macs_per_ms: float = INT8_MACS_PER
             latency_ms=float(prices.latency_ms[0]),
             speedup=float(before.latency_ms / prices.latency_ms[0]),
             size_bytes=round(prices.size_bytes[0]),
+            memory_bytes=round(prices.memory[0]),
             drop=drop,
         )
         return Evaluation(policy, figures, score=90.0 - drop)
@@ -183,6 +191,7 @@ def _costs(rows: Rows, *, int8_macs_per_ms: float) -> Prices:
     kept = {name: np.array(COUNTS)[rows[:, len(LAYERS) + i]] for i, name in enumerate(GROUPS)}
     size_bytes = np.full(len(rows), 600.0)
     latency_ms = np.full(len(rows), 0.01)
+    memory_bytes = np.zeros(len(rows))
     computed = np.zeros(len(rows), bool)  # the picture comes in floats
     for name, ends in BETWEEN.items():
         comes, goes = (kept[end] if isinstance(end, str) else np.full(len(rows), end) for end in ends)
@@ -192,7 +201,8 @@ def _costs(rows: Rows, *, int8_macs_per_ms: float) -> Prices:
         latency_ms += PLACES[name] * width * WEIGHTS[name] / 9 / macs_per_ms[option[name]]
         latency_ms += np.where(in_int8 != computed, PLACES[name] * comes / CONVERTED_PER_MS, 0.0)
         computed = in_int8
-    return Prices(size_bytes, latency_ms)
+        memory_bytes = np.maximum(memory_bytes, PLACES[name] * (comes + goes) * np.where(in_int8, 1, 4))
+    return Prices(size_bytes, latency_ms, memory_bytes)
 
 
 def _drop(problem: Problem, rows: Rows) -> np.ndarray:

@@ -57,6 +57,19 @@ class Decisions:
         return len(self.computes)
 
 
+def decisions_of(network: Network, policies: Sequence[Policy]) -> Decisions:
+    """Policies as arrays; a layer or group that a policy does not name stays as it was trained."""
+    computes = np.zeros((len(policies), len(network.computes)), np.int16)
+    counts = np.zeros((len(policies), len(network.counts)), np.int32)
+    for row, policy in enumerate(policies):
+        for i, (layer, able) in enumerate(network.computes.items()):
+            if layer in policy.precisions:
+                computes[row, i] = able.index(policy.precisions[layer].compute)
+        for i, (group, offered) in enumerate(network.counts.items()):
+            counts[row, i] = offered.index(policy.keep.get(group, network.totals[group]))
+    return Decisions(computes, counts)
+
+
 @dataclass(frozen=True)
 class Factor:
     """Microseconds by decision: one axis a variable, then the channels that are read and those that are written."""
@@ -80,20 +93,11 @@ class Latency:
             state.name: STATE_VALUES for state in network.states
         }
         self._priced = [(term, *self._tables(term, prices)) for term in network.terms]
-        self._decides = _Deciding(network)
+        self._decides = Deciding(network)
 
     def decisions(self, policies: Sequence[Policy]) -> Decisions:
         """Policies as arrays; a layer or group that a policy does not name stays as it was trained."""
-        network = self.network
-        computes = np.zeros((len(policies), len(self.layers)), np.int16)
-        counts = np.zeros((len(policies), len(self.groups)), np.int32)
-        for row, policy in enumerate(policies):
-            for i, layer in enumerate(self.layers):
-                if layer in policy.precisions:
-                    computes[row, i] = network.computes[layer].index(policy.precisions[layer].compute)
-            for i, group in enumerate(self.groups):
-                counts[row, i] = network.counts[group].index(policy.keep.get(group, network.totals[group]))
-        return Decisions(computes, counts)
+        return decisions_of(self.network, policies)
 
     def factors(self, weights: Mapping[str, float]) -> list[Factor]:
         """The sum as arrays over decisions, each kind of kernel weighted; kinds that are not named weigh nothing."""
@@ -130,7 +134,7 @@ class Latency:
 
     def at(self, factors: Sequence[Factor], counts: Mapping[str, int]) -> list[tuple[tuple[str, ...], np.ndarray]]:
         """Factors where these counts of units stay: their variables, and microseconds over those alone."""
-        decided = _Decided(self._decides, self.decisions([Policy({}, counts)]))
+        decided = Decided(self._decides, self.decisions([Policy({}, counts)]))
         places = [[int(np.ravel(decided.position(c))[0]) for c in (f.inputs, f.outputs)] for f in factors]
         return [
             (f.variables, f.table_us[..., read, written]) for f, (read, written) in zip(factors, places, strict=True)
@@ -178,7 +182,7 @@ def values_of(network: Network, channels: Channels) -> tuple[int, ...]:
     return tuple(sorted(channels.full - cut for cut in reachable))
 
 
-class _Deciding:
+class Deciding:
     """From decisions to positions in the tables of factors."""
 
     def __init__(self, network: Network) -> None:
@@ -186,17 +190,17 @@ class _Deciding:
         self.layer = {name: i for i, name in enumerate(network.computes)}
         self.group = {name: i for i, name in enumerate(network.counts)}
 
-    def of(self, decisions: Decisions) -> "_Decided":
-        decided = _Decided(self, decisions)
+    def of(self, decisions: Decisions) -> "Decided":
+        decided = Decided(self, decisions)
         for state in self.network.states:
             decided.known[state.name] = decided.state(state)
         return decided
 
 
-class _Decided:
+class Decided:
     """Some policies, and what follows from them; nothing is computed twice."""
 
-    def __init__(self, deciding: _Deciding, decisions: Decisions) -> None:
+    def __init__(self, deciding: Deciding, decisions: Decisions) -> None:
         self._network = deciding.network
         self._group = deciding.group
         self._counts = decisions.counts
@@ -207,13 +211,14 @@ class _Decided:
 
     def state(self, state: State) -> np.ndarray:
         """Whether it holds, as 0 or 1, (policies,)."""
-        each = [self._holds(condition.variable, condition.values) for condition in state.conditions]
+        each = [self.holds(condition.variable, condition.values) for condition in state.conditions]
         if not each:
             return np.full(len(self._counts), int(state.of == "all"), np.intp)
         combine = np.logical_and if state.of == "all" else np.logical_or
         return combine.reduce(each).astype(np.intp)
 
-    def _holds(self, variable: str, values: frozenset[object]) -> np.ndarray:
+    def holds(self, variable: str, values: frozenset[object]) -> np.ndarray:
+        """Whether a variable has one of these values, (policies,)."""
         possible = self._network.computes.get(variable, STATE_VALUES)
         return np.array([value in values for value in possible])[self.known[variable]]
 
@@ -227,6 +232,7 @@ class _Decided:
         return factor.table_us.ravel()[position]
 
     def position(self, channels: Channels) -> np.ndarray | int:
+        """Of the number of channels that stay, in `values_of` them: (policies,), or nought where none can go."""
         if channels not in self._channels:
             self._channels[channels] = self._found(channels)
         return self._channels[channels]

@@ -67,6 +67,21 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Held:
+    """A tensor that lies in memory for a while where all conditions hold."""
+
+    elements: int
+    """In the whole network."""
+    channels: Channels
+    """How many of them stay: as many a channel."""
+    element_bytes: int
+    first: int
+    last: int
+    """Moments, in the order of the forward pass."""
+    when: tuple[Condition, ...] = ()
+
+
+@dataclass(frozen=True)
 class Network:
     """Kernels of a network on one runtime, by decision."""
 
@@ -81,6 +96,8 @@ class Network:
     terms: tuple[Term, ...]
     alike: tuple[tuple[str, str], ...] = ()
     """Pairs of layers that share a weight: they compute alike."""
+    held: tuple[Held, ...] = ()
+    """What lies in memory while it runs, beside weights."""
 
     def with_counts(self, keep: Mapping[str, int]) -> "Network":
         """The same where the counts of units are decided already; groups that `keep` does not name stay whole."""

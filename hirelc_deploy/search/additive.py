@@ -172,25 +172,23 @@ def leaning(goal: Goal, lean: Lean) -> Goal:
 
 def cost(goal: Goal, prices: Prices) -> np.ndarray:
     """What is to be made small, (policies,): weighted logarithms, and by how much limits on prices are missed."""
-    latency, size = excess(goal, prices)
     total: np.ndarray = goal.latency_weight * np.log(prices.latency_ms / goal.latency_ms_before)
-    return total + goal.size_weight * np.log(prices.size_bytes / goal.size_bytes_before) + latency + size
+    return total + goal.size_weight * np.log(prices.size_bytes / goal.size_bytes_before) + excess(goal, prices)
 
 
-def excess(goal: Goal, prices: Prices) -> tuple[np.ndarray, np.ndarray]:
-    """Logarithms of how many times the limits on latency and on size are missed, (policies,) each; nought if kept."""
-    nought = np.zeros(len(prices.latency_ms))
-    latency = nought if goal.latency_ms_max is None else np.log(prices.latency_ms / goal.latency_ms_max)
-    size = nought if goal.size_bytes_max is None else np.log(prices.size_bytes / goal.size_bytes_max)
-    return np.maximum(latency, 0.0), np.maximum(size, 0.0)
+def excess(goal: Goal, prices: Prices) -> np.ndarray:
+    """Logarithms of how many times limits on prices are missed, summed, (policies,); nought if they are kept."""
+    missed = np.zeros(len(prices.latency_ms))
+    for told, most in goal.limited(prices).values():
+        missed += np.maximum(np.log(told / most), 0.0)
+    return missed
 
 
 def affordable(problem: Problem, rows: Rows) -> Rows:
     """Those that keep the limits on prices; if none does, the one that misses them by the least."""
     if not len(rows):
         return rows
-    latency, size = excess(goal_of(problem), problem.costs(rows))
-    missed = latency + size
+    missed = excess(goal_of(problem), problem.costs(rows))
     return rows[missed <= max(0.0, missed.min())]
 
 

@@ -58,6 +58,7 @@ class Goals:
             size_bytes_before=base.size_bytes_before,
             latency_weight=2 * (1 - self.size_part) if free else np.full_like(self.size_part, base.latency_weight),
             size_weight=2 * self.size_part if free else np.full_like(self.size_part, base.size_weight),
+            memory_bytes_max=base.memory_bytes_max,
         )
 
 
@@ -70,10 +71,11 @@ class Games:
     allotted: np.ndarray
     """High-level moves without their widths, (games, blocks, 4)."""
     told: np.ndarray = field(init=False)
-    """Log of bytes and of milliseconds against the original's, and damage against what is allowed, (games, 3)."""
+    """Log of bytes and of milliseconds against the original's, damage against what is allowed, and log of memory
+    against its budget, nought without one: (games, 4)."""
 
     def __post_init__(self) -> None:
-        self.told = np.zeros((len(self.rows), 3), np.float32)
+        self.told = np.zeros((len(self.rows), 4), np.float32)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -205,19 +207,27 @@ class Board:
     def _goal(self, games: Games) -> np.ndarray:
         """The goal, what the policy costs by now, and how far from each budget that is."""
         goals = games.goals
-        size, latency, damage = games.told.T
+        size, latency, damage, over_memory = games.told.T
         base = self.base
         over_ms = latency - np.log((base.latency_ms_max or base.latency_ms_before) / base.latency_ms_before)
         over_bytes = size - np.log((base.size_bytes_max or base.size_bytes_before) / base.size_bytes_before)
-        return np.stack(
-            [np.log(goals.drop_max / self.base.drop_max), goals.size_part, size, latency, damage, over_ms, over_bytes],
-            axis=1,
-        )
+        seen = [
+            np.log(goals.drop_max / self.base.drop_max),
+            goals.size_part,
+            size,
+            latency,
+            damage,
+            over_ms,
+            over_bytes,
+        ]
+        return np.stack(seen if base.memory_bytes_max is None else [*seen, over_memory], axis=1)
 
     def _tell(self, games: Games) -> None:
         prices = self.problem.costs(games.rows)
         games.told[:, 0] = np.log(prices.size_bytes / self.base.size_bytes_before)
         games.told[:, 1] = np.log(prices.latency_ms / self.base.latency_ms_before)
+        if self.base.memory_bytes_max is not None:
+            games.told[:, 3] = np.log(prices.memory / self.base.memory_bytes_max)
         damage = self.problem.damage(games.rows).sum(1)
         games.told[:, 2] = np.log((damage + TINY) / games.goals.drop_max) / 4
 

@@ -1,15 +1,17 @@
 """What a policy is worth: hard budgets as multipliers that grow, everything else as a weight.
 
     R = - drop / drop_max - l_d max(0, drop / drop_max - 1)
-        - l_ms max(0, ms / ms_max - 1) - l_B max(0, bytes / bytes_max - 1)
+        - l_ms max(0, ms / ms_max - 1) - l_B max(0, bytes / bytes_max - 1) - l_M max(0, memory / memory_max - 1)
         - w_ms log(ms / ms_fp32) - w_B log(bytes / bytes_fp32)
 
 Every term is in units of its budget.  Where no drop was allowed or forbidden, drop_max is DROP_UNIT.  A weight is
 nought where its figure has a budget: below the budget there is nothing to gain.  A budget of a speed-up is one of
-milliseconds: ms_max = ms_fp32 / speedup.
+milliseconds: ms_max = ms_fp32 / speedup.  Memory is worth nothing but its budget, and that is no term where no law
+tells what a runtime needs (`Figures.memory_bytes` of the original is None).
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -34,12 +36,11 @@ class Multipliers:
     drop: float = 10.0
     latency: float = 10.0
     size: float = 10.0
+    memory: float = 10.0
 
-    def after(self, *, drop_missed: bool, latency_missed: bool, size_missed: bool) -> "Multipliers":
-        """Those of the next cycle."""
-        return Multipliers(
-            _moved(self.drop, drop_missed), _moved(self.latency, latency_missed), _moved(self.size, size_missed)
-        )
+    def after(self, missed: Collection[str]) -> "Multipliers":
+        """Those of the next cycle; the budgets that are missed are named like the multipliers."""
+        return Multipliers(**{name: _moved(value, name in missed) for name, value in asdict(self).items()})
 
 
 def _moved(multiplier: float, missed: bool) -> float:
@@ -64,6 +65,7 @@ class Goal(Generic[N]):
     size_bytes_before: float
     latency_weight: N
     size_weight: N
+    memory_bytes_max: float | None = None
 
     @staticmethod
     def of(budget: Budget, before: Figures) -> "Goal[float]":
@@ -80,15 +82,25 @@ class Goal(Generic[N]):
             size_bytes_before=before.size_bytes,
             latency_weight=0.0 if limits else 1.0,
             size_weight=0.0 if budget.size_bytes is not None else 1.0,
+            memory_bytes_max=None if before.memory_bytes is None else budget.memory_bytes,
         )
+
+    def limited(self, prices: Prices) -> dict[str, tuple[np.ndarray, float]]:
+        """The prices that have a limit, (policies,), and the limit; named like the multipliers."""
+        found = {}
+        if self.latency_ms_max is not None:
+            found["latency"] = prices.latency_ms, self.latency_ms_max
+        if self.size_bytes_max is not None:
+            found["size"] = prices.size_bytes, float(self.size_bytes_max)
+        if self.memory_bytes_max is not None:
+            found["memory"] = prices.memory, float(self.memory_bytes_max)
+        return found
 
     def reward(self, drop: np.ndarray, prices: Prices, multipliers: Multipliers) -> np.ndarray:
         """R of the formula above, (policies,); `drop` in the score's unit, (policies,)."""
         reward = -drop / self.drop_max - multipliers.drop * np.maximum(0.0, drop / self.drop_max - 1)
-        if self.latency_ms_max is not None:
-            reward = reward - multipliers.latency * np.maximum(0.0, prices.latency_ms / self.latency_ms_max - 1)
-        if self.size_bytes_max is not None:
-            reward = reward - multipliers.size * np.maximum(0.0, prices.size_bytes / self.size_bytes_max - 1)
+        for name, (told, most) in self.limited(prices).items():
+            reward = reward - getattr(multipliers, name) * np.maximum(0.0, told / most - 1)
         reward = reward - self.latency_weight * np.log(prices.latency_ms / self.latency_ms_before)
         found: np.ndarray = reward - self.size_weight * np.log(prices.size_bytes / self.size_bytes_before)
         return found

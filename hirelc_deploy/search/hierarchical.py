@@ -12,7 +12,7 @@ Agents play for goals that vary about the user's own, so that one search finds a
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -24,7 +24,7 @@ from hirelc_deploy.search.board import Board, Games, Goals
 from hirelc_deploy.search.council import Council
 from hirelc_deploy.search.front import hypervolume, most_added, places_of, points
 from hirelc_deploy.search.goal import Goal, Multipliers, reference
-from hirelc_deploy.search.problem import Evaluations, Prices, Problem, Rows, prices_of
+from hirelc_deploy.search.problem import Evaluations, Problem, Rows, prices_of
 from hirelc_deploy.search.proposals import ROUNDS, refined
 from hirelc_deploy.search.space import Evaluation
 from hirelc_deploy.search.surrogate import Surrogate
@@ -41,7 +41,7 @@ FOR_THE_GOAL = 4
 MENDING = 40
 """Single changes that are tried on every proposal when an evaluation has moved the surrogate."""
 
-HARD = Multipliers(100.0, 100.0, 100.0)
+HARD = Multipliers(100.0, 100.0, 100.0, 100.0)
 """Of a pick for the goal: what misses a budget is not wanted."""
 
 HIGH_AGENTS = ("ppo", "ppo", "a2c")
@@ -183,7 +183,7 @@ class _Search:
     def _reward(self, rows: Rows, goals: Goals) -> np.ndarray:
         prices = self._problem.costs(rows)
         if not self._parts.latency:
-            prices = Prices(prices.size_bytes, np.full(len(rows), self._goal.latency_ms_before))
+            prices = replace(prices, latency_ms=np.full(len(rows), self._goal.latency_ms_before))
         return goals.goal(self._goal).reward(self._drop(rows), prices, self._multipliers)
 
     def _drop(self, rows: Rows) -> np.ndarray:
@@ -350,11 +350,8 @@ class _Search:
             if origin is not None:
                 self._council.earned(origin, float(reward))
         best, goal = int(np.argmax(rewards)), self._goal
-        self._multipliers = self._multipliers.after(
-            drop_missed=bool(drops[best] > goal.drop_max),
-            latency_missed=goal.latency_ms_max is not None and bool(prices.latency_ms[best] > goal.latency_ms_max),
-            size_missed=goal.size_bytes_max is not None and bool(prices.size_bytes[best] > goal.size_bytes_max),
-        )
+        missed = {name for name, (told, most) in goal.limited(prices).items() if told[best] > most}
+        self._multipliers = self._multipliers.after(missed | ({"drop"} if drops[best] > goal.drop_max else set()))
 
     def _volume(self) -> float:
         return hypervolume(points(self._evaluations.seen, self._problem.before), self._reference)

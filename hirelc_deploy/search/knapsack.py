@@ -43,6 +43,9 @@ ROUNDS = 4
 ROUNDING = 1e-4
 """By how much more than was allowed a solution's damage may be: the solver's tolerance."""
 
+PLAIN = 3
+"""Figures that every policy has: damage, latency and size; those that are limited come behind them."""
+
 MISSED = 10.0
 """What a limit on a price costs where it is missed, in the unit of `cost`: kept wherever it can be."""
 
@@ -101,7 +104,7 @@ def solve(problem: Problem, model: DropModel, goal: Goal, start: np.ndarray, all
 def _price(problem: Problem, goal: Goal, rows: Rows) -> np.ndarray:
     """`cost`, with limits that are hard, (policies,)."""
     prices = problem.costs(rows)
-    return np.asarray(cost(goal, prices) + (MISSED - 1) * sum(excess(goal, prices)))
+    return np.asarray(cost(goal, prices) + (MISSED - 1) * excess(goal, prices))
 
 
 def _program(
@@ -116,26 +119,26 @@ def _program(
     option = np.concatenate([np.arange(size) for size in problem.sizes])
     changed = np.tile(row, (len(owner), 1))
     changed[np.arange(len(owner)), owner] = option
-    figures = _figures(problem, model, np.vstack([row, changed]))
+    figures, mosts = _figures(problem, model, goal, np.vstack([row, changed]))
     added = figures[1:] - figures[0]
     # what alone does more damage than is allowed only makes the numbers large
     alone = added[:, 0] - added[option == problem.as_trained[owner], 0][owner]
     possible = (alone <= allowed) | (option == row[owner])
     owner, option, added = owner[possible], option[possible], added[possible]
-    limits = [(i, most) for i, most in ((1, goal.latency_ms_max), (2, goal.size_bytes_max)) if most is not None]
+    limits = list(range(PLAIN, figures.shape[1]))
 
-    rooms = [np.log(most) - figures[0, i] for i, most in limits]
+    rooms = np.log(mosts) - figures[0, PLAIN:]
     least = np.concatenate([np.ones(len(row)), [-np.inf, len(row) - movable], [-np.inf for _ in limits]])
     most = np.concatenate([np.ones(len(row)), [1 - figures[0, 0] / allowed, np.inf], rooms])
     sums = np.zeros((len(most), len(owner) + len(limits)))
     sums[owner, np.arange(len(owner))] = 1.0  # one option of each variable
     sums[len(row), : len(owner)] = added[:, 0] / allowed
     sums[len(row) + 1, : len(owner)] = option == row[owner]
-    for number, (i, _) in enumerate(limits):
+    for number, i in enumerate(limits):
         sums[len(row) + 2 + number, : len(owner)] = added[:, i]
         sums[len(row) + 2 + number, len(owner) + number] = -1.0
 
-    worth = added @ np.array([TIE / allowed, goal.latency_weight, goal.size_weight])
+    worth = added[:, :PLAIN] @ np.array([TIE / allowed, goal.latency_weight, goal.size_weight])
     # The solver's gap is relative, and close to the optimum there is nothing left to gain: -1 on whatever the first
     # variable takes makes it one of a number near 1.
     worth[owner == 0] -= 1.0
@@ -172,8 +175,11 @@ def _without_output() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _figures(problem: Problem, model: DropModel, rows: Rows) -> np.ndarray:
-    """Damage, and logarithms of milliseconds and of bytes, (policies, 3), of rows made legal."""
+def _figures(problem: Problem, model: DropModel, goal: Goal, rows: Rows) -> tuple[np.ndarray, list[float]]:
+    """Damage, logarithms of milliseconds and of bytes, and of all that is limited, (policies, figures), of rows made
+    legal; and the limits."""
     rows = problem.legal(rows)
     prices = problem.costs(rows)
-    return np.column_stack([model.damage(problem, rows), np.log(prices.latency_ms), np.log(prices.size_bytes)])
+    limited = list(goal.limited(prices).values())
+    plain = [model.damage(problem, rows), np.log(prices.latency_ms), np.log(prices.size_bytes)]
+    return np.column_stack([*plain, *(np.log(told) for told, _ in limited)]), [most for _, most in limited]

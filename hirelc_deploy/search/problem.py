@@ -66,12 +66,24 @@ class Prices:
 
     size_bytes: np.ndarray
     latency_ms: np.ndarray
+    memory_bytes: np.ndarray | None = None
+    """Only where it is limited, and a law tells it."""
+
+    @property
+    def memory(self) -> np.ndarray:
+        """Bytes.  ValueError where no law tells them."""
+        if self.memory_bytes is None:
+            raise ValueError("the memory of these policies was not told")
+        return self.memory_bytes
 
 
 def prices_of(evaluations: Sequence[Evaluation]) -> Prices:
     """Of policies that were evaluated."""
-    size_bytes, latency_ms = ([getattr(e.figures, name) for e in evaluations] for name in ("size_bytes", "latency_ms"))
-    return Prices(np.array(size_bytes, float), np.array(latency_ms, float))
+    size_bytes, latency_ms, memory_bytes = (
+        np.array([getattr(e.figures, name) for e in evaluations], float)
+        for name in ("size_bytes", "latency_ms", "memory_bytes")
+    )
+    return Prices(size_bytes, latency_ms, None if np.isnan(memory_bytes).any() else memory_bytes)
 
 
 class Costs(Protocol):

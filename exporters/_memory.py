@@ -1,0 +1,42 @@
+"""What ONNX Runtime needs of memory for a file, told from the file."""
+
+from math import prod
+
+import onnx
+
+from hirelc_deploy.cost.memory import MemoryLaw
+
+KEPT = {"QuantizeLinear", "DequantizeLinear"}
+"""Operators that a session does not fold where their inputs are constants, since kernels take them along."""
+
+BITS_A_BYTE = 8
+
+
+def decoded_bytes(data: bytes) -> int:
+    """Of everything that is computed from constants when a session loads a file: it stays until the session is made."""
+    proto = onnx.load_from_string(data)
+    graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    sizes = {value.name: _bytes_of(value.type.tensor_type) for value in (*graph.value_info, *graph.output)}
+    constant = {tensor.name for tensor in graph.initializer}
+    found = 0
+    for node in graph.node:
+        if node.input and all(not name or name in constant for name in node.input):
+            constant.update(node.output)
+            if node.op_type not in KEPT:
+                found += sum(sizes.get(name, 0) for name in node.output)
+    return found
+
+
+def _bytes_of(tensor: onnx.TypeProto.Tensor) -> int:
+    elements = prod(dim.dim_value for dim in tensor.shape.dim)
+    return elements * onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
+
+
+LAW = MemoryLaw(
+    runtime_bytes=12.1e6,
+    per_file_byte=2.90,
+    per_decoded_byte=1.07,
+    per_activation_byte=3.34,
+    decoded_bytes=decoded_bytes,
+)
+"""Fitted by benchmarks/memory_prediction.py; onnxruntime 1.32 on x86-64, one thread."""

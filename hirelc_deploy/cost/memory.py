@@ -1,0 +1,129 @@
+"""The memory of a process that loads a file and runs it, told from shapes and formats alone.
+
+    peak = runtime + max(file x bytes of the file + decoded x bytes that loading decodes,
+                         activations x bytes of tensors that live at once)
+
+Loading and running come one after the other, and what the first needed is free for the second.  While a file is loaded
+its weights lie there as they are stored, as they are read, and as every step of their decoding leaves them; while it
+runs, tensors do that were written and are still to be read.  The four numbers are a runtime's own, fitted to processes
+that were watched (benchmarks/memory_prediction.py).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hirelc_deploy.cost.latency import Deciding, Decisions, values_of
+from hirelc_deploy.cost.network import Channels, Network
+from hirelc_deploy.cost.size import HELD_OUT
+from hirelc_deploy.cost.weights import Positions, Weight, stored_layers
+from hirelc_deploy.graph.model_graph import ModelGraph
+from hirelc_deploy.policy import Precision
+
+
+@dataclass(frozen=True)
+class MemoryLaw:
+    """What a runtime makes of the bytes of a file."""
+
+    runtime_bytes: float
+    """Of its own."""
+    per_file_byte: float
+    per_decoded_byte: float
+    per_activation_byte: float
+    decoded_bytes: Callable[[bytes], int]
+    """Of a file: what loading it computes from constants."""
+
+    def __call__(self, file: np.ndarray, decoded: np.ndarray, activations: np.ndarray) -> np.ndarray:
+        """Bytes at the peak, (policies,), of bytes, (policies,) each."""
+        loading = self.per_file_byte * file + self.per_decoded_byte * decoded
+        found: np.ndarray = self.runtime_bytes + np.maximum(loading, self.per_activation_byte * activations)
+        return found
+
+
+class Activations:
+    """The most that a network's tensors take at once."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._deciding = Deciding(network)
+        moments = 1 + max((held.last for held in network.held), default=0)
+        alive = np.zeros((moments, len(network.held)), bool)
+        for i, held in enumerate(network.held):
+            alive[held.first : held.last + 1, i] = True
+        self._alive = _widest(alive)
+
+    def __call__(self, decisions: Decisions) -> np.ndarray:
+        """Bytes, (policies,)."""
+        decided = self._deciding.of(decisions)
+        each = np.empty((len(decisions), len(self._network.held)))
+        for i, held in enumerate(self._network.held):
+            whole = held.elements * held.element_bytes
+            each[:, i] = whole * self._part(held.channels)[decided.position(held.channels)]
+            for condition in held.when:
+                each[:, i] *= decided.holds(condition.variable, condition.values)
+        found: np.ndarray = (each @ self._alive.T).max(1)
+        return found
+
+    def _part(self, channels: Channels) -> np.ndarray:
+        return np.array(values_of(self._network, channels)) / channels.full
+
+
+def _widest(alive: np.ndarray) -> np.ndarray:
+    """The rows that are not part of another one, (moments, tensors)."""
+    rows = np.unique(alive, axis=0).astype(float)
+    common = rows @ rows.T
+    inside = (common == rows.sum(1)[:, None]) & ~np.eye(len(rows), dtype=bool)
+    return rows[~inside.any(1)]
+
+
+class MemoryPredictor:
+    """Memory of many policies on one network."""
+
+    def __init__(
+        self, law: MemoryLaw, decoded: "DecodedPredictor", activations: Activations, *, factor: float = 1.0
+    ) -> None:
+        """`factor` is what files of this very network were seen to need, against what the law says."""
+        self._law = law
+        self._decoded = decoded
+        self._activations = activations
+        self._factor = factor
+
+    def __call__(self, size_bytes: np.ndarray, chosen: Positions, decisions: Decisions) -> np.ndarray:
+        """Bytes at the peak, (policies,), of the same policies said in three ways."""
+        return self._factor * self._law(size_bytes, self._decoded(chosen), self._activations(decisions))
+
+
+class DecodedPredictor:
+    """Bytes that a file's weights are decoded into while it is loaded, every step of it counted, for many policies.
+
+    So many a weight's element by what it is stored and computed as, fitted to files that a runtime has told exactly.
+    """
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        precisions: Mapping[str, Sequence[Precision]],
+        counts: Mapping[str, Sequence[int]],
+        samples: Positions,
+        decoded_bytes: Sequence[int],
+    ) -> None:
+        """As of `SizePredictor`."""
+        arrays = {name: np.asarray(options) for name, options in counts.items()}
+        self._weights = [Weight(layer, tuple(precisions[layer.name]), graph, arrays) for layer in stored_layers(graph)]
+        kinds = {k: i for i, k in enumerate(dict.fromkeys(k for w in self._weights for k in w.kinds))}
+        exact = np.asarray(decoded_bytes, float)
+        features = sum(w.elements(samples)[:, None] * w.count(kinds, samples) for w in self._weights)
+        judged = np.arange(len(exact)) % HELD_OUT == HELD_OUT - 1
+        scale = np.maximum(exact, 1.0)
+        solved, *_ = np.linalg.lstsq((features / scale[:, None])[~judged], (exact / scale)[~judged])
+        self._per_element = {kind: float(solved[i]) for kind, i in kinds.items()}
+        off = (self(samples) - exact)[judged] / scale[judged]
+        self.error = float(np.abs(off).mean()) if judged.any() else float("nan")
+        """Relative, mean of the absolute values, of the samples that were held out; NaN without any."""
+
+    def __call__(self, chosen: Positions) -> np.ndarray:
+        """Bytes, (policies,)."""
+        each = [w.elements(chosen) * w.by_kind(self._per_element, chosen) for w in self._weights]
+        found: np.ndarray = np.maximum(np.sum(each, axis=0), 0.0)
+        return found
