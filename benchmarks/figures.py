@@ -29,12 +29,12 @@ ROWS = (
         "export_small_hierarchical_vnni.json",
         "`python benchmarks/fashion_mnist.py small --search hierarchical`",
     ),
+    ("`small`, recipe by hand", "export_small.json", "`python benchmarks/fashion_mnist.py small`"),
     (
         "`depthwise`",
         "export_depthwise_hierarchical.json",
         "`python benchmarks/fashion_mnist.py depthwise --search hierarchical`",
     ),
-    ("`small`, recipe by hand", "export_small.json", "`python benchmarks/fashion_mnist.py small`"),
 )
 HEAD = (
     "| network | fp32 file | file | smaller | faster [95 %] | accuracy before, after "

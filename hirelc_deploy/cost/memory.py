@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hirelc_deploy.cost.latency import Deciding, Decisions, values_of
-from hirelc_deploy.cost.network import Channels, Network
+from hirelc_deploy.cost.network import Network
 from hirelc_deploy.cost.size import HELD_OUT
 from hirelc_deploy.cost.weights import Positions, Weight, stored_layers
 from hirelc_deploy.graph.model_graph import ModelGraph
@@ -45,36 +45,35 @@ class Activations:
     """The most that a network's tensors take at once."""
 
     def __init__(self, network: Network) -> None:
-        self._network = network
         self._deciding = Deciding(network)
-        moments = 1 + max((held.last for held in network.held), default=0)
-        alive = np.zeros((moments, len(network.held)), bool)
-        for i, held in enumerate(network.held):
-            alive[held.first : held.last + 1, i] = True
-        self._alive = _widest(alive)
+        # tensors that come and go by the same decisions are one column of bytes
+        columns = {key: i for i, key in enumerate(dict.fromkeys((held.channels, held.when) for held in network.held))}
+        whole = np.zeros((1 + max((held.last for held in network.held), default=0), len(columns)))
+        for held in network.held:
+            whole[held.first : held.last + 1, columns[held.channels, held.when]] += held.elements * held.element_bytes
+        self._bytes = _not_less(whole)
+        """At each moment that counts, of each column, in the whole network: (moments, columns)."""
+        self._columns = [
+            (channels, np.array(values_of(network, channels)) / channels.full, when) for channels, when in columns
+        ]
 
     def __call__(self, decisions: Decisions) -> np.ndarray:
         """Bytes, (policies,)."""
         decided = self._deciding.of(decisions)
-        each = np.empty((len(decisions), len(self._network.held)))
-        for i, held in enumerate(self._network.held):
-            whole = held.elements * held.element_bytes
-            each[:, i] = whole * self._part(held.channels)[decided.position(held.channels)]
-            for condition in held.when:
-                each[:, i] *= decided.holds(condition.variable, condition.values)
-        found: np.ndarray = (each @ self._alive.T).max(1)
+        left = np.empty((len(decisions), len(self._columns)))
+        for i, (channels, parts, when) in enumerate(self._columns):
+            left[:, i] = parts[decided.position(channels)]
+            for condition in when:
+                left[:, i] *= decided.holds(condition.variable, condition.values)
+        found: np.ndarray = (left @ self._bytes.T).max(1)
         return found
 
-    def _part(self, channels: Channels) -> np.ndarray:
-        return np.array(values_of(self._network, channels)) / channels.full
 
-
-def _widest(alive: np.ndarray) -> np.ndarray:
-    """The rows that are not part of another one, (moments, tensors)."""
-    rows = np.unique(alive, axis=0).astype(float)
-    common = rows @ rows.T
-    inside = (common == rows.sum(1)[:, None]) & ~np.eye(len(rows), dtype=bool)
-    return rows[~inside.any(1)]
+def _not_less(rows: np.ndarray) -> np.ndarray:
+    """The rows that are not below another one everywhere."""
+    rows = np.unique(rows, axis=0)
+    below = [(row <= rows).all(1).sum() > 1 for row in rows]  # each is below itself
+    return rows[~np.array(below)]
 
 
 class MemoryPredictor:
