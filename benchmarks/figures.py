@@ -22,6 +22,7 @@ BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 ROWS = (
     ("digits (`demo`)", "export_demo.json", "`make demo`"),
     ("`wide`", "export_wide_hierarchical.json", "`python benchmarks/fashion_mnist.py wide --search hierarchical`"),
+    ("`wide`", "export_wide_hierarchical_vnni.json", "`python benchmarks/fashion_mnist.py wide --search hierarchical`"),
     ("`wide`, recipe by hand", "export_wide.json", "`python benchmarks/fashion_mnist.py wide`"),
     ("`small`", "export_small_hierarchical.json", "`python benchmarks/fashion_mnist.py small --search hierarchical`"),
     (
