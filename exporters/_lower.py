@@ -375,7 +375,7 @@ class Lowering:
             if value in constant or (producer is not None and _keeps_its_input(producer)):
                 continue
             integer, uses = self.integer.get(value), self._uses_through_views(value)
-            first, last = self.moment(value), max((2 * self.places[node] + 1 for node in uses), default=end)
+            first, last = self.moment(value), max(map(self.runs, uses), default=end)
             elements, channels = prod(self.shape(value)), self.channels.get(value, Channels(1, {}))
             if integer is not None:
                 yield Held(elements, channels, 1, first, last, (integer,))
@@ -386,7 +386,11 @@ class Lowering:
     def moment(self, value: ir.Value) -> int:
         """In which a value is written; the network's inputs are there from the beginning."""
         producer = value.producer()
-        return 0 if producer is None else 2 * self.places[producer] + 1
+        return 0 if producer is None else self.runs(producer)
+
+    def runs(self, node: ir.Node) -> int:
+        """The moment of a node."""
+        return 2 * self.places[node] + 1
 
     def _uses_through_views(self, value: ir.Value) -> list[ir.Node]:
         """The nodes that read a value, or the same memory under another name; none if the network hands it out."""

@@ -9,8 +9,6 @@ from hirelc_deploy.cost.memory import MemoryLaw
 KEPT = {"QuantizeLinear", "DequantizeLinear"}
 """Operators that a session does not fold where their inputs are constants, since kernels take them along."""
 
-BITS_A_BYTE = 8
-
 
 def decoded_bytes(data: bytes) -> int:
     """Of everything that is computed from constants when a session loads a file: it stays until the session is made."""

@@ -1,6 +1,6 @@
 """What policies cost on a network's target: bytes and milliseconds, a table look-up each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from hirelc_deploy.budget import Figures
 from hirelc_deploy.cost.latency import Decisions
-from hirelc_deploy.cost.memory import Activations, DecodedPredictor, MemoryPredictor
+from hirelc_deploy.cost.memory import Activations, DecodedPredictor, MemoryLaw, MemoryPredictor
 from hirelc_deploy.cost.size import SizePredictor
 from hirelc_deploy.cost.weights import Positions
 from hirelc_deploy.offers import Offers
@@ -70,7 +70,7 @@ class Costing:
 
     @cached_property
     def sizes(self) -> SizePredictor:
-        exact = self._of_samples("search/sizes", "sizes of files", self._bench.files.predicted_bytes)
+        exact = self._samples_told["size_bytes"]
         return SizePredictor(self._graph, *options_of(self._offers.variables), self._sampled, exact)
 
     # -- memory ----------------------------------------------------------------------------------------------
@@ -80,16 +80,17 @@ class Costing:
         told = self._bench.latencies.memory_bytes(policy) if self._limits_memory else None
         return None if told is None else round(self._memory_factor * told)
 
+    @property
+    def _law(self) -> MemoryLaw | None:
+        return self._bench.runtime.memory_law if self._limits_memory else None
+
     @cached_property
     def _memory(self) -> MemoryPredictor | None:
-        law = self._bench.runtime.memory_law
-        if law is None or not self._limits_memory:
+        if self._law is None:
             return None
-        exact = self._of_samples(
-            "search/decoded", "decoding", lambda policy: law.decoded_bytes(self._bench.files.foreseen(policy))
-        )
+        exact = self._samples_told["decoded_bytes"]
         return MemoryPredictor(
-            law,
+            self._law,
             DecodedPredictor(self._graph, *options_of(self._offers.variables), self._sampled, exact),
             Activations(self.predictor.latency.network),
             factor=self._memory_factor,
@@ -122,19 +123,23 @@ class Costing:
     def _sampled(self) -> Positions:
         return positions(self._offers.variables, self._samples)
 
-    def _of_samples(self, step: str, shown: str, exact: Callable[[Policy], int]) -> list[int]:
-        """A number of bytes of each of them, told one by one; a step of the run."""
+    @cached_property
+    def _samples_told(self) -> dict[str, list[int]]:
+        """`size_bytes` of each one's file, exact, and where memory is told `decoded_bytes` of loading it."""
+        step = "search/files" if self._law is None else "search/files and memory"
+        told: dict[str, list[int]] = self._bench.run.step(step, self._told_one_by_one)
+        return told
+
+    def _told_one_by_one(self) -> dict[str, list[int]]:
         policies = [policy_of(self._offers.variables, row) for row in self._samples]
-
-        def found() -> list[int]:
-            each = []
-            with self._bench.progress(shown, len(policies)) as advance:
-                for policy in policies:
-                    each.append(exact(policy))
-                    advance("")
-            return each
-
-        told: list[int] = self._bench.run.step(step, found)
+        told: dict[str, list[int]] = {"size_bytes": [], "decoded_bytes": []}
+        with self._bench.progress("sizes of files", len(policies)) as advance:
+            for policy in policies:
+                file = self._bench.files.foreseen(policy)
+                told["size_bytes"].append(len(file))
+                if self._law is not None:
+                    told["decoded_bytes"].append(self._law.decoded_bytes(file))
+                advance("")
         return told
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,7 +68,7 @@ class Latencies:
         inputs = example(self._subject.task, self._subject.batch)
         with self._files.on_disk({"baseline": self._files.baseline(), "policy": self._files.draft(policy)}) as paths:
             times = timing.interleave(self._files.sessions(paths), inputs, seconds=PREDICTION_SECONDS)
-            needs = self._subject.runtime.footprint(paths["policy"], inputs, threads=self._subject.threads)
+            memory_bytes = self._peak_bytes(paths["policy"])
         clock = timing.clock_for(self._subject.threads)
         speedup = timing.ratio(times["baseline"], times["policy"], clock=clock)
         return {
@@ -75,7 +76,7 @@ class Latencies:
             # one thread's CPU time is its wall clock on an idle machine, and close to that on a busy one
             "latency_ms": times["policy"].p50_ms(clock),
             "speedup": speedup.value,
-            "memory_bytes": None if needs is None else needs.memory_bytes,
+            "memory_bytes": memory_bytes,
         }
 
     def times_ms(self, policies: Sequence[Policy]) -> list[float] | None:
@@ -129,9 +130,12 @@ class Latencies:
 
     def seen_memory_bytes(self, policy: Policy) -> int | None:
         """Of a file with the policy's shapes and formats, in a process of its own; None where no system tells it."""
-        inputs = example(self._subject.task, self._subject.batch)
         with self._files.on_disk({"policy": self._files.draft(policy)}) as paths:
-            needs = self._subject.runtime.footprint(paths["policy"], inputs, threads=self._subject.threads)
+            return self._peak_bytes(paths["policy"])
+
+    def _peak_bytes(self, path: Path) -> int | None:
+        inputs = example(self._subject.task, self._subject.batch)
+        needs = self._subject.runtime.footprint(path, inputs, threads=self._subject.threads)
         return None if needs is None else needs.memory_bytes
 
     def _told_ms(self, policy: Policy) -> float:

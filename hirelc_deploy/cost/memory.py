@@ -16,8 +16,7 @@ import numpy as np
 
 from hirelc_deploy.cost.latency import Deciding, Decisions, values_of
 from hirelc_deploy.cost.network import Network
-from hirelc_deploy.cost.size import HELD_OUT
-from hirelc_deploy.cost.weights import Positions, Weight, stored_layers
+from hirelc_deploy.cost.weights import Positions, judging, kinds_of, mean_error, weights_of
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.policy import Precision
 
@@ -108,21 +107,20 @@ class DecodedPredictor:
         decoded_bytes: Sequence[int],
     ) -> None:
         """As of `SizePredictor`."""
-        arrays = {name: np.asarray(options) for name, options in counts.items()}
-        self._weights = [Weight(layer, tuple(precisions[layer.name]), graph, arrays) for layer in stored_layers(graph)]
-        kinds = {k: i for i, k in enumerate(dict.fromkeys(k for w in self._weights for k in w.kinds))}
+        weights = weights_of(graph, precisions, counts)
+        kinds = kinds_of(weights)
         exact = np.asarray(decoded_bytes, float)
-        features = sum(w.elements(samples)[:, None] * w.count(kinds, samples) for w in self._weights)
-        judged = np.arange(len(exact)) % HELD_OUT == HELD_OUT - 1
-        scale = np.maximum(exact, 1.0)
+        scale = np.maximum(exact, 1.0)  # nothing is decoded of a network in floats
+        features = sum(w.elements(samples)[:, None] * w.count(kinds, samples) for w in weights)
+        judged = judging(len(exact))
         solved, *_ = np.linalg.lstsq((features / scale[:, None])[~judged], (exact / scale)[~judged])
-        self._per_element = {kind: float(solved[i]) for kind, i in kinds.items()}
-        off = (self(samples) - exact)[judged] / scale[judged]
-        self.error = float(np.abs(off).mean()) if judged.any() else float("nan")
+        per_element = {kind: float(solved[i]) for kind, i in kinds.items()}
+        self._weights = [(weight, weight.table(per_element)) for weight in weights]
+        self.error = mean_error(self(samples)[judged], scale[judged])
         """Relative, mean of the absolute values, of the samples that were held out; NaN without any."""
 
     def __call__(self, chosen: Positions) -> np.ndarray:
         """Bytes, (policies,)."""
-        each = [w.elements(chosen) * w.by_kind(self._per_element, chosen) for w in self._weights]
+        each = [weight.elements(chosen) * weight.look_up(table, chosen) for weight, table in self._weights]
         found: np.ndarray = np.maximum(np.sum(each, axis=0), 0.0)
         return found

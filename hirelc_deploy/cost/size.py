@@ -10,12 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hirelc_deploy.cost.weights import Positions, Weight, stored_layers
+from hirelc_deploy.cost.weights import Positions, judging, kinds_of, mean_error, weights_of
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.policy import Precision
-
-HELD_OUT = 4
-"""Every so many-th sample judges the fit and is no part of it."""
 
 
 class SizePredictor:
@@ -34,9 +31,7 @@ class SizePredictor:
         The sizes are those of the samples, exact.
         """
         self._counts = {name: np.asarray(options) for name, options in counts.items()}
-        self._weights = [
-            Weight(layer, tuple(precisions[layer.name]), graph, self._counts) for layer in stored_layers(graph)
-        ]
+        self._weights = weights_of(graph, precisions, counts)
         self._fixed = 0.0
         self._per_count: dict[str, np.ndarray] = {}
         self.error = self._fit(samples, np.asarray(sizes_bytes, float))
@@ -53,14 +48,13 @@ class SizePredictor:
 
     def _fit(self, chosen: Positions, exact: np.ndarray) -> float:
         payload = np.sum([weight.bytes_of(chosen) for weight in self._weights], axis=0)
-        kinds = {k: i for i, k in enumerate(dict.fromkeys(k for w in self._weights for k in w.kinds))}
-        rows = np.arange(len(exact))
+        kinds = kinds_of(self._weights)
         of_kinds = np.zeros((len(exact), len(kinds)))
         for weight in self._weights:
             of_kinds += weight.count(kinds, chosen)
         of_groups = [column for name in self._counts for column in self._columns(name, chosen.counts[name])]
         features = np.column_stack([of_kinds, *of_groups, np.ones(len(exact))])
-        judged = rows % HELD_OUT == HELD_OUT - 1
+        judged = judging(len(exact))
         # each file's error counts as a part of its size; the shortest solution, where samples leave something open
         relative = features[~judged] / exact[~judged, None]
         solved, *_ = np.linalg.lstsq(relative, ((exact - payload) / exact)[~judged])
@@ -70,8 +64,7 @@ class SizePredictor:
             per_unit, gone = solved[len(kinds) + 2 * i : len(kinds) + 2 * i + 2]
             self._per_count[name] = per_unit * counts + gone * (counts == 0)
         self._fixed = float(solved[-1])
-        off = self(chosen)[judged] / exact[judged] - 1
-        return float(np.abs(off).mean()) if judged.any() else float("nan")
+        return mean_error(self(chosen)[judged], exact[judged])
 
     def _columns(self, group: str, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What a group adds: bytes a unit (biases), and nodes that go with its last one."""

@@ -59,20 +59,24 @@ class Weight:
                 if np.isnan(self._bytes[place]):
                     self._bytes[place] = self._stored_bytes(*place)
             found = self._bytes[taken, rows, columns]
-        return self.there(chosen) * (found + self._overhead[taken, self._large[rows, columns].astype(int)])
+        return self.there(chosen) * (found + self._overhead[taken, self._is_large(rows, columns)])
 
     def elements(self, chosen: Positions) -> np.ndarray:
         """Of the weight, (policies,); none where the layer is gone."""
         _, rows, columns = self._places(chosen)
-        read, written = (extent.sizes for extent in self._extents)
-        found: np.ndarray = self.there(chosen) * read[rows] * written[columns]
+        channels, read = (extent.sizes for extent in self._extents)
+        found: np.ndarray = self.there(chosen) * channels[rows] * read[columns]
         return found
 
-    def by_kind(self, values: Mapping[Kind, float], chosen: Positions) -> np.ndarray:
-        """The sum of what each kind that the weight has is given, (policies,)."""
+    def table(self, by_kind: Mapping[Kind, float]) -> np.ndarray:
+        """The sum of what the weight's kinds are given, by option and whether it is LARGE: (options, 2)."""
+        return np.array([[sum(by_kind[kind] for kind in some) for some in each] for each in self._kinds])
+
+    def look_up(self, table: np.ndarray, chosen: Positions) -> np.ndarray:
+        """In such a table, or one with further axes: (policies, ...)."""
         taken, rows, columns = self._places(chosen)
-        table = np.array([[sum(values[kind] for kind in some) for some in each] for each in self._kinds])
-        return table[taken, self._large[rows, columns].astype(int)]
+        found: np.ndarray = table[taken, self._is_large(rows, columns)]
+        return found
 
     def there(self, chosen: Positions) -> np.ndarray:
         """Whether the layer is still in the network, (policies,)."""
@@ -83,17 +87,19 @@ class Weight:
 
     def count(self, kinds: Mapping[Kind, int], chosen: Positions) -> np.ndarray:
         """How many of each kind there are, (policies, kinds)."""
-        taken, rows, columns = self._places(chosen)
         table = np.zeros((len(self._options), 2, len(kinds)))
         for option, each in enumerate(self._kinds):
             for large, some in enumerate(each):
                 table[option, large, [kinds[kind] for kind in some]] = 1
-        found: np.ndarray = table[taken, self._large[rows, columns].astype(int)] * self.there(chosen)[:, None]
-        return found
+        return self.look_up(table, chosen) * self.there(chosen)[:, None]
 
     def overheads(self, by_kind: Mapping[Kind, float]) -> None:
         """Bytes of what decodes and surrounds the weight."""
-        self._overhead = np.array([[sum(by_kind[k] for k in some) for some in each] for each in self._kinds])
+        self._overhead = self.table(by_kind)
+
+    def _is_large(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """As 0 or 1, (policies,)."""
+        return self._large[rows, columns].astype(int)
 
     def _places(self, chosen: Positions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rows, columns = (extent.positions(chosen) for extent in self._extents)
@@ -156,9 +162,34 @@ def _columns(layer: Layer) -> list[int]:
     return [axis for axis in range(len(layer.weight_shape)) if axis != _output(layer)]
 
 
-def stored_layers(graph: ModelGraph) -> list[Layer]:
-    """Layers that share a weight have it once in the file: that of the first of them."""
+def weights_of(
+    graph: ModelGraph, precisions: Mapping[str, Sequence[Precision]], counts: Mapping[str, Sequence[int]]
+) -> list[Weight]:
+    """Those of a file, by the options of each layer and group; counts ascend.
+
+    Layers that share a weight have it once in the file: that of the first of them.
+    """
     seen: dict[str, Layer] = {}
     for layer in graph.layers:
         seen.setdefault(graph.aliases.get(layer.weight, layer.weight), layer)
-    return list(seen.values())
+    arrays = {name: np.asarray(options) for name, options in counts.items()}
+    return [Weight(layer, tuple(precisions[layer.name]), graph, arrays) for layer in seen.values()]
+
+
+def kinds_of(weights: Sequence[Weight]) -> dict[Kind, int]:
+    """All kinds that the weights can have, numbered."""
+    return {kind: i for i, kind in enumerate(dict.fromkeys(kind for weight in weights for kind in weight.kinds))}
+
+
+HELD_OUT = 4
+"""Every so many-th sample judges a fit and is no part of it."""
+
+
+def judging(samples: int) -> np.ndarray:
+    """Which samples judge a fit, (samples,)."""
+    return np.arange(samples) % HELD_OUT == HELD_OUT - 1
+
+
+def mean_error(told: np.ndarray, exact: np.ndarray) -> float:
+    """Relative, the mean of the absolute values; NaN of no samples."""
+    return float(np.abs((told - exact) / exact).mean()) if len(exact) else float("nan")
