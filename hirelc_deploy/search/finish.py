@@ -30,8 +30,9 @@ examples is about 0.8 of one score's, and 1.28 of these errors hold nine times o
 FIRST_PART = 2 / 3
 """Of the evaluations, before what they led to is finished and the rest is spent by what that has shown."""
 
-MOST_TIMES = 10.0
-"""How far an evaluation's drop may be above the limit at most, whatever one policy has shown."""
+MOST_TIMES, FURTHER = 10.0, 2.0
+"""How far an evaluation's drop may be above the limit at most, and above the largest that was seen to be mended: what
+is left tells little of what more would leave, since mending ends abruptly."""
 
 POWER, POWERS = 2.0, (1.0, 4.0)
 """What is left of a drop grows with this power of it, as long as one policy is known, and between these with more."""
@@ -65,9 +66,13 @@ class Mending:
         return cls(seen, power)
 
     def before(self, left: float) -> float:
-        """The evaluation's drop of which so much is left: from where nearly that was seen, since mending ends
-        abruptly."""
-        before, after = min(self.seen, key=lambda pair: abs(np.log(pair[1] / left)))
+        """The evaluation's drop of which so much is left: between the largest that left no more and the smallest that
+        did, else from where nearly that was seen, since mending ends abruptly."""
+        held = max((pair for pair in self.seen if pair[1] <= left), default=None)
+        failed = min((pair for pair in self.seen if pair[1] > left), default=None)
+        if held is not None and failed is not None and held[0] < failed[0]:
+            return float(np.exp(np.interp(np.log(left), *np.log([held, failed]).T[::-1])))
+        before, after = min(self.seen, key=lambda pair: (abs(np.log(pair[1] / left)), -pair[0]))
         return float(before * (left / after) ** (1 / self.power))
 
 
@@ -151,7 +156,8 @@ class Finishing:
 
     def _most_before(self, left: float, mending: Mending) -> float:
         """The evaluation's drop of which so much is left, as far as it is believed."""
-        return min(mending.before(left), MOST_TIMES * self._goal.drop_max)
+        mended = max((e.drop for e, after in self._pairs.values() if after.drop <= left), default=0.0)
+        return min(mending.before(left), max(MOST_TIMES * self._goal.drop_max, FURTHER * mended))
 
     def _apart_from(self, seen: Sequence[Evaluation]) -> list[Evaluation]:
         """What was finished without being one of these."""
