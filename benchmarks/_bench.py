@@ -15,6 +15,7 @@ from hirelc_deploy.profiles import load_target
 from hirelc_deploy.rundir import RunFolder
 from hirelc_deploy.task import Task
 from hirelc_deploy.verify.environment import environment
+from hirelc_deploy.verify.timing import clock_for
 from hirelc_deploy.workbench import Workbench
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +39,8 @@ def workbench(
     seed: int = 0,
     post_training: tuple[str, ...] = POST_TRAINING_STEPS,
     target: str = "host",
+    threads: int = 1,
+    batch: int = 1,
 ) -> Iterator[Workbench]:
     """A network as it was trained, on its target; what was computed in the folder `run` before is not done again."""
     task = load_task(network, seed)
@@ -56,15 +59,15 @@ def workbench(
             importance="l2",
             fine_tuning=FineTuning(epochs=epochs, seed=seed),
             post_training=PostTraining.of(post_training),
-            threads=1,
-            batch=1,
+            threads=threads,
+            batch=batch,
             progress=console.progress,
         )
 
 
-def machine() -> dict[str, Any]:
-    """Where figures are taken, one thread on the CPU clock, for a result file."""
-    return environment(threads=1, batch=1, clock="cpu").model_dump(mode="json")
+def machine(*, threads: int = 1, batch: int = 1) -> dict[str, Any]:
+    """Where figures are taken, on the clock of so many threads, for a result file."""
+    return environment(threads=threads, batch=batch, clock=clock_for(threads)).model_dump(mode="json")
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

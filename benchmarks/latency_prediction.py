@@ -11,35 +11,28 @@ count.  Every second file of a network corrects the sum over kernels, the others
 is held out.  Files are timed side by side with the kernel that the table's times are in units of: a machine that is
 slow for a while is so for both.  The target is that which this machine can stand for: x86-avx2 or x86-vnni.  Writes
 profiles/TARGET.csv and benchmarks/results/latency_prediction_TARGET.json.
+
+--batch N and --threads N, of any step but the last, take other settings than one example on one thread, each with a
+result file of its own.  Several threads are timed by the wall clock, which wants an idle machine.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from functools import cache, partial
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from _bench import RESULTS, ROOT, machine, markdown, save, workbench
+from _bench import RESULTS, ROOT, machine, markdown, save
+from _networks import NETWORKS, bench_of, hasten, random_policies
 from scipy.stats import spearmanr
-from torch import nn
-from torch.onnx._internal.exporter import _registration
-from transformers import (
-    MobileNetV2Config,
-    MobileNetV2ForImageClassification,
-    ResNetConfig,
-    ResNetForImageClassification,
-)
 
-from hirelc_deploy import console, graph
-from hirelc_deploy.compress.distil import FineTuning
-from hirelc_deploy.compress.posttraining import PostTraining
+from hirelc_deploy import console
 from hirelc_deploy.cost.correction import Artifact, Correction, fit
 from hirelc_deploy.cost.latency import Decisions
 from hirelc_deploy.cost.needs import families
@@ -50,9 +43,6 @@ from hirelc_deploy.exporters._base import NoKernelError, Session
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.profiles import Tables, load_target
 from hirelc_deploy.profiles._table import write_table
-from hirelc_deploy.rundir import RunFolder
-from hirelc_deploy.search.space import SearchSpace
-from hirelc_deploy.task import ArraySource, Classification
 from hirelc_deploy.verify import profiling, timing
 from hirelc_deploy.verify.machines import Here
 from hirelc_deploy.verify.measure import example
@@ -60,26 +50,11 @@ from hirelc_deploy.workbench import Workbench
 
 TARGETS = ("x86-avx2", "x86-vnni")
 OUT = Path("out/benchmarks/latency_prediction")
-TRAINED = ("wide", "vit")
-PIXELS = 224
 POLICIES = 60
 SIDE_BY_SIDE = 6
 SECONDS = 4.0
 BUDGETS_S = (15.0, 30.0, 60.0, None)
 """For profiling; None is all that interpolation asks for."""
-SLOW_FORMATS = ("codebook", "vector", "shared_vector", "log", "float")
-"""Whose values are searched for; how weights are stored changes no latency (benchmarks/number_formats.py)."""
-
-
-def resnet18() -> nn.Module:
-    """11.7 million parameters, 20 convolutions."""
-    shape = {"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
-    return ResNetForImageClassification(ResNetConfig(**shape, embedding_size=64, num_labels=1000))
-
-
-def mobilenetv2() -> nn.Module:
-    """3.5 million parameters, inverted residuals."""
-    return MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=1000))
 
 
 def here() -> str:
@@ -90,77 +65,61 @@ def here() -> str:
     return found[0]
 
 
+@dataclass(frozen=True, order=True)
+class Setting:
+    """What a latency depends on beside the file."""
+
+    batch: int = 1
+    threads: int = 1
+
+    @property
+    def suffix(self) -> str:
+        """Of result files and steps; none for one example on one thread."""
+        told = (("batch", self.batch), ("threads", self.threads))
+        return "".join(f"_{name}{number}" for name, number in told if number > 1)
+
+    def bench(self, network: str, out: Path) -> AbstractContextManager[Workbench]:
+        """Of the network under this setting, in a run folder of its own."""
+        return bench_of(network, out / self.suffix if self.suffix else out, threads=self.threads, batch=self.batch)
+
+
 def table_of(target: str) -> Path:
     """Its measured times."""
     return ROOT / "profiles" / f"{target}.csv"
 
 
-def result_of(target: str) -> Path:
+def result_of(target: str, setting: Setting) -> Path:
     """What was seen of it."""
-    return RESULTS / f"latency_prediction_{target}.json"
+    return RESULTS / f"latency_prediction_{target}{setting.suffix}.json"
 
 
-UNTRAINED: Mapping[str, Callable[[], nn.Module]] = {"resnet18": resnet18, "mobilenetv2": mobilenetv2}
-NETWORKS = (*TRAINED, *UNTRAINED)
+def results() -> dict[tuple[str, Setting], dict[str, Any]]:
+    """All that was seen, by target and setting."""
+    found = {}
+    for target in TARGETS:
+        for path in RESULTS.glob(f"latency_prediction_{target}*.json"):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            setting = Setting(record["machine"]["batch"], record["machine"]["threads"])
+            assert path == result_of(target, setting)
+            found[target, setting] = record
+    return dict(sorted(found.items()))
 
 
-@contextmanager
-def bench_of(network: str, out: Path) -> Iterator[Workbench]:
-    """A network that can be made real under any policy; weights are random where none are at hand."""
-    if network in TRAINED:
-        with workbench(network, out / network / "run") as bench:
-            yield bench
-        return
-    torch.manual_seed(0)
-    model = UNTRAINED[network]().eval()
-    images = np.random.default_rng(0).standard_normal((8, 3, PIXELS, PIXELS)).astype(np.float32)
-    source = ArraySource({"pixel_values": images}, np.arange(8) % 2)
-    task = Classification(source, source, source, batch=4)
-    with RunFolder.open(out / network / "run", {"model": network}, resume=True) as folder:
-        yield Workbench(
-            model,
-            task,
-            graph.trace(model, task.example),
-            load_target("host"),
-            folder,
-            importance="l2",
-            fine_tuning=FineTuning(epochs=0),
-            post_training=PostTraining.of(()),
-            threads=1,
-            batch=1,
-            progress=console.progress,
-        )
-
-
-def random_policies(space: SearchSpace, count: int) -> list[Policy]:
-    random = np.random.default_rng(1)
-    found = []
-    for _ in range(count):
-        precisions = {}
-        for layer, choices in space.layers.items():
-            compute = random.choice(list(space.computes[layer]))
-            quick = [each for each in choices if each.compute == compute and each.storage.format not in SLOW_FORMATS]
-            precisions[layer] = quick[random.integers(len(quick))]
-        counts = {group: [n for n in each if n] for group, each in space.groups.items()}
-        found.append(Policy(precisions, {group: int(random.choice(each)) for group, each in counts.items()}))
-    return found
-
-
-def predictor_of(bench: Workbench, table: Path) -> Predictor:
+def predictor_of(bench: Workbench, table: Path, setting: Setting) -> Predictor:
     """From a table alone: no artifact corrects it, and nothing is measured now."""
-    return Predictor.of_table(bench.latencies.network, Tables(table, table).rows(), [], threads=1)
+    return Predictor.of_table(bench.latencies.network, Tables(table, table).rows(), [], threads=setting.threads)
 
 
 # -- steps ---------------------------------------------------------------------------------------------------
 
 
-def profile(networks: Sequence[str], out: Path, seconds: float | None) -> None:
+def profile(networks: Sequence[str], out: Path, setting: Setting, seconds: float | None) -> None:
     """Fill the table."""
     table = table_of(here())
     for name in networks:
-        with bench_of(name, out) as bench:
+        with setting.bench(name, out) as bench:
             wanted = families(bench.latencies.network)
-            machine = Here(bench.runtime, threads=1)
+            machine = Here(bench.runtime, threads=setting.threads)
             began = time.monotonic()
             with console.progress(f"{name}: measuring kernels", len(wanted)) as advance:
                 tables = Tables(table, table)
@@ -179,26 +138,26 @@ class Reading:
         return self.session.run(self.inputs)
 
 
-def measure(network: str, out: Path, policies: int) -> dict[str, Any]:
+def measure(network: str, out: Path, setting: Setting, policies: int) -> dict[str, Any]:
     """Time files of random policies, and price the same policies; what was measured before is not again."""
-    with bench_of(network, out) as bench:
+    with setting.bench(network, out) as bench:
         chosen = random_policies(bench.space, policies)
         measured_us: list[float] = []
         for start in range(0, len(chosen), SIDE_BY_SIDE):
             some = chosen[start : start + SIDE_BY_SIDE]
-            measured_us += bench.run.step(f"latency/{start}", partial(_timed, bench, some))
+            measured_us += bench.run.step(f"latency/{start}", partial(_timed, bench, some, setting))
             print(f"{network} {len(measured_us)}/{len(chosen)}", flush=True)
-        return _priced(bench, measured_us)
+        return _priced(bench, measured_us, setting)
 
 
-def price(network: str, out: Path, measured_us: Sequence[float]) -> dict[str, Any]:
+def price(network: str, out: Path, setting: Setting, measured_us: Sequence[float]) -> dict[str, Any]:
     """Price the policies of files that were measured before from the table as it is now."""
-    with bench_of(network, out) as bench:
-        return _priced(bench, measured_us)
+    with setting.bench(network, out) as bench:
+        return _priced(bench, measured_us, setting)
 
 
-def _priced(bench: Workbench, measured_us: Sequence[float]) -> dict[str, Any]:
-    predictor = predictor_of(bench, table_of(here()))
+def _priced(bench: Workbench, measured_us: Sequence[float], setting: Setting) -> dict[str, Any]:
+    predictor = predictor_of(bench, table_of(here()), setting)
     chosen = random_policies(bench.space, len(measured_us))
     many = Decisions(*(np.repeat(each, 1000, axis=0) for each in _arrays(predictor, chosen)))
     began = time.process_time()
@@ -214,12 +173,14 @@ def _artifacts(predictor: Predictor, policies: Sequence[Policy], measured_us: Se
     return [predictor.artifact(policy, us / 1000) for policy, us in zip(policies, measured_us, strict=True)]
 
 
-def budgets(network: str, out: Path, measured_us: Sequence[float]) -> list[dict[str, Any]]:
+def budgets(network: str, out: Path, setting: Setting, measured_us: Sequence[float]) -> list[dict[str, Any]]:
     """Errors on the files that were measured, told from tables that so much time was spent on, each made anew."""
     table = table_of(here())
-    anchor = [row for row in Tables(table, table).rows() if kernel_of(row) == profiling.ANCHOR and row.threads == 1]
-    rows = []
-    with bench_of(network, out) as bench:
+    rows = Tables(table, table).rows()
+    anchor = [row for row in rows if kernel_of(row) == profiling.ANCHOR and row.threads == setting.threads]
+    found = []
+    with setting.bench(network, out) as bench:
+        machine = Here(bench.runtime, threads=setting.threads)
         chosen = random_policies(bench.space, len(measured_us))
         for seconds in BUDGETS_S:
             path = out / network / "table.csv"
@@ -228,11 +189,11 @@ def budgets(network: str, out: Path, measured_us: Sequence[float]) -> list[dict[
             wanted = families(bench.latencies.network)
             began = time.monotonic()
             with console.progress(f"{network}: {seconds or 'any'} s", len(wanted)) as advance:
-                profiling.profile(wanted, tables, Here(bench.runtime, threads=1), seconds=seconds, advance=advance)
+                profiling.profile(wanted, tables, machine, seconds=seconds, advance=advance)
             spent_s = time.monotonic() - began
-            predictor = predictor_of(bench, path)
+            predictor = predictor_of(bench, path, setting)
             artifacts = _artifacts(predictor, chosen, measured_us)
-            rows.append(
+            found.append(
                 {
                     "budget_s": seconds,
                     "spent_s": spent_s,
@@ -242,8 +203,8 @@ def budgets(network: str, out: Path, measured_us: Sequence[float]) -> list[dict[
                     "corrected by half": errors(fit(artifacts[::2]), artifacts[1::2]),
                 }
             )
-            print(rows[-1], flush=True)
-    return rows
+            print(found[-1], flush=True)
+    return found
 
 
 def _arrays(predictor: Predictor, policies: Sequence[Policy]) -> tuple[np.ndarray, np.ndarray]:
@@ -251,21 +212,22 @@ def _arrays(predictor: Predictor, policies: Sequence[Policy]) -> tuple[np.ndarra
     return decisions.computes, decisions.counts
 
 
-def _timed(bench: Workbench, policies: Sequence[Policy]) -> list[float]:
+def _timed(bench: Workbench, policies: Sequence[Policy], setting: Setting) -> list[float]:
     """Microseconds of the policies' files, in units of the table."""
+    threads, clock = setting.threads, timing.clock_for(setting.threads)
     files = {str(i): bench.files.draft(policy) for i, policy in enumerate(policies)}
-    machine = Here(bench.runtime, threads=1)
+    machine = Here(bench.runtime, threads=threads)
     anchor = profiling.makers([profiling.ANCHOR], machine)[profiling.ANCHOR]
     assert not isinstance(anchor, NoKernelError)
     with bench.files.loaded(files) as loaded:
         sessions: dict[str, Session] = {
-            name: Reading(session, example(bench.task, 1)) for name, session in loaded.items()
+            name: Reading(session, example(bench.task, setting.batch)) for name, session in loaded.items()
         }
-        sessions["anchor"] = bench.runtime.kernel_session(anchor.file(1), threads=1)
-        sessions["nothing"] = bench.runtime.kernel_session(bench.runtime.nothing().file(1), threads=1)
-        seen = {name: each.rounds_ms("cpu") for name, each in timing.interleave(sessions, {}, seconds=SECONDS).items()}
+        sessions["anchor"] = bench.runtime.kernel_session(anchor.file(1), threads=threads)
+        sessions["nothing"] = bench.runtime.kernel_session(bench.runtime.nothing().file(1), threads=threads)
+        seen = {name: each.rounds_ms(clock) for name, each in timing.interleave(sessions, {}, seconds=SECONDS).items()}
     table = table_of(here())
-    anchor_us = MeasuredPrices.of(Tables(table, table).rows())(profiling.ANCHOR)
+    anchor_us = MeasuredPrices.of(Tables(table, table).rows(), threads=threads)(profiling.ANCHOR)
     unit = anchor_us / (seen["anchor"] - seen["nothing"])
     return [float(np.median(seen[name] * unit)) for name in files]
 
@@ -314,8 +276,8 @@ of that script says what makes those, and the targets' tables in `profiles/`.
 
 Files of random policies, each layer in any compute and each prune group with any count, against what the table of a
 target told of them: the sum over their kernels alone; corrected by every second file of the network and judged on the
-others; and corrected by the files of the other networks alone.  CPU time of one thread at batch 1, in units of a kernel
-that is timed in the same rounds.
+others; and corrected by the files of the other networks alone.  CPU time of one thread at batch 1, where nothing else
+is said, in units of a kernel that is timed in the same rounds; with several threads by the wall clock.
 """
 
 
@@ -328,12 +290,12 @@ interpolation asks for nothing more; the files are those of above.
 
 def page() -> str:
     """docs/latency.md, from the result files."""
-    records = {target: json.loads(result_of(target).read_text()) for target in TARGETS if result_of(target).exists()}
-    return "\n".join([INTRODUCTION, *(section(target, record) for target, record in records.items())])
+    return "\n".join([INTRODUCTION, *(section(*what, record) for what, record in results().items())])
 
 
-def section(target: str, record: Mapping[str, Any]) -> str:
-    """What was seen of one target."""
+def section(target: str, setting: Setting, record: Mapping[str, Any]) -> str:
+    """What was seen of one target under one setting."""
+    told = [f"batch {setting.batch}"] * (setting.batch > 1) + [f"{setting.threads} threads"] * (setting.threads > 1)
     columns = ("mape_pct", "within_5_pct", "within_10_pct", "spearman", "worst_pct")
     rows = (
         (f"`{name}`", how, str(each["files"]), *(f"{each[key]:.3g}" for key in columns))
@@ -351,7 +313,7 @@ def section(target: str, record: Mapping[str, Any]) -> str:
     taken_on = record["machine"]
     return "\n".join(
         [
-            f"## `{target}`\n",
+            f"## {', '.join([f'`{target}`', *told])}\n",
             f"CPU: {taken_on['cpu']} ({', '.join(taken_on['flags'])}), onnxruntime "
             f"{taken_on['packages']['onnxruntime']}.\n",
             markdown(head, rows),
@@ -376,55 +338,47 @@ def _of_less_time(network: str, tables: Sequence[Mapping[str, Any]]) -> str:
     return f"{SPENT.format(network=network)}\n{markdown(head, rows)}"
 
 
-def hasten() -> None:
-    """Torch's exporter reads its 1,500 translations anew for every file: two thirds of a draft's time here."""
-    read = getattr(getattr(_registration, "ONNXRegistry", None), "from_torchlib", None)
-    if read is not None:
-        _registration.ONNXRegistry.from_torchlib = staticmethod(cache(read))
-
-
 def main() -> None:
     hasten()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     steps = parser.add_subparsers(dest="step", required=True)
     for name in ("profile", "measure", "price", "budgets", "judge"):
         step = steps.add_parser(name)
-        step.add_argument("--out", type=Path, default=OUT)
         if name != "judge":
+            step.add_argument("--out", type=Path, default=OUT)
+            step.add_argument("--batch", type=int, default=1)
+            step.add_argument("--threads", type=int, default=1)
             step.add_argument("networks", nargs="+", choices=NETWORKS)
     steps.choices["profile"].add_argument("--seconds", type=float)
     steps.choices["measure"].add_argument("--policies", type=int, default=POLICIES)
     options = parser.parse_args()
     if options.step == "profile":
-        profile(options.networks, options.out, options.seconds)
+        profile(options.networks, options.out, Setting(options.batch, options.threads), options.seconds)
         return
     if options.step != "judge":
-        record(options.step, options)
-    for target in TARGETS:
-        result = result_of(target)
-        if result.exists():
-            seen = json.loads(result.read_text())
-            save({**seen, "errors": judge(seen)}, result)
+        record(options.step, Setting(options.batch, options.threads), options)
+    for what, seen in results().items():
+        save({**seen, "errors": judge(seen)}, result_of(*what))
     text = page()
     PAGE.write_text(text, encoding="utf-8")
     print(text)
 
 
-def record(step: str, options: argparse.Namespace) -> None:
+def record(step: str, setting: Setting, options: argparse.Namespace) -> None:
     """Take the step for each of the networks, and keep what was seen after each."""
-    result = result_of(here())
+    result = result_of(here(), setting)
     seen: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {"networks": {}}
     if step == "measure":
-        seen["machine"] = machine()
+        seen["machine"] = machine(threads=setting.threads, batch=setting.batch)
     for network in options.networks:
         if step == "measure":
-            seen["networks"][network] = measure(network, options.out, options.policies)
+            seen["networks"][network] = measure(network, options.out, setting, options.policies)
         else:
             measured_us = [row["measured_us"] for row in seen["networks"][network]["artifacts"]]
             if step == "price":
-                seen["networks"][network] = price(network, options.out, measured_us)
+                seen["networks"][network] = price(network, options.out, setting, measured_us)
             else:
-                seen.setdefault("budgets", {})[network] = budgets(network, options.out, measured_us)
+                seen.setdefault("budgets", {})[network] = budgets(network, options.out, setting, measured_us)
         save(seen, result)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from _bench import RESULTS, ROOT, machine, markdown, save
-from latency_prediction import NETWORKS, bench_of, random_policies
+from _networks import NETWORKS, bench_of, random_policies
 from scipy.optimize import least_squares
 
 from hirelc_deploy.cost.latency import decisions_of

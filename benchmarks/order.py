@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from _bench import RESULTS, ROOT, machine, markdown, save, workbench
-from latency_prediction import hasten
+from _networks import hasten
 
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.policy import PRUNE_FIRST, QUANTIZE_FIRST

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from _bench import RESULTS, ROOT, machine, markdown, save, workbench
-from latency_prediction import hasten
+from _networks import hasten
 
 from hirelc_deploy import compare as comparing
 from hirelc_deploy.budget import Budget, Figures

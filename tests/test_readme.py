@@ -133,8 +133,9 @@ def test_errors_of_latencies_are_those_of_the_files(monkeypatch: pytest.MonkeyPa
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import latency_prediction
 
-    records = [latency_prediction.result_of(target) for target in latency_prediction.TARGETS]
-    for record in (json.loads(path.read_text(encoding="utf-8")) for path in records):
+    records = latency_prediction.results()
+    assert {target for target, _ in records} == set(latency_prediction.TARGETS)
+    for record in records.values():
         for name, by_how in latency_prediction.judge(record).items():
             for how, errors in by_how.items():
                 assert errors["mape_pct"] == pytest.approx(record["errors"][name][how]["mape_pct"], rel=0.01)
