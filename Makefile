@@ -16,6 +16,7 @@ help:
 	@echo "make test   lint, types and tests"
 	@echo "make lint   lint and types only"
 	@echo "make test-runtimes  files of every format on the oldest ONNX Runtime and on today's"
+	@echo "make modelopt  an environment for nvidia-modelopt, which can be compared against"
 	@echo "make wheel  build dist/*.whl"
 	@echo "make clean  remove what was made here, the environment included"
 
@@ -30,8 +31,22 @@ demo: $(VENV)/.installed
 	rm -rf out/demo
 	$(BIN)/hirelc-deploy demo --out out/demo
 
+# nvidia-modelopt, which is compared against, may bring other versions of everything: it has an environment of its own,
+# which reads torch from the first one and cannot change it.  Tests that need it are left out where it cannot be made.
+MODELOPT := .venv-modelopt
+.PHONY: modelopt
+modelopt: $(MODELOPT)/.installed
+
+$(MODELOPT)/.installed: | $(VENV)/.installed
+	$(BIN)/python -m venv --clear $(MODELOPT)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(MODELOPT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth"
+	$(MODELOPT)/bin/python -m pip install --quiet $(CONSTRAINTS) 'nvidia-modelopt==0.47.0' huggingface-hub requests
+	touch $@
+
 # One thread a worker: two workers that take all cores each only wait for one another.
 test: lint
+	-$(MAKE) modelopt
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 # mypy knows nothing of setuptools' package-dir, so it is shown the packages where they are installed.
@@ -47,7 +62,7 @@ wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(MODELOPT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # Files of every number format on the oldest ONNX Runtime that the profiles promise, and on today's.
 # The last Python that it has wheels for is 3.11; its own dependencies are for tools that are not used.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from hirelc_deploy import console, tensorboard
+from hirelc_deploy import console, modelopt, tensorboard
 from hirelc_deploy.choosing import EVALUATIONS
 from hirelc_deploy.config import ExportSettings, nearest, require_at_least
 from hirelc_deploy.errors import UserError
@@ -276,6 +276,8 @@ def compare(settings: ExportSettings, names: Sequence[str], seeds: int) -> list[
             raise UserError(
                 f"there is no method {name!r}", fix=f"did you mean {nearest(name, FILES)}? There is {', '.join(FILES)}"
             )
+    if "modelopt" in names:
+        modelopt.python()  # refused before anything is trained
     if not settings.epochs:
         raise UserError("epochs is 0, and evaluations are trained", fix="leave epochs out")
     evaluations = settings.evaluations or EVALUATIONS

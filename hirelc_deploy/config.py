@@ -18,7 +18,7 @@ MS_PER_UNIT = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3, "min": 6e4}
 BYTES_PER_UNIT = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([^\W\d]*)\s*")
 
-SEARCHES = ("recipe", "hierarchical", "greedy", "greedy-order", "knapsack", "evolution", "random")
+SEARCHES = ("recipe", "hierarchical", "greedy", "greedy-order", "knapsack", "evolution", "random", "modelopt")
 """What can choose a policy; each name is something that exists."""
 ORDERS = ("prune-first", "quantize-first", "auto")
 IMPORTANCES = ("l2", "taylor")

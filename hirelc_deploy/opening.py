@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hirelc_deploy import checkpoint, choosing, console, datasets, graph, kernels
+from hirelc_deploy import checkpoint, choosing, console, datasets, graph, kernels, modelopt
 from hirelc_deploy.augment import augmented
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.compress.distil import FineTuning
@@ -41,6 +41,8 @@ def opened(
 ) -> "Iterator[tuple[Workbench, Checkpoint, Policy | None]]":
     """Everything that the settings name, loaded and checked, its run folder held: the workbench, the checkpoint, and
     the policy that `asked_for` comes to, None if that has to be searched or measured for."""
+    if settings.search == "modelopt":
+        modelopt.python()  # refused before anything is trained
     if settings.kernels is not None:
         kernels.add_folder(settings.kernels)
     target = load_target(settings.target)

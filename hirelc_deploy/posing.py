@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+from hirelc_deploy import modelopt
 from hirelc_deploy.budget import Budget, Figures
 from hirelc_deploy.compress.ordering import Strengths
 from hirelc_deploy.costing import Costing
@@ -46,6 +48,7 @@ class Posing:
             # a run that goes on with another number of processes chooses as it did before
             at_once=bench.run.step("search/at once", lambda: bench.engine.at_once),
             recipes=self._offers.recipes(self.predictor),
+            advisers={"modelopt": partial(modelopt.policies, bench, variables)},
             score_error=bench.scoring.error(bench.task.search.examples),
             test_error=bench.scoring.error(bench.task.test.examples),
         )

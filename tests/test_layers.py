@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 OUTER = ("exporters", "kernels", "profiles")
 
 LAYERS = (
-    ("", "errors"),
+    ("", "errors", "_modelopt_worker"),
     ("config", "cpu"),
     ("_outer", "rundir"),
     ("policy", "budget"),
@@ -34,7 +34,7 @@ LAYERS = (
     ("files",),
     ("latencies",),
     ("report", "workbench", "demo", "plots"),
-    ("console", "effects", "tensorboard"),
+    ("console", "effects", "modelopt", "tensorboard"),
     ("offers",),
     ("costing",),
     ("posing",),

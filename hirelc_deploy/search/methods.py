@@ -15,6 +15,7 @@ FILES = {
     "knapsack": "knapsack",
     "evolution": "evolution",
     "random": "random_search",
+    "modelopt": "modelopt",
 }
 """Imported when they are used: some bring large libraries with them."""
 

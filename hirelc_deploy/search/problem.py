@@ -131,6 +131,8 @@ class Problem:
     """So many are worth handing to `prepare` together."""
     recipes: Mapping[str, Policy] = field(default_factory=dict)
     """What an engineer would try by hand, by name."""
+    advisers: Mapping[str, Callable[[int], Sequence[Policy]]] = field(default_factory=dict)
+    """Tools of others, by name, each asked for so many policies."""
     score_error: float = 0.0
     """Standard error of one score on the search split, in the score's unit."""
     test_error: float = 0.0

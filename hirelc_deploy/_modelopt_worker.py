@@ -1,0 +1,101 @@
+"""Asks nvidia-modelopt's auto_quantize for a choice of bits: python _modelopt_worker.py FOLDER
+
+It runs in an environment that has modelopt, as a copy in FOLDER, and so imports nothing of ours.  FOLDER holds
+job.json, model.pt and batches.pt; formats.json is written beside them: bits by layer, one mapping for
+each number of effective bits.
+"""
+
+import importlib.abc
+import importlib.util
+import json
+import site
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import torch
+from modelopt.torch.quantization.algorithms import get_auto_quantize_config
+from torch import nn
+from torch.nn import functional as F
+
+OF_WEIGHT = ".weight_quantizer"
+ACTIVATION_BITS = 8
+
+Batch = Mapping[str, Any]
+
+
+class UserModules(importlib.abc.MetaPathFinder):
+    """The files that the model's classes are from, under the names that they were pickled with."""
+
+    def __init__(self, files: Mapping[str, str]) -> None:
+        self._files = files
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        file = self._files.get(fullname)
+        return None if file is None else importlib.util.spec_from_file_location(fullname, file)
+
+
+def weights_in(bits: int) -> dict[str, Any]:
+    """A format of modelopt's: integers, one scale an output channel, activations in 8 bits."""
+    return {
+        "quant_cfg": [
+            {"quantizer_name": "*", "enable": False},
+            {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": bits, "axis": 0}},
+            {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": ACTIVATION_BITS, "axis": None}},
+        ],
+        "algorithm": "max",
+    }
+
+
+def logits(result: Any, name: str) -> torch.Tensor:
+    """The output of this name; items of a tuple are called output_0, output_1 …"""
+    if isinstance(result, torch.Tensor):
+        return result
+    if isinstance(result, Mapping):
+        found: torch.Tensor = result[name]
+        return found
+    if hasattr(result, "_asdict"):
+        return logits(result._asdict(), name)
+    return logits(result[int(name.rpartition("_")[2])], name)
+
+
+def chosen_bits(config: Mapping[str, Any]) -> dict[str, int]:
+    """Bits of each layer's weight; layers that stay as they are have none."""
+    return {
+        entry["quantizer_name"].removesuffix(OF_WEIGHT): entry["cfg"]["num_bits"]
+        for entry in config["quant_cfg"]
+        if entry["quantizer_name"].endswith(OF_WEIGHT) and entry.get("cfg") and entry.get("enable", True)
+    }
+
+
+def main(folder: Path) -> None:
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    sys.meta_path.append(UserModules(job["modules"]))
+    for path in job["path"]:
+        site.addsitedir(path)  # behind the others: torch and all that modelopt needs are this environment's own
+    model: nn.Module = torch.load(folder / "model.pt", weights_only=False)
+    batches: list[Batch] = torch.load(folder / "batches.pt")
+
+    def forward(network: nn.Module, batch: Batch) -> torch.Tensor:
+        inputs = batch["inputs"]
+        result = network(**inputs) if job["by_name"] else network(*inputs.values())
+        return logits(result, job["output"])
+
+    _, state = mtq.auto_quantize(
+        model,
+        constraints={"effective_bits": min(job["effective_bits"])},
+        quantization_formats=[weights_in(bits) for bits in job["bits"]],
+        data_loader=batches,
+        forward_step=forward,
+        loss_func=lambda output, batch: F.cross_entropy(output, batch["targets"]),
+        num_calib_steps=len(batches),
+        num_score_steps=len(batches),
+    )
+    found = [chosen_bits(get_auto_quantize_config(state, {"effective_bits": bits})) for bits in job["effective_bits"]]
+    (folder / "formats.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
