@@ -58,6 +58,7 @@ def _row(name: str, manifest: Manifest, command: str) -> str:
     before, after = manifest.baseline, manifest.measured
     assert after.drop_ci95 is not None
     assert after.speedup_ci95 is not None
+    missed = any(check.name == "drop" and check.ok is False for check in manifest.checks)
     cells = (
         name,
         f"{before.size_bytes / 1000:.1f} KB",
@@ -65,7 +66,7 @@ def _row(name: str, manifest: Manifest, command: str) -> str:
         f"{after.compression:.1f} ×",
         f"{after.speedup:.1f} × [{after.speedup_ci95[0]:.1f}, {after.speedup_ci95[1]:.1f}]",
         f"{before.accuracy:.2f} %, {after.accuracy:.2f} %",
-        f"{after.drop_points:.2f} [{after.drop_ci95[0]:.2f}, {after.drop_ci95[1]:.2f}]",
+        f"{after.drop_points:.2f} [{after.drop_ci95[0]:.2f}, {after.drop_ci95[1]:.2f}]{', **missed**' * missed}",
         "VNNI" if has_dot_product(frozenset(manifest.environment.flags)) else "AVX2",
         command,
     )

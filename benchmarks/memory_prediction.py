@@ -1,18 +1,19 @@
-"""Memory told from shapes and formats, against processes: python benchmarks/memory_prediction.py measure NETWORK…
+"""Memory and time of loading, told from shapes and formats: python benchmarks/memory_prediction.py measure NETWORK…
 
     python benchmarks/memory_prediction.py measure wide vit mobilenetv2 resnet18   files of random policies, each loaded
                                                                                    and run in a process of its own
-    python benchmarks/memory_prediction.py fit                                     the law, and how far off it is
+    python benchmarks/memory_prediction.py fit                                     the laws, and how far off they are
 
 The original and random policies of each network, with untrained weights, since no memory depends on values: each layer
-any compute and a storage that needs no search for its values, every prune group any count.  The law is fitted to all
-networks, and once more with each of them held out.  Writes benchmarks/results/memory_prediction.json, docs/memory.md;
-some twenty minutes.
+any compute and a storage that needs no search for its values, every prune group any count.  Loading is timed by the CPU
+clock, in runs of the kernel that every table's times are in units of.  The laws are fitted to all networks, and once
+more with each of them held out.  Writes benchmarks/results/memory_prediction.json, docs/memory.md; some twenty minutes.
 """
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,57 +21,103 @@ from typing import Any
 
 import numpy as np
 from _bench import RESULTS, ROOT, machine, markdown, save
-from _networks import NETWORKS, bench_of, random_policies
+from _networks import NETWORKS, bench_of, hasten, random_policies
+from latency_prediction import here, table_of
 from scipy.optimize import least_squares
 
 from hirelc_deploy.cost.latency import decisions_of
 from hirelc_deploy.cost.memory import Activations, MemoryLaw
-from hirelc_deploy.exporters._memory import decoded_bytes
+from hirelc_deploy.cost.prices import times_of
+from hirelc_deploy.exporters._base import NoKernelError
+from hirelc_deploy.exporters._memory import decoded_bytes, nodes
 from hirelc_deploy.policy import Policy
+from hirelc_deploy.profiles import Tables
+from hirelc_deploy.verify import profiling
+from hirelc_deploy.verify.machines import Here
 from hirelc_deploy.workbench import Workbench
 
 RESULT = RESULTS / "memory_prediction.json"
 PAGE = ROOT / "docs" / "memory.md"
 OUT = Path("out/benchmarks/memory_prediction")
 POLICIES = 24
+LOADS = 7
 
 START = (12e6, 3.0, 1.0, 5.0)
 """Of a law's four numbers, from which they are fitted."""
+LOAD_START = np.array([0.7, 17e-6, 9e-6])
 COMMON_ERROR = 0.05
 """Errors above it count by their size and not by its square: a page more or less of an allocator is no matter."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One file: what the law goes by, and the peak of its process."""
+    """One file: what the laws go by, and what was seen of it."""
 
     size_bytes: int
     decoded_bytes: int
     activation_bytes: float
     peak_bytes: int
+    nodes: int
+    load_anchors: float
+    """Of loading it, in runs of the anchor."""
 
 
 def measure(network: str, out: Path, policies: int) -> list[dict[str, Any]]:
     """The original and random policies; what was measured before is not again."""
     with bench_of(network, out) as bench:
         found = []
-        for number, policy in enumerate([Policy({}, {}), *random_policies(bench.space, policies)]):
+        chosen = [Policy({}, {}), *random_policies(bench.space, policies)]
+        loads = bench.run.step(f"loads/{len(chosen)}", partial(_loads_anchors, bench, chosen))
+        for number, (policy, load_anchors) in enumerate(zip(chosen, loads, strict=True)):
             peak_bytes = bench.run.step(f"peak/{number}", partial(bench.latencies.seen_memory_bytes, policy))
             assert peak_bytes is not None, "this system does not tell a process its peak"
-            found.append(asdict(_seen(bench, policy, peak_bytes)))
+            found.append(asdict(_seen(bench, policy, peak_bytes, load_anchors)))
             print(f"{network} {number}/{policies}: {found[-1]}", flush=True)
     return found
 
 
-def _seen(bench: Workbench, policy: Policy, peak_bytes: int) -> Seen:
-    """What the law goes by is told anew, by the rules of today."""
+def _seen(bench: Workbench, policy: Policy, peak_bytes: int, load_anchors: float) -> Seen:
+    """What the laws go by is told anew, by the rules of today."""
     network = bench.latencies.network
     file = bench.files.foreseen(policy)
     (activation_bytes,) = Activations(network)(decisions_of(network, [policy]))
-    return Seen(len(file), decoded_bytes(file), float(activation_bytes), peak_bytes)
+    return Seen(len(file), decoded_bytes(file), float(activation_bytes), peak_bytes, nodes(file), load_anchors)
 
 
-# -- the law ---------------------------------------------------------------------------------------------------------
+def anchor_us() -> float:
+    """Of the table of the target that this machine stands for."""
+    target = here()
+    tables = Tables(table_of(target), table_of(target))
+    return times_of(tables.rows(), threads=1)[profiling.ANCHOR]
+
+
+def _loads_anchors(bench: Workbench, policies: Sequence[Policy]) -> list[float]:
+    """The least of several of each file, in turn with the others' and the anchor's: whatever else the machine does for
+    a while only adds to either."""
+    maker = profiling.makers([profiling.ANCHOR], Here(bench.runtime, threads=1))[profiling.ANCHOR]
+    assert not isinstance(maker, NoKernelError)
+    anchor = bench.runtime.kernel_session(maker.file(1), threads=1)
+    nothing = bench.runtime.kernel_session(bench.runtime.nothing().file(1), threads=1)
+    drafts = {str(i): bench.files.draft(policy) for i, policy in enumerate(policies)}
+    with bench.files.on_disk(drafts) as paths:
+        loads_s = np.empty((LOADS, len(paths)))
+        anchors_s = np.empty((LOADS, len(paths), 2))
+        for number in range(LOADS):
+            for i, path in enumerate(paths.values()):
+                loads_s[number, i] = _cpu_s(partial(bench.runtime.load, path, threads=1))
+                anchors_s[number, i] = [_cpu_s(partial(each.run, {})) for each in (anchor, nothing)]
+    anchor_s, nothing_s = anchors_s.min((0, 1))
+    found: list[float] = (loads_s.min(0) / (anchor_s - nothing_s)).tolist()
+    return found
+
+
+def _cpu_s(call: Callable[[], object]) -> float:
+    began = time.process_time()
+    call()
+    return time.process_time() - began
+
+
+# -- the laws --------------------------------------------------------------------------------------------------------
 
 
 def told(numbers: Sequence[float], files: Sequence[Seen]) -> np.ndarray:
@@ -96,20 +143,47 @@ def errors_pct(numbers: Sequence[float], files: Sequence[Seen]) -> np.ndarray:
     return 100 * (told(numbers, files) / np.array([file.peak_bytes for file in files]) - 1)
 
 
+def load_features(files: Sequence[Seen]) -> np.ndarray:
+    """What loading is told from, (files, 3)."""
+    return np.array([[f.nodes, f.size_bytes, f.decoded_bytes] for f in files], float)
+
+
+def load_fitted(files: Sequence[Seen]) -> list[float]:
+    """The numbers of `LoadLaw`, by relative errors."""
+    features, seen = load_features(files), np.array([file.load_anchors for file in files])
+
+    def off(numbers: np.ndarray) -> np.ndarray:
+        return np.asarray(np.log(np.maximum(features @ (numbers * LOAD_START), 1e-9) / seen))
+
+    found = least_squares(off, np.ones(len(LOAD_START)), loss="soft_l1", f_scale=COMMON_ERROR, bounds=(0, np.inf))
+    return (found.x * LOAD_START).tolist()
+
+
+def load_errors_pct(numbers: Sequence[float], files: Sequence[Seen]) -> list[float]:
+    """(files,)."""
+    seen = np.array([file.load_anchors for file in files])
+    return (100 * (load_features(files) @ np.array(numbers) / seen - 1)).tolist()
+
+
 def judged(networks: Mapping[str, Sequence[Seen]]) -> dict[str, Any]:
-    """The law of all networks; its errors on each, and those of a law that has not seen the network."""
-    law = fitted([file for files in networks.values() for file in files])
+    """The laws of all networks; their errors on each, and those of laws that have not seen the network."""
+    every = [file for files in networks.values() for file in files]
+    law, load_law = fitted(every), load_fitted(every)
     found: dict[str, Any] = {"law": law, "errors_pct": {}, "held_out": {}}
+    load: dict[str, Any] = {"law": load_law, "errors_pct": {}, "held_out": {}}
     for name, files in networks.items():
         found["errors_pct"][name] = errors_pct(law, files).tolist()
-        others = fitted([file for other, files in networks.items() if other != name for file in files])
+        load["errors_pct"][name] = load_errors_pct(load_law, files)
+        rest = [file for other, its_files in networks.items() if other != name for file in its_files]
+        others, load_others = fitted(rest), load_fitted(rest)
         found["held_out"][name] = {"law": others, "errors_pct": errors_pct(others, files).tolist()}
-    return found
+        load["held_out"][name] = {"law": load_others, "errors_pct": load_errors_pct(load_others, files)}
+    return {**found, "load": load}
 
 
 # -- the page --------------------------------------------------------------------------------------------------------
 
-HEAD = """# Memory, told before anything is built
+HEAD = """# Memory and loading, told before anything is built
 
 Written by `python benchmarks/memory_prediction.py fit` from `benchmarks/results/memory_prediction.json`.  Memory is the
 peak of a fresh process that loads a file and runs it, over what it held with the runtime alone; `--max-memory` limits
@@ -130,6 +204,20 @@ Errors of the law on files of random policies, in percent of the peak that was s
 
 """
 
+LOADING = """
+## Time of loading
+
+Until a session is made.  Told for targets that are not at hand, by one law:
+
+    load = {node:.2f} x nodes + {file:.1f} x MB of the file + {decoded:.1f} x MB that loading decodes
+
+in runs of the kernel that all tables are in units of ({anchor_us:.0f} us on the machine below), so a target
+loads as much slower as its table or estimate says of that kernel; nobody has held that against a second machine.  Where
+the machine is the target, a file with the policy's shapes is loaded and timed instead.  Errors of the law, in percent
+of the CPU time that was seen (the least of seven loads):
+
+"""
+
 
 def page(record: Mapping[str, Any]) -> str:
     """docs/memory.md."""
@@ -138,29 +226,39 @@ def page(record: Mapping[str, Any]) -> str:
         f"    peak = {runtime / 1e6:.1f} MB + max({file:.1f} x file + {decoded:.2f} x decoded, "
         f"{activations:.1f} x activations)\n"
     )
-    rows = []
-    for name, errors in record["errors_pct"].items():
-        others = record["held_out"][name]["errors_pct"]
-        peaks_mb = [seen["peak_bytes"] / 1e6 for seen in record["networks"][name]]
-        rows.append(
-            (
-                f"`{name}`",
-                str(len(errors)),
-                f"{min(peaks_mb):.1f} to {max(peaks_mb):.1f} MB",
-                *_cells(errors),
-                *_cells(others),
-            )
-        )
-    every = [error for errors in record["errors_pct"].values() for error in errors]
-    rows.append(("all", str(len(every)), "", *_cells(every), "", "", ""))
-    head = ("network", "files", "peak", "mean", "95 of 100 within", "worst", "held out: mean", "95 of 100", "worst")
+    node, file_byte, decoded_byte = record["load"]["law"]
+    loading = LOADING.format(node=node, file=1e6 * file_byte, decoded=1e6 * decoded_byte, anchor_us=record["anchor_us"])
+    files = record["networks"]
+    peaks_mb = {name: [seen["peak_bytes"] / 1e6 for seen in each] for name, each in files.items()}
+    loads_ms = {
+        name: [seen["load_anchors"] * record["anchor_us"] / 1e3 for seen in each] for name, each in files.items()
+    }
     where = record["machine"]
     return (
-        f"{HEAD}{law}{BEHIND}{markdown(head, rows)}\n"
+        f"{HEAD}{law}{BEHIND}{_errors(record, 'peak', 'MB', peaks_mb)}\n"
         "Held out: the law was fitted to the other networks.  Activations decide the peak of files of `mobilenetv2` "
-        "more than of others,\nso a law without it hardly knows their number.\n\n"
+        "more than of others,\nso a law without it hardly knows their number.\n"
+        f"{loading}{_errors(record['load'], 'load', 'ms', loads_ms)}\n"
         f"{where['cpu']}, onnxruntime {where['packages']['onnxruntime']}, one thread, batch 1.\n"
     )
+
+
+def _errors(judged: Mapping[str, Any], what: str, unit: str, seen: Mapping[str, Sequence[float]]) -> str:
+    """A line a network: what was seen, and how far off it was told."""
+    rows = [
+        (
+            f"`{name}`",
+            str(len(errors)),
+            f"{min(seen[name]):.1f} to {max(seen[name]):.1f} {unit}",
+            *_cells(errors),
+            *_cells(judged["held_out"][name]["errors_pct"]),
+        )
+        for name, errors in judged["errors_pct"].items()
+    ]
+    every = [error for errors in judged["errors_pct"].values() for error in errors]
+    rows.append(("all", str(len(every)), "", *_cells(every), "", "", ""))
+    head = ("network", "files", what, "mean", "95 of 100 within", "worst", "held out: mean", "95 of 100", "worst")
+    return markdown(head, rows)
 
 
 def _cells(errors_pct: Sequence[float]) -> tuple[str, str, str]:
@@ -169,6 +267,7 @@ def _cells(errors_pct: Sequence[float]) -> tuple[str, str, str]:
 
 
 def main() -> None:
+    hasten()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("step", choices=("measure", "fit"))
     parser.add_argument("networks", nargs="*", help=f"of {', '.join(NETWORKS)}")
@@ -180,6 +279,7 @@ def main() -> None:
         for network in options.networks:
             record["networks"][network] = measure(network, options.out, options.policies)
             record["machine"] = machine()
+            record["anchor_us"] = anchor_us()
             save(record, RESULT)
     record |= judged({name: [Seen(**each) for each in files] for name, files in record["networks"].items()})
     save(record, RESULT)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from hirelc_deploy.cost.kernel import Kernel
+from hirelc_deploy.cost.load import LoadLaw
 from hirelc_deploy.cost.memory import MemoryLaw
 from hirelc_deploy.cost.network import Network
 from hirelc_deploy.graph.model_graph import ModelGraph
@@ -135,6 +136,8 @@ class Runtime(Protocol):
     """Whether the grids of activations are int8 about zero, and not uint8 with a zero point."""
     memory_law: MemoryLaw | None
     """What loading and running a file takes of memory; None where that is not known."""
+    load_law: LoadLaw | None
+    """How long loading a file takes; likewise."""
     builds_on_device: bool
     """Whether what the device runs is only built there: a file's bytes are then not those that it loads."""
 

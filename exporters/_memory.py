@@ -1,9 +1,10 @@
-"""What ONNX Runtime needs of memory for a file, told from the file."""
+"""What ONNX Runtime needs of memory and of time to load a file, told from the file."""
 
 from math import prod
 
 import onnx
 
+from hirelc_deploy.cost.load import LoadLaw
 from hirelc_deploy.cost.memory import MemoryLaw
 
 KEPT = {"QuantizeLinear", "DequantizeLinear"}
@@ -25,16 +26,30 @@ def decoded_bytes(data: bytes) -> int:
     return found
 
 
+def nodes(data: bytes) -> int:
+    """Of a file."""
+    return len(onnx.load_from_string(data).graph.node)
+
+
 def _bytes_of(tensor: onnx.TypeProto.Tensor) -> int:
     elements = prod(dim.dim_value for dim in tensor.shape.dim)
     return elements * onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).itemsize
 
 
 LAW = MemoryLaw(
-    runtime_bytes=12.1e6,
-    per_file_byte=2.90,
-    per_decoded_byte=1.07,
-    per_activation_byte=3.34,
+    runtime_bytes=12.14e6,
+    per_file_byte=3.193,
+    per_decoded_byte=1.065,
+    per_activation_byte=3.482,
     decoded_bytes=decoded_bytes,
 )
 """Fitted by benchmarks/memory_prediction.py; onnxruntime 1.32 on x86-64, one thread."""
+
+LOAD_LAW = LoadLaw(
+    per_node=0.505,
+    per_file_byte=6.53e-6,
+    per_decoded_byte=5.24e-6,
+    decoded_bytes=decoded_bytes,
+    nodes=nodes,
+)
+"""Fitted by the same."""

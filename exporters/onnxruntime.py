@@ -56,6 +56,7 @@ class OnnxRuntime:
     suffix = ".onnx"
     range_methods = tuple(Method)
     memory_law = _memory.LAW
+    load_law = _memory.LOAD_LAW
     is_symmetric = False
     builds_on_device = False
 

@@ -55,6 +55,7 @@ class TensorRt:
     suffix = ".onnx"
     range_methods = tuple(Method)
     memory_law = None
+    load_law = None
     is_symmetric = True
     builds_on_device = True
 

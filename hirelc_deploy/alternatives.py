@@ -60,6 +60,7 @@ def predicted(choice: Choice) -> Predicted:
         latency_ms=told.latency_ms,
         speedup=told.speedup,
         memory_bytes=best.figures.memory_bytes,
+        load_ms=best.figures.load_ms,
     )
 
 

@@ -51,13 +51,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a budget is judged on, measured or predicted; None where it is not known."""
+    """What a budget is judged on and what else is told of a file, measured or predicted; None where it is not known."""
 
     latency_ms: float | None = None
     speedup: float | None = None
     size_bytes: int | None = None
     memory_bytes: int | None = None
     drop: float | None = None
+    load_ms: float | None = None
+    """Of a process; no budget limits it."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from hirelc_deploy.verify.measure import Measurement, example, foretold
 
 if TYPE_CHECKING:
     from hirelc_deploy.budget import Figures
-    from hirelc_deploy.exporters._base import Exported
+    from hirelc_deploy.exporters._base import Exported, Footprint
     from hirelc_deploy.files import Files
     from hirelc_deploy.pricing import Pricing
     from hirelc_deploy.subject import Subject
@@ -51,10 +51,10 @@ class Latencies:
     # -- of one policy ---------------------------------------------------------------------------------------
 
     def price(self, policy: Policy) -> dict[str, Any]:
-        """Bytes, milliseconds, speed-up and memory, by their names in `Figures`.
+        """Bytes, milliseconds, speed-up, and what loading takes, by their names in `Figures`.
 
         Seen of a file with these shapes and untrained weights, or told by the tables of a target that is elsewhere,
-        and by its runtime's law of memory, if it has one.
+        and by its runtime's laws of loading, if it has any.
         """
         size_bytes = self._files.predicted_bytes(policy)
         if not self.pricing.is_device:
@@ -64,11 +64,12 @@ class Latencies:
                 "latency_ms": after,
                 "speedup": before / after,
                 "memory_bytes": self.memory_bytes(policy),
+                "load_ms": self.load_ms(policy),
             }
         inputs = example(self._subject.task, self._subject.batch)
         with self._files.on_disk({"baseline": self._files.baseline(), "policy": self._files.draft(policy)}) as paths:
             times = timing.interleave(self._files.sessions(paths), inputs, seconds=PREDICTION_SECONDS)
-            memory_bytes = self._peak_bytes(paths["policy"])
+            needs = self._footprint(paths["policy"])
         clock = timing.clock_for(self._subject.threads)
         speedup = timing.ratio(times["baseline"], times["policy"], clock=clock)
         return {
@@ -76,7 +77,8 @@ class Latencies:
             # one thread's CPU time is its wall clock on an idle machine, and close to that on a busy one
             "latency_ms": times["policy"].p50_ms(clock),
             "speedup": speedup.value,
-            "memory_bytes": memory_bytes,
+            "memory_bytes": None if needs is None else needs.memory_bytes,
+            "load_ms": None if needs is None else needs.load_ms,
         }
 
     def times_ms(self, policies: Sequence[Policy]) -> list[float] | None:
@@ -128,15 +130,22 @@ class Latencies:
         file = self._files.foreseen(policy)
         return round(float(law(np.array([len(file)]), np.array([law.decoded_bytes(file)]), activations)[0]))
 
+    def load_ms(self, policy: Policy) -> float | None:
+        """To load the policy's file, told by the runtime's law; None where it or the target's speed is not known."""
+        law, anchor_us = self._subject.runtime.load_law, self.pricing.anchor_us()
+        if law is None or anchor_us is None:
+            return None
+        return law(self._files.foreseen(policy), anchor_us=anchor_us)
+
     def seen_memory_bytes(self, policy: Policy) -> int | None:
         """Of a file with the policy's shapes and formats, in a process of its own; None where no system tells it."""
         with self._files.on_disk({"policy": self._files.draft(policy)}) as paths:
-            return self._peak_bytes(paths["policy"])
-
-    def _peak_bytes(self, path: Path) -> int | None:
-        inputs = example(self._subject.task, self._subject.batch)
-        needs = self._subject.runtime.footprint(path, inputs, threads=self._subject.threads)
+            needs = self._footprint(paths["policy"])
         return None if needs is None else needs.memory_bytes
+
+    def _footprint(self, path: Path) -> "Footprint | None":
+        inputs = example(self._subject.task, self._subject.batch)
+        return self._subject.runtime.footprint(path, inputs, threads=self._subject.threads)
 
     def _told_ms(self, policy: Policy) -> float:
         return float(self.pricing.predictor(self.network.with_counts(policy.keep)).foretell([policy]).ms[0])

@@ -60,6 +60,13 @@ class Pricing:
         artifacts = [*(Artifact(**each) for each in known["artifacts"]), *more]
         return self._told(network, _Known([Row(*each) for each in known["rows"]], artifacts))
 
+    def anchor_us(self) -> float | None:
+        """What the kernel takes that times are in units of; None where the target has neither table nor estimate."""
+        times_us = times_of(self._tables.rows(), threads=1)
+        if not times_us and self._target.estimate is not None:
+            return EstimatedPrices(self._target.estimate)(profiling.ANCHOR)
+        return times_us.get(profiling.ANCHOR)
+
     def unit(self) -> float | None:
         """By what a time of this moment is multiplied to be in units of the tables; None where those are empty."""
         return profiling.unit(self._machine, times_of(self._tables.rows(), threads=self._machine.where.threads))

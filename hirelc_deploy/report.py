@@ -196,7 +196,15 @@ def _needs(manifest: Manifest) -> tuple[Row, ...]:
         predicted=text.quantity("memory_bytes", predicted.memory_bytes, ""),
         measured=text.size(after.memory_bytes) + _off_pct(manifest.error.memory_pct),
     )
-    load = Row("load" + elsewhere, text.quantity("load_ms", before.load_ms, ""), text.milliseconds(after.load_ms))
+    load = _row(
+        manifest,
+        "load" + elsewhere,
+        "load_ms",
+        before=text.quantity("load_ms", before.load_ms, ""),
+        after=text.milliseconds(after.load_ms),
+        predicted=text.quantity("load_ms", predicted.load_ms, ""),
+        measured=text.milliseconds(after.load_ms) + _off_pct(manifest.error.load_pct),
+    )
     return memory, load
 
 

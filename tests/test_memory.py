@@ -13,9 +13,10 @@ from test_posing import posed_under, some_rows
 
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.cost.latency import Decisions, decisions_of
+from hirelc_deploy.cost.load import LoadLaw
 from hirelc_deploy.cost.memory import Activations, MemoryLaw
 from hirelc_deploy.cost.network import Channels, Condition, Held, Network
-from hirelc_deploy.exporters._memory import LAW, decoded_bytes
+from hirelc_deploy.exporters._memory import LAW, LOAD_LAW, decoded_bytes, nodes
 from hirelc_deploy.policy import INT8, Compute, Policy
 
 hasten()
@@ -33,6 +34,12 @@ def test_the_peak_is_the_larger_of_loading_and_running() -> None:
     law = MemoryLaw(100.0, 3.0, 1.0, 5.0, len)
     file, decoded, activations = np.array([10.0, 10.0]), np.array([7.0, 7.0]), np.array([1.0, 20.0])
     assert law(file, decoded, activations).tolist() == [100 + 37, 100 + 100]
+
+
+def test_a_device_loads_as_much_slower_as_it_computes() -> None:
+    law = LoadLaw(per_node=1.0, per_file_byte=0.5, per_decoded_byte=0.25, decoded_bytes=lambda _: 8, nodes=lambda _: 3)
+    assert law(b"four", anchor_us=1000.0) == 3 + 2 + 2
+    assert law(b"four", anchor_us=3000.0) == 3 * (3 + 2 + 2)
 
 
 def test_tensors_that_live_at_once_are_added() -> None:
@@ -70,7 +77,7 @@ def test_all_steps_of_decoding_are_counted_and_nothing_else() -> None:
         "integers": np.zeros((6, 2), np.int8),
         "step": np.float32(0.5),
     }
-    nodes = [
+    decoding = [
         helper.make_node("Cast", ["codes"], ["wide"], to=TensorProto.FLOAT),
         helper.make_node("Mul", ["wide", "scale"], ["weight"]),
         helper.make_node("MatMul", ["x", "weight"], ["y"]),
@@ -78,7 +85,7 @@ def test_all_steps_of_decoding_are_counted_and_nothing_else() -> None:
         helper.make_node("MatMul", ["y", "other"], ["z"]),
     ]
     graph = helper.make_graph(
-        nodes,
+        decoding,
         "decoding",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])],
         [helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, 2])],
@@ -86,13 +93,16 @@ def test_all_steps_of_decoding_are_counted_and_nothing_else() -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     onnx.checker.check_model(model)
-    assert decoded_bytes(model.SerializeToString()) == 4 * 24 + 4 * 24
+    file = model.SerializeToString()
+    assert (decoded_bytes(file), nodes(file)) == (4 * 24 + 4 * 24, 5)
 
 
-def test_the_law_is_the_one_that_was_fitted() -> None:
+def test_the_laws_are_those_that_were_fitted() -> None:
     record = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "memory_prediction.json").read_text())
     numbers = (LAW.runtime_bytes, LAW.per_file_byte, LAW.per_decoded_byte, LAW.per_activation_byte)
     assert numbers == pytest.approx(record["law"], rel=0.005)
+    numbers = (LOAD_LAW.per_node, LOAD_LAW.per_file_byte, LOAD_LAW.per_decoded_byte)
+    assert numbers == pytest.approx(record["load"]["law"], rel=0.005)
 
 
 @needs_linux

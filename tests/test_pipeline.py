@@ -33,13 +33,17 @@ from hirelc_deploy.cli import main
 from hirelc_deploy.compress.batchnorm import reestimate
 from hirelc_deploy.compress.importance import scores
 from hirelc_deploy.compress.prune import prune
+from hirelc_deploy.cost.estimate import EstimatedPrices
 from hirelc_deploy.cost.predictor import read_artifacts
 from hirelc_deploy.errors import ExitStatus, UserError
+from hirelc_deploy.exporters._memory import LOAD_LAW
 from hirelc_deploy.policy import FP32, INT8, Policy
+from hirelc_deploy.profiles import load_target
 from hirelc_deploy.profiles._table import read_table, write_table
 from hirelc_deploy.task import ArraySource, Batch
 from hirelc_deploy.verify import accuracy, judge, manifest as manifests
 from hirelc_deploy.verify.measure import Measurement
+from hirelc_deploy.verify.profiling import ANCHOR
 
 # Points between the score that the search believed and the file's, both on the search split.
 SCORE_TOLERANCE_POINTS = 0.5
@@ -139,6 +143,10 @@ def test_a_device_that_is_only_estimated_says_so_wherever_its_latency_stands(rec
     assert not any("roofline" in note for note in outcome.manifest.notes), "all of it is estimated"
     assert measured.latency_ms is not None
     assert measured.latency_ms.p50 == pytest.approx(outcome.manifest.predicted.latency_ms)
+    estimate = load_target(str(target)).estimate
+    assert estimate is not None
+    told_ms = LOAD_LAW((outcome.folder / "model.onnx").read_bytes(), anchor_us=EstimatedPrices(estimate)(ANCHOR))
+    assert outcome.manifest.predicted.load_ms == pytest.approx(told_ms, rel=0.01), "this machine's speed is no matter"
     assert main(["gate", str(outcome.folder), "--allow-estimates"]) == ExitStatus.OK
     assert main(["gate", str(outcome.folder)]) == ExitStatus.UNVERIFIED
     assert "estimate" in (outcome.folder / "report.html").read_text(encoding="utf-8")
@@ -154,7 +162,9 @@ def test_memory_is_told_measured_and_limited(artifact: verification.Outcome) -> 
     figures = (manifest.predicted.memory_bytes, manifest.baseline.memory_bytes, manifest.measured.memory_bytes)
     assert all(figure is not None and 10_000 < figure < 1 << 28 for figure in figures)
     assert manifest.error.memory_pct is not None
-    assert manifest.measured.load_ms is not None
+    loads = (manifest.predicted.load_ms, manifest.baseline.load_ms, manifest.measured.load_ms)
+    assert all(figure is not None and figure > 0 for figure in loads)
+    assert manifest.error.load_pct is not None
     assert main(["gate", str(artifact.folder), "--max-memory", "256MiB"]) == ExitStatus.OK
     assert main(["gate", str(artifact.folder), "--max-memory", "10KB"]) == ExitStatus.BUDGET_MISSED
     assert "peak memory" in (artifact.folder / "report.html").read_text(encoding="utf-8")

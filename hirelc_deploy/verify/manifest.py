@@ -108,6 +108,7 @@ class Predicted(Record):
     speedup: Figure | None = None
     """Against the fp32 file; unlike milliseconds it holds when the machine's own speed moves."""
     memory_bytes: int | None = None
+    load_ms: Figure | None = None
 
 
 class MeasuredBasis(Record):
@@ -150,6 +151,7 @@ class PredictionError(Record):
     agreement: Figure | None = None
     """Percent of equal decisions of the simulated network and the file, on the search split."""
     memory_pct: Figure | None = None
+    load_pct: Figure | None = None
     speedup_pct: Figure | None = None
 
     @classmethod
@@ -160,6 +162,7 @@ class PredictionError(Record):
             accuracy_points=_difference(predicted.accuracy, measured.accuracy_search),
             agreement=agreement,
             memory_pct=_excess_pct(predicted.memory_bytes, measured.memory_bytes),
+            load_pct=_excess_pct(predicted.load_ms, measured.load_ms),
             speedup_pct=_excess_pct(predicted.speedup, measured.speedup),
         )
 
