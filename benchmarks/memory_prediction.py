@@ -42,9 +42,8 @@ OUT = Path("out/benchmarks/memory_prediction")
 POLICIES = 24
 LOADS = 7
 
-START = (12e6, 3.0, 1.0, 5.0)
-"""Of a law's four numbers, from which they are fitted."""
-LOAD_START = np.array([0.7, 17e-6, 9e-6])
+LEAST = 1e-9
+"""So that a logarithm exists while numbers are tried."""
 COMMON_ERROR = 0.05
 """Errors above it count by their size and not by its square: a page more or less of an allocator is no matter."""
 
@@ -120,65 +119,60 @@ def _cpu_s(call: Callable[[], object]) -> float:
 # -- the laws --------------------------------------------------------------------------------------------------------
 
 
-def told(numbers: Sequence[float], files: Sequence[Seen]) -> np.ndarray:
-    """Bytes at the peak, (files,)."""
+@dataclass(frozen=True)
+class Law:
+    """Numbers by which something is told of files, fitted to what was seen of others."""
+
+    start: tuple[float, ...]
+    """From which they are fitted."""
+    told: Callable[[Sequence[float], Sequence[Seen]], np.ndarray]
+    """By such numbers, (files,)."""
+    seen: Callable[[Seen], float]
+
+    def fitted(self, files: Sequence[Seen]) -> list[float]:
+        """By relative errors."""
+        scale, seen = np.array(self.start), np.array([self.seen(file) for file in files])
+
+        def off(numbers: np.ndarray) -> np.ndarray:
+            return np.asarray(np.log(np.maximum(self.told(numbers * scale, files), LEAST) / seen))
+
+        found = least_squares(off, np.ones(len(scale)), loss="soft_l1", f_scale=COMMON_ERROR, bounds=(0, np.inf))
+        return (found.x * scale).tolist()
+
+    def errors_pct(self, numbers: Sequence[float], files: Sequence[Seen]) -> list[float]:
+        """(files,)."""
+        return (100 * (self.told(numbers, files) / np.array([self.seen(file) for file in files]) - 1)).tolist()
+
+    def judged(self, networks: Mapping[str, Sequence[Seen]]) -> dict[str, Any]:
+        """Fitted to all networks; the errors on each, and those of a law that has not seen the network."""
+        law = self.fitted([file for files in networks.values() for file in files])
+        found: dict[str, Any] = {"law": law, "errors_pct": {}, "held_out": {}}
+        for name, files in networks.items():
+            others = self.fitted([file for other, rest in networks.items() if other != name for file in rest])
+            found["errors_pct"][name] = self.errors_pct(law, files)
+            found["held_out"][name] = {"law": others, "errors_pct": self.errors_pct(others, files)}
+        return found
+
+
+def told_bytes(numbers: Sequence[float], files: Sequence[Seen]) -> np.ndarray:
+    """At the peak, (files,)."""
     parts = np.array([[f.size_bytes, f.decoded_bytes, f.activation_bytes] for f in files], float).T
     return MemoryLaw(*numbers, decoded_bytes=decoded_bytes)(*parts)
 
 
-def fitted(files: Sequence[Seen]) -> list[float]:
-    """The law's numbers, by relative errors."""
-    peaks = np.array([file.peak_bytes for file in files])
-    scale = np.array(START)
-
-    def off(numbers: np.ndarray) -> np.ndarray:
-        return np.asarray(np.log(np.maximum(told(numbers * scale, files), 1.0) / peaks))
-
-    found = least_squares(off, np.ones(len(START)), loss="soft_l1", f_scale=COMMON_ERROR, bounds=(0, np.inf))
-    return (found.x * scale).tolist()
+def told_anchors(numbers: Sequence[float], files: Sequence[Seen]) -> np.ndarray:
+    """Of loading, (files,)."""
+    features = np.array([[f.nodes, f.size_bytes, f.decoded_bytes] for f in files], float)
+    return features @ np.asarray(numbers)
 
 
-def errors_pct(numbers: Sequence[float], files: Sequence[Seen]) -> np.ndarray:
-    """(files,)."""
-    return 100 * (told(numbers, files) / np.array([file.peak_bytes for file in files]) - 1)
-
-
-def load_features(files: Sequence[Seen]) -> np.ndarray:
-    """What loading is told from, (files, 3)."""
-    return np.array([[f.nodes, f.size_bytes, f.decoded_bytes] for f in files], float)
-
-
-def load_fitted(files: Sequence[Seen]) -> list[float]:
-    """The numbers of `LoadLaw`, by relative errors."""
-    features, seen = load_features(files), np.array([file.load_anchors for file in files])
-
-    def off(numbers: np.ndarray) -> np.ndarray:
-        return np.asarray(np.log(np.maximum(features @ (numbers * LOAD_START), 1e-9) / seen))
-
-    found = least_squares(off, np.ones(len(LOAD_START)), loss="soft_l1", f_scale=COMMON_ERROR, bounds=(0, np.inf))
-    return (found.x * LOAD_START).tolist()
-
-
-def load_errors_pct(numbers: Sequence[float], files: Sequence[Seen]) -> list[float]:
-    """(files,)."""
-    seen = np.array([file.load_anchors for file in files])
-    return (100 * (load_features(files) @ np.array(numbers) / seen - 1)).tolist()
+PEAK = Law((12e6, 3.0, 1.0, 5.0), told_bytes, lambda file: file.peak_bytes)
+LOAD = Law((0.7, 17e-6, 9e-6), told_anchors, lambda file: file.load_anchors)
 
 
 def judged(networks: Mapping[str, Sequence[Seen]]) -> dict[str, Any]:
-    """The laws of all networks; their errors on each, and those of laws that have not seen the network."""
-    every = [file for files in networks.values() for file in files]
-    law, load_law = fitted(every), load_fitted(every)
-    found: dict[str, Any] = {"law": law, "errors_pct": {}, "held_out": {}}
-    load: dict[str, Any] = {"law": load_law, "errors_pct": {}, "held_out": {}}
-    for name, files in networks.items():
-        found["errors_pct"][name] = errors_pct(law, files).tolist()
-        load["errors_pct"][name] = load_errors_pct(load_law, files)
-        rest = [file for other, its_files in networks.items() if other != name for file in its_files]
-        others, load_others = fitted(rest), load_fitted(rest)
-        found["held_out"][name] = {"law": others, "errors_pct": errors_pct(others, files).tolist()}
-        load["held_out"][name] = {"law": load_others, "errors_pct": load_errors_pct(load_others, files)}
-    return {**found, "load": load}
+    """Both laws."""
+    return {**PEAK.judged(networks), "load": LOAD.judged(networks)}
 
 
 # -- the page --------------------------------------------------------------------------------------------------------

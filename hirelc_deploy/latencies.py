@@ -56,15 +56,15 @@ class Latencies:
         Seen of a file with these shapes and untrained weights, or told by the tables of a target that is elsewhere,
         and by its runtime's laws of loading, if it has any.
         """
-        size_bytes = self._files.predicted_bytes(policy)
+        file = self._files.foreseen(policy)
         if not self.pricing.is_device:
             before, after = (self._told_ms(each) for each in (Policy({}, {}), policy))
             return {
-                "size_bytes": size_bytes,
+                "size_bytes": len(file),
                 "latency_ms": after,
                 "speedup": before / after,
-                "memory_bytes": self.memory_bytes(policy),
-                "load_ms": self.load_ms(policy),
+                "memory_bytes": self._told_memory_bytes(policy, file),
+                "load_ms": self._told_load_ms(file),
             }
         inputs = example(self._subject.task, self._subject.batch)
         with self._files.on_disk({"baseline": self._files.baseline(), "policy": self._files.draft(policy)}) as paths:
@@ -73,7 +73,7 @@ class Latencies:
         clock = timing.clock_for(self._subject.threads)
         speedup = timing.ratio(times["baseline"], times["policy"], clock=clock)
         return {
-            "size_bytes": size_bytes,
+            "size_bytes": len(file),
             # one thread's CPU time is its wall clock on an idle machine, and close to that on a busy one
             "latency_ms": times["policy"].p50_ms(clock),
             "speedup": speedup.value,
@@ -122,20 +122,22 @@ class Latencies:
 
     def memory_bytes(self, policy: Policy) -> int | None:
         """At the peak of a process that loads and runs the policy's file, told by the runtime's law of memory."""
+        return self._told_memory_bytes(policy, self._files.foreseen(policy))
+
+    def _told_memory_bytes(self, policy: Policy, file: bytes) -> int | None:
         law = self._subject.runtime.memory_law
         if law is None:
             return None
         network = self.network.with_counts(policy.keep)
         activations = Activations(network)(decisions_of(network, [policy]))
-        file = self._files.foreseen(policy)
         return round(float(law(np.array([len(file)]), np.array([law.decoded_bytes(file)]), activations)[0]))
 
-    def load_ms(self, policy: Policy) -> float | None:
-        """To load the policy's file, told by the runtime's law; None where it or the target's speed is not known."""
+    def _told_load_ms(self, file: bytes) -> float | None:
+        """By the runtime's law; None where it or the target's speed is not known."""
         law, anchor_us = self._subject.runtime.load_law, self.pricing.anchor_us()
         if law is None or anchor_us is None:
             return None
-        return law(self._files.foreseen(policy), anchor_us=anchor_us)
+        return law(file, anchor_us=anchor_us)
 
     def seen_memory_bytes(self, policy: Policy) -> int | None:
         """Of a file with the policy's shapes and formats, in a process of its own; None where no system tells it."""

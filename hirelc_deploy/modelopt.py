@@ -5,7 +5,6 @@ the bits that its auto_quantize wants for each layer come back as one.  They are
 every other policy.
 """
 
-import inspect
 import json
 import os
 import pickle
@@ -25,6 +24,7 @@ from torch import nn
 
 from hirelc_deploy import graph
 from hirelc_deploy.errors import UserError
+from hirelc_deploy.graph.calling import goes_by_keyword, tensors
 from hirelc_deploy.policy import PerChannel, Policy, Precision
 from hirelc_deploy.search.problem import LayerVariable, Variable
 from hirelc_deploy.task import Classification
@@ -137,13 +137,12 @@ def _write(bench: "Workbench", folder: Path, job: dict[str, Any]) -> None:
     batches = _batches(bench)
     with torch.no_grad():
         outputs = graph.forward(model, batches[0]["inputs"])
-    accepted = inspect.signature(model.forward).parameters
     modules, path = _homes(model)
     job |= {
         "modules": modules,
         "path": path,
-        "by_name": all(name in accepted for name in batches[0]["inputs"]),
-        "output": task.output or ("logits" if "logits" in outputs else next(iter(outputs))),
+        "by_name": goes_by_keyword(model, batches[0]["inputs"]),
+        "output": task.output_name(outputs),
     }
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     torch.save(batches, folder / "batches.pt")
@@ -159,11 +158,10 @@ def _write(bench: "Workbench", folder: Path, job: dict[str, Any]) -> None:
 def _batches(bench: "Workbench") -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for _, inputs, targets in bench.task.train.shuffled(0, SHUFFLE):
-        tensors = {name: torch.from_numpy(np.asarray(array)) for name, array in inputs.items()}
-        labels = torch.from_numpy(np.asarray(targets)).long()
+        whole, labels = tensors(inputs), torch.as_tensor(targets).long()
         for start in range(0, len(labels), BATCH):
             some = slice(start, start + BATCH)
-            found.append({"inputs": {name: each[some] for name, each in tensors.items()}, "targets": labels[some]})
+            found.append({"inputs": {name: each[some] for name, each in whole.items()}, "targets": labels[some]})
         if len(found) * BATCH >= EXAMPLES:
             break
     return found

@@ -183,29 +183,22 @@ def _gains(manifest: Manifest) -> tuple[Row, ...]:
 
 def _needs(manifest: Manifest) -> tuple[Row, ...]:
     """What a process needs beside time to run."""
-    predicted, before, after = manifest.predicted, manifest.baseline, manifest.measured
-    if after.memory_bytes is None or after.load_ms is None:
+    if manifest.measured.memory_bytes is None or manifest.measured.load_ms is None:
         return ()
-    elsewhere = _unless_measured(after.basis.latency)
-    memory = _row(
-        manifest,
-        "peak memory" + elsewhere,
-        "memory_bytes",
-        before=text.quantity("memory_bytes", before.memory_bytes, ""),
-        after=text.size(after.memory_bytes),
-        predicted=text.quantity("memory_bytes", predicted.memory_bytes, ""),
-        measured=text.size(after.memory_bytes) + _off_pct(manifest.error.memory_pct),
+    return (
+        _need(manifest, "peak memory", "memory_bytes", manifest.error.memory_pct),
+        _need(manifest, "load", "load_ms", manifest.error.load_pct),
     )
-    load = _row(
-        manifest,
-        "load" + elsewhere,
-        "load_ms",
-        before=text.quantity("load_ms", before.load_ms, ""),
-        after=text.milliseconds(after.load_ms),
-        predicted=text.quantity("load_ms", predicted.load_ms, ""),
-        measured=text.milliseconds(after.load_ms) + _off_pct(manifest.error.load_pct),
+
+
+def _need(manifest: Manifest, what: str, name: str, off_pct: float | None) -> Row:
+    before, after, predicted = (
+        text.quantity(name, getattr(record, name), "")
+        for record in (manifest.baseline, manifest.measured, manifest.predicted)
     )
-    return memory, load
+    elsewhere = _unless_measured(manifest.measured.basis.latency)
+    measured = after + _off_pct(off_pct)
+    return _row(manifest, what + elsewhere, name, before=before, after=after, predicted=predicted, measured=measured)
 
 
 def _energy(manifest: Manifest) -> tuple[Row, ...]:

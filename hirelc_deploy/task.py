@@ -236,9 +236,10 @@ class Classification(Task):
         return {**super()._settings(), "output": self.output}
 
     def _logits(self, outputs: Mapping[str, T]) -> T:
-        return outputs[self._output_name(outputs)]
+        return outputs[self.output_name(outputs)]
 
-    def _output_name(self, outputs: Mapping[str, Any]) -> str:
+    def output_name(self, outputs: Mapping[str, Any]) -> str:
+        """Which of a model's outputs holds the logits.  Raises UserError if none has the name that was given."""
         name = self.output or ("logits" if "logits" in outputs else next(iter(outputs)))
         if name not in outputs:
             raise UserError(

@@ -1,7 +1,7 @@
 """The one way in which the pass calls a network: inputs by name in, tensors by name out."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,17 @@ def forward(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     (and of a transformers ModelOutput) by their keys; nested names are joined by dots.  None is dropped.
     Raises UserError for a result that holds anything else, or nothing.
     """
-    accepted = inspect.signature(model.forward).parameters
-    result = model(**inputs) if all(name in accepted for name in inputs) else model(*inputs.values())
+    result = model(**inputs) if goes_by_keyword(model, inputs) else model(*inputs.values())
     outputs = dict(_tensors_in(result, ""))
     if not outputs:
         raise UserError("the model returned no tensor", fix="let forward return a tensor, or a tuple or dict of them")
     return outputs
+
+
+def goes_by_keyword(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether `forward` has parameters of all these names."""
+    accepted = inspect.signature(model.forward).parameters
+    return all(name in accepted for name in names)
 
 
 def _tensors_in(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:
