@@ -56,6 +56,14 @@ def test_what_is_finished_corrects_what_is_expected(gain: float, best: int) -> N
     assert len(set(order)) == len(order)
 
 
+def test_what_may_be_relied_on_is_never_less_than_a_quarter_of_the_limit() -> None:
+    """Splits that can tell nothing ask for no better than that; a limit that is small for them is relied on less."""
+    mild, harsh = evaluation(1, drop=0.2, size_bytes=900), evaluation(2, drop=0.3, size_bytes=600)
+    for score_error, best in ((9.0, 1), (0.5, 2)):
+        choice, _ = finished(Budget(drop=1.0), [mild, harsh], gain=1.0, score_error=score_error)
+        assert choice.best.policy.keep["g"] == best
+
+
 def test_one_that_holds_the_limit_by_a_margin_comes_before_one_that_just_does() -> None:
     choice, _ = finished(Budget(drop=1.0), LADDER, gain=0.5, score_error=0.25)
     assert choice.best.policy.keep["g"] == 3, "0.75 holds a limit of 1.0 by 0.25, 1.0 just holds it"
@@ -140,12 +148,12 @@ def aim(budget: Budget, before: float, after: float, *, score_error: float = 0.0
 
 
 def test_evaluations_may_drop_by_what_fine_tuning_mends() -> None:
-    allowed, _ = aim(Budget(drop=1.0), before=4.0, after=0.5)
-    assert allowed == pytest.approx(4.0 * 2**0.5), "0.5 grows to 1.0 with the square of an evaluation's drop"
+    allowed, _ = aim(Budget(drop=1.0), before=4.0, after=0.25)
+    assert allowed == pytest.approx(8.0), "0.25 grows to 1.0 with the square of an evaluation's drop"
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "allowed"), [(5.0, 5.0, 2.24), (0.5, 2.0, 1.0), (4.0, -0.3, 10.0), (8.0, -0.3, 16.0)]
+    ("before", "after", "allowed"), [(5.0, 5.0, 2.24), (0.5, 2.0, 1.0), (4.0, -0.3, 10.0), (8.0, -0.3, 12.0)]
 )
 def test_the_aim_is_never_stricter_than_the_limit_and_never_far_beyond_it_or_what_was_mended(
     before: float, after: float, allowed: float
@@ -225,22 +233,43 @@ def test_nothing_is_finished_that_drops_by_far_more_than_the_limit() -> None:
 
 def test_what_is_mended_to_the_last_lets_more_be_hoped_for_each_time() -> None:
     """Seen on a network: ten times the limit lost nothing, three times, and the search ended with its limit unspent."""
-    recipe, ladder = evaluation(99, 12.0, 900), [evaluation(i, 12.0 * i, 900 - 100 * i) for i in range(1, 8)]
+    drops = [12.0, 18.0, 27.0, 40.0, 60.0, 50.0, 46.0]
+    recipe, ladder = evaluation(99, 12.0, 900), [evaluation(round(d), d, 900 - round(10 * d)) for d in drops]
     problem: Problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, evaluate=lambda _: recipe)
     by_policy = {each.policy.digest(): each for each in (recipe, *ladder)}
     order: list[int] = []
 
     def complete(policy: Policy) -> Evaluation:
-        """Nothing is left of 60 points, and all of more."""
+        """Nothing is left of 48 points, and all of more."""
         order.append(policy.keep["g"])
         before = by_policy[policy.digest()]
-        return replace(before, figures=replace(before.figures, drop=0.0 if before.drop <= 60.0 else before.drop))
+        return replace(before, figures=replace(before.figures, drop=0.0 if before.drop <= 48.0 else before.drop))
 
-    finishing = Finishing(problem, complete, most=5)
+    finishing = Finishing(problem, complete, most=6)
     finishing.recipe()
     choice = finishing.choice(ladder)
-    assert order == [99, 2, 4, 7, 5], "twice as far each time, until it was too far"
-    assert choice.best.policy.keep["g"] == 5
+    assert order == [99, 18, 27, 40, 60, 46], "half as much again each time, until it was too far"
+    assert choice.best.policy.keep["g"] == 46
+
+
+def test_a_step_further_is_taken_only_while_another_may_follow_it() -> None:
+    """Of 12 points as much is left as is safe, so that more is told to leave too much."""
+    recipe, seen = evaluation(99, 12.0, 900), [evaluation(11, 11.0, 400), evaluation(17, 17.0, 300)]
+    for most, finished_next in ((2, 11), (3, 17)):
+        problem: Problem = replace(
+            toy().problem, budget=Budget(drop=1.0), before=BEFORE, score_error=9.0, evaluate=lambda _: recipe
+        )
+        order: list[int] = []
+
+        def complete(policy: Policy, order: list[int] = order) -> Evaluation:
+            order.append(policy.keep["g"])
+            return evaluation(policy.keep["g"], 0.2, 500)
+
+        finishing = Finishing(problem, complete, most=most)
+        finishing.recipe()
+        assert finishing.aim.budget.drop == pytest.approx(18.0), "half as much again as was mended"
+        assert finishing.one(seen)
+        assert order == [99, finished_next]
 
 
 def test_search_and_finishing_take_turns_only_where_there_is_a_drop_to_learn_about() -> None:

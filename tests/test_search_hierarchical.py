@@ -15,8 +15,9 @@ from hirelc_deploy.search.agents import OwnGame
 from hirelc_deploy.search.board import DAMAGE, LATENCY, MODE, MODES, SIZE, Board, Goals
 from hirelc_deploy.search.council import Council, count
 from hirelc_deploy.search.front import most_added
-from hirelc_deploy.search.hierarchical import Parts, search
-from hirelc_deploy.search.problem import Evaluations, GroupVariable, LayerVariable
+from hirelc_deploy.search.goal import Goal
+from hirelc_deploy.search.hierarchical import HARD, RECIPES, Parts, search
+from hirelc_deploy.search.problem import Evaluations, GroupVariable, LayerVariable, prices_of
 from hirelc_deploy.search.proposals import refined
 from hirelc_deploy.search.space import Evaluation
 from hirelc_deploy.search.surrogate import Surrogate
@@ -258,6 +259,18 @@ def test_hard_budgets_of_size_and_latency_are_held() -> None:
         and (each.figures.latency_ms or 0) <= (budget.latency_ms or 0)
     ]
     assert min(drop for drop in held if drop is not None) < 2.2
+
+
+def test_limits_that_nothing_meets_are_approached_to_the_last_evaluation() -> None:
+    """There is no front then, and no volume that a cycle could add to."""
+    limited, many = toy(Budget(drop=DROP_MAX, size_bytes=1000)), 20
+    evaluations = Evaluations(limited.problem, many)
+    search(limited.problem, evaluations, seed=0)
+    assert len(evaluations.seen) == many
+    goal = Goal.of(limited.problem.budget, limited.problem.before)
+    drops = np.array([each.drop for each in evaluations.seen])
+    rewards = goal.reward(drops, prices_of(evaluations.seen), HARD)
+    assert rewards[RECIPES:].max() > rewards[:RECIPES].max()
 
 
 def test_every_block_can_have_an_agent_of_its_own() -> None:

@@ -19,20 +19,22 @@ from hirelc_deploy.search.goal import Goal
 from hirelc_deploy.search.problem import Problem
 from hirelc_deploy.search.space import Choice, Evaluation
 
-FINALISTS = 4
+FINALISTS = 5
 """At most so many policies are finished."""
 
-MARGIN = 1.0
+MARGIN, LEAST_SAFE = 1.0, 1 / 4
 """How far below the limit a drop has to be to be relied on, in standard errors of a score on the search split and of
-one on the test split, which has other examples, both together.  The error of a difference of two scores on the same
-examples is about 0.8 of one score's, and 1.28 of these errors hold nine times of ten."""
+one on the test split, which has other examples, both together; never less than such a part of the limit.  The error of
+a difference of two scores on the same examples is 0.6 to 0.9 of one score's (`drop_ci95` of the recorded manifests),
+and 1.28 of these errors hold nine times of ten."""
 
 FIRST_PART = 2 / 3
 """Of the evaluations, before what they led to is finished and the rest is spent by what that has shown."""
 
-MOST_TIMES, FURTHER = 10.0, 2.0
+MOST_TIMES, FURTHER = 10.0, 1.5
 """How far an evaluation's drop may be above the limit at most, and above the largest that was seen to be mended: what
-is left tells little of what more would leave, since mending ends abruptly."""
+is left tells little of what more would leave, since mending ends abruptly.  Where nothing has failed yet it may be so
+far above what was mended, as long as another can be finished to step back."""
 
 POWER, POWERS = 2.0, (1.0, 4.0)
 """What is left of a drop grows with this power of it, as long as one policy is known, and between these with more."""
@@ -55,7 +57,8 @@ class Mending:
     def seen_in(cls, pairs: Sequence[Pair], limit: float, score_error: float) -> "Mending | None":
         """As far as it was seen, drops below half of what a score can tell counting as that half; None where no
         evaluation dropped by more."""
-        least = max(min(score_error, limit) / 2, limit / 20)  # never above what is safe: what held is shown to hold
+        # never above what is safe: what held is shown to hold
+        least = max(min(score_error / 2, LEAST_SAFE * limit), limit / 20)
         seen = tuple((e.drop, max(after.drop, least)) for e, after in pairs if e.drop > least)
         if not seen:
             return None
@@ -99,7 +102,8 @@ class Finishing:
         self._pairs: dict[str, Pair] = {}
         self._goal = Goal.of(problem.budget, problem.before)
         limit = problem.budget.drop
-        self._safe = None if limit is None else _safe(limit, math.hypot(problem.score_error, problem.test_error))
+        errors = math.hypot(problem.score_error, problem.test_error)
+        self._safe = math.inf if limit is None else _safe(limit, errors)
 
     @property
     def parts(self) -> tuple[float, ...]:
@@ -120,7 +124,7 @@ class Finishing:
         limit, mending = self._goal.drop_max, self._mending
         if not self._is_limited or mending is None:
             return self._problem
-        allowed = max(limit, self._most_before(limit, mending))
+        allowed = max(limit, self._most_before(limit, mending), self._further)
         return replace(self._problem, budget=replace(self._problem.budget, drop=allowed))
 
     def one(self, seen: Sequence[Evaluation]) -> bool:
@@ -156,8 +160,19 @@ class Finishing:
 
     def _most_before(self, left: float, mending: Mending) -> float:
         """The evaluation's drop of which so much is left, as far as it is believed."""
-        mended = max((e.drop for e, after in self._pairs.values() if after.drop <= left), default=0.0)
-        return min(mending.before(left), max(MOST_TIMES * self._goal.drop_max, FURTHER * mended))
+        return min(mending.before(left), max(MOST_TIMES * self._goal.drop_max, FURTHER * self._mended(left)))
+
+    @property
+    def _further(self) -> float:
+        """The evaluation's drop that is tried to learn whether it is mended as well; nought where that is not worth it:
+        where as much has failed, and where no other could be finished after it."""
+        mended = self._mended(self._safe)
+        has_failed = any(e.drop >= mended and after.drop > self._safe for e, after in self._pairs.values())
+        return 0.0 if has_failed or len(self._pairs) + 1 >= self._most else FURTHER * mended
+
+    def _mended(self, left: float) -> float:
+        """The largest drop of an evaluation of which no more was left; nought where that was never seen."""
+        return max((e.drop for e, after in self._pairs.values() if after.drop <= left), default=0.0)
 
     def _apart_from(self, seen: Sequence[Evaluation]) -> list[Evaluation]:
         """What was finished without being one of these."""
@@ -180,10 +195,10 @@ class Finishing:
         open_ = [each for each in seen if each.policy.digest() not in self._pairs]
         if not open_:
             return None
-        if self._safe is None:
+        if budget.drop is None:
             return min(open_, key=lambda each: (excess(budget, each.figures), -_reward(each, goal)))
-        # the limit itself is on the safe side of rounding
-        allowed = self._most_before(self._safe, self._mending or UNSEEN) * (1 + 1e-9)
+        allowed = max(self._most_before(self._safe, self._mending or UNSEEN), self._further)
+        allowed *= 1 + 1e-9  # the limit itself is on the safe side of rounding
         ends = [after for _, after in self._pairs.values()]
         holding = [after for after in ends if met(budget, after.figures) and after.drop <= self._safe]
         cheapest = min((_cost(each, goal) for each in holding), default=float("inf"))
@@ -199,20 +214,19 @@ class Finishing:
 
 
 def _safe(drop: float, error: float) -> float:
-    """What a drop has to stay below to be relied on; at least half of the limit is left to it."""
-    return drop - min(MARGIN * error, abs(drop) / 2)
+    """What a drop has to stay below to be relied on."""
+    return drop - min(MARGIN * error, (1 - LEAST_SAFE) * abs(drop))
 
 
-def _rank(evaluation: Evaluation, goal: Goal[float], budget: Budget, safe: float | None) -> tuple[float, ...]:
+def _rank(evaluation: Evaluation, goal: Goal[float], budget: Budget, safe: float) -> tuple[float, ...]:
     """The lower, the better: limits that are missed, and by how much; whether the drop is safe; then what it is for.
 
     A drop that has a limit is not traded against anything once it is safe: it decides between equals.
     """
     missed = sum(check.ok is False for check in judge(budget, evaluation.figures))
     over = excess(budget, evaluation.figures)
-    if safe is None:
+    if budget.drop is None:
         return (missed > 0, over, -_reward(evaluation, goal))
-    assert budget.drop is not None
     over += max(0.0, evaluation.drop - budget.drop)
     risk = evaluation.drop if evaluation.drop > safe else -np.inf
     return (missed > 0, over, risk, _cost(evaluation, goal), evaluation.drop)

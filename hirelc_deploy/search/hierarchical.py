@@ -153,7 +153,7 @@ class _Search:
             if self._parts.agents:
                 self._learn()
             if not self._evaluate_the_best_of(self._proposals()):
-                self._evaluations.note("no policy is left that the surrogate would try: the search ends")
+                self._evaluations.note("every policy that was proposed is evaluated already: the search ends")
                 return
             volumes.append(self._volume())
             self._evaluations.log({"hypervolume": volumes[-1]} | asdict(self._multipliers), "search")
@@ -162,7 +162,8 @@ class _Search:
             self._evaluations.note(
                 f"cycle {cycle}: {len(self._evaluations.seen)} evaluations, {self._summary(volumes[-1])}"
             )
-            if len(volumes) > PATIENCE and volumes[-1] <= (1 + NOTHING_GAINED) * volumes[-1 - PATIENCE]:
+            # while nothing lies within the limits there is no volume to gain
+            if len(volumes) > PATIENCE and 0 < volumes[-1] <= (1 + NOTHING_GAINED) * volumes[-1 - PATIENCE]:
                 self._evaluations.note(f"nothing was gained in {PATIENCE} cycles: the search ends")
                 return
 
@@ -296,10 +297,11 @@ class _Search:
         return bool(seen)
 
     def _best(self, rows: Rows, count: int) -> list[int]:
-        """Which of them to evaluate now, at most `count`; none if there is none that the surrogate would try.
+        """Which of them to evaluate now, at most `count`; none if all were evaluated before.
 
         As the surrogate tells it; where it has been wrong about what comes before what, as one of its members does,
-        another every time.  What is chosen counts as seen where it was told, so that the next one is another.
+        another every time.  What is chosen counts as seen where it was told, so that the next one is another.  Where
+        none is told to lie within the limits there is no front to add to, and the nearest to the goal is taken.
         """
         seen, before = self._evaluations.seen, self._problem.before
         known = {self._problem.row(each.policy).tobytes() for each in seen}
@@ -312,12 +314,8 @@ class _Search:
         for turn in range(len(seen), len(seen) + min(count, len(fresh))):
             drop = told.members[self._random.integers(len(told.members))] if self._is_doubted else told.mean
             expected = places_of(drop, prices, before)[left]
-            if turn % FOR_THE_GOAL == 0:
-                best = int(self._goal.reward(drop, prices, HARD)[left].argmax())
-            elif (added := most_added(expected, places, self._reference)) is not None:
-                best = added[0]
-            else:
-                break
+            added = None if turn % FOR_THE_GOAL == 0 else most_added(expected, places, self._reference)
+            best = int(self._goal.reward(drop, prices, HARD)[left].argmax()) if added is None else added[0]
             found.append(int(fresh[left[best]]))
             places = np.vstack([places, expected[best]])
             left = np.delete(left, best)
