@@ -225,7 +225,8 @@ def _timed(bench: Workbench, policies: Sequence[Policy], setting: Setting) -> li
         }
         sessions["anchor"] = bench.runtime.kernel_session(anchor.file(1), threads=threads)
         sessions["nothing"] = bench.runtime.kernel_session(bench.runtime.nothing().file(1), threads=threads)
-        seen = {name: each.rounds_ms(clock) for name, each in timing.interleave(sessions, {}, seconds=SECONDS).items()}
+        times = timing.interleave(sessions, {}, threads=threads, seconds=SECONDS)
+        seen = {name: each.rounds_ms(clock) for name, each in times.items()}
     table = table_of(here())
     anchor_us = MeasuredPrices.of(Tables(table, table).rows(), threads=threads)(profiling.ANCHOR)
     unit = anchor_us / (seen["anchor"] - seen["nothing"])

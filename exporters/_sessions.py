@@ -20,13 +20,31 @@ def version() -> str:
     return str(VERSION)
 
 
+SPIN_US = 300
+"""How long a worker of several waits for work before it sleeps: longer than it ever waits within an inference, and over
+before the next session's turn.  Left alone it spins for tens of milliseconds to a second, and so do those of every
+other session that is open: timed in turns, each would share its cores with all of them (benchmarks/spinning.py)."""
+
+SPIN_DURATION_SINCE = (1, 26)
+"""Versions before have only a switch, that ends the spinning with each inference."""
+
+
 def options(threads: int, level: Level = Level.ORT_ENABLE_ALL) -> SessionOptions:
     found = SessionOptions()
+    if threads > 1:
+        found.add_session_config_entry(*_spinning(version()))
     found.intra_op_num_threads = threads
     found.inter_op_num_threads = 1
     found.graph_optimization_level = level
     found.log_severity_level = 3  # the optimiser's warnings are about names that we shortened
     return found
+
+
+def _spinning(of_version: str) -> tuple[str, str]:
+    """The setting that keeps workers from spinning into another session's turn."""
+    if tuple(map(int, of_version.split(".")[:2])) < SPIN_DURATION_SINCE:
+        return "session.force_spinning_stop", "1"
+    return "session.intra_op.spin_duration_us", str(SPIN_US)
 
 
 def in_memory(data: bytes, chosen: SessionOptions) -> Session:

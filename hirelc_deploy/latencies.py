@@ -68,7 +68,9 @@ class Latencies:
             }
         inputs = example(self._subject.task, self._subject.batch)
         with self._files.on_disk({"baseline": self._files.baseline(), "policy": self._files.draft(policy)}) as paths:
-            times = timing.interleave(self._files.sessions(paths), inputs, seconds=PREDICTION_SECONDS)
+            times = timing.interleave(
+                self._files.sessions(paths), inputs, threads=self._subject.threads, seconds=PREDICTION_SECONDS
+            )
             needs = self._footprint(paths["policy"])
         clock = timing.clock_for(self._subject.threads)
         speedup = timing.ratio(times["baseline"], times["policy"], clock=clock)
@@ -204,6 +206,9 @@ class Latencies:
         """Milliseconds of each, side by side."""
         with self._files.loaded({str(i): file for i, file in enumerate(files)}) as sessions:
             seen = timing.interleave(
-                sessions, example(self._subject.task, self._subject.batch), seconds=PREDICTION_SECONDS
+                sessions,
+                example(self._subject.task, self._subject.batch),
+                threads=self._subject.threads,
+                seconds=PREDICTION_SECONDS,
             )
         return [each.p50_ms(timing.clock_for(self._subject.threads)) for each in seen.values()]

@@ -9,7 +9,10 @@ from itertools import pairwise, permutations
 import numpy as np
 import pytest
 
-from hirelc_deploy.verify import timing as timing_module
+from hirelc_deploy.exporters import _sessions, load_runtime
+from hirelc_deploy.exporters._base import NoKernelError
+from hirelc_deploy.verify import _runner, profiling, timing as timing_module
+from hirelc_deploy.verify.machines import Here
 from hirelc_deploy.verify.timing import MIN_ROUNDS, Timing, Visit, clock_for, interleave, ratio
 
 INPUTS = {"input": np.zeros((1, 1), np.float32)}
@@ -62,6 +65,40 @@ def test_each_round_visits_every_session_in_an_order_of_its_own_and_none_behind_
     assert len(Counter(tuple(turns[i : i + 4]) for i in range(0, len(turns), 4))) > 12
     assert set(Counter(pairwise(turns))) == set(permutations(names, 2))
     assert {len(seen[name].visits) for name in names} == {rounds}
+
+
+def test_with_several_threads_a_visit_begins_with_a_run_that_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a pause, in which the workers of the session before go to sleep; it wakes this one's."""
+    turns: list[str] = []
+    monkeypatch.setattr(timing_module, "VISIT_MS", 0.0)  # a visit is one run
+    monkeypatch.setattr(time, "sleep", lambda seconds: turns.append(f"{seconds}"))
+    sessions = {name: Busy(10, partial(turns.append, name)) for name in ("a", "b")}
+    seen = interleave(sessions, INPUTS, threads=2, warmup=2, rounds=1)
+    pause = f"{timing_module.SETTLE_S}"
+    assert turns[4:] == [pause, "a", "a", pause, "b", "b"]
+    assert [len(visit.wall_ms) for name in sessions for visit in seen[name].visits] == [1, 1]
+
+
+def test_workers_do_not_spin_into_another_sessions_turn() -> None:
+    """Left alone they use a core for up to a second after an inference."""
+    runtime = load_runtime("onnxruntime")
+    maker = profiling.makers([profiling.ANCHOR], Here(runtime, threads=2))[profiling.ANCHOR]
+    assert not isinstance(maker, NoKernelError)
+    session = runtime.kernel_session(maker.file(1), threads=2)
+    for _ in range(20):
+        session.run({})
+    time.sleep(0.02)
+    began = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - began < 0.02
+
+
+@pytest.mark.parametrize("version", ["1.16.3", "1.25.1", "1.26.0", "1.32.0"])
+def test_a_device_times_several_threads_as_this_machine_does(version: str) -> None:
+    setting, _ = _runner.spinning(version)
+    assert _runner.spinning(version) == _sessions._spinning(version)
+    assert ("spin_duration_us" in setting) == (version >= "1.26"), "older versions pass over what they do not know"
+    assert timing_module.SETTLE_S == _runner.SETTLE_S > _sessions.SPIN_US / 1e6
 
 
 def test_a_small_model_runs_often_enough_in_a_visit_for_any_clock() -> None:

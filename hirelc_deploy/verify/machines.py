@@ -58,4 +58,4 @@ class Here:
     def timed(self, files: Sequence[KernelFile], rounds: int) -> list[timing.Timing]:
         threads = self.where.threads
         sessions = {str(i): self.runtime.kernel_session(file, threads=threads) for i, file in enumerate(files)}
-        return list(timing.interleave(sessions, {}, warmup=WARMUP_RUNS, rounds=rounds).values())
+        return list(timing.interleave(sessions, {}, threads=threads, warmup=WARMUP_RUNS, rounds=rounds).values())

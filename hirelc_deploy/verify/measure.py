@@ -61,7 +61,7 @@ def measure(
         paths["halves"] = folder / baseline_fp16
     sessions = {name: runtime.load(path, threads=threads) for name, path in paths.items()}
     inputs = example(task, batch)
-    times = timing.interleave(sessions, inputs, warmup=warmup, seconds=seconds)
+    times = timing.interleave(sessions, inputs, threads=threads, warmup=warmup, seconds=seconds)
     clock = timing.clock_for(threads)
     speedup = timing.ratio(times["baseline"], times["artifact"], clock=clock, seed=seed)
     sizes = {name: path.stat().st_size for name, path in paths.items()}

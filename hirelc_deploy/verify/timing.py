@@ -26,6 +26,8 @@ WARMUP_SHARE = 0.2
 VISIT_MS = 2.0
 """A session runs for about this long before the other's turn: far above what a clock resolves, and long enough
 that the caches which the other has filled do not decide."""
+SETTLE_S = 0.001
+"""Before a visit with several threads: the workers of the session before have gone to sleep by then."""
 MIN_ROUNDS, MAX_ROUNDS = 11, 2000
 ORDERS_SEED = 0
 RESAMPLES = 2000
@@ -105,6 +107,7 @@ def interleave(
     sessions: "Mapping[str, Session]",
     inputs: "Arrays",
     *,
+    threads: int = 1,
     warmup: int = WARMUP_RUNS,
     rounds: int | None = None,
     seconds: float = SECONDS,
@@ -114,6 +117,9 @@ def interleave(
     In each round every session has one visit of several runs on the same inputs, in an order of its own, so that
     none always runs behind the same one; and none runs behind itself, since its caches would still be warm.  Without
     `rounds`, as many are made as fit into `seconds`, between MIN_ROUNDS and MAX_ROUNDS.
+
+    Sessions of several threads have workers that go on waiting for work after a run.  So a visit of those begins with a
+    pause, and with a run that is not counted and wakes their own.
     """
     if rounds is not None and rounds < 1:
         raise ValueError(f"{rounds} rounds")
@@ -126,6 +132,9 @@ def interleave(
     with _no_garbage_collection():
         for _ in _rounds(rounds, seconds):
             for name in next(orders):
+                if threads > 1:
+                    time.sleep(SETTLE_S)
+                    sessions[name].run(inputs)
                 visits[name].append(_visit(sessions[name], inputs, runs[name]))
     return {name: Timing(tuple(seen)) for name, seen in visits.items()}
 
