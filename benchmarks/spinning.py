@@ -1,62 +1,39 @@
 """What workers that wait for work do to other sessions: python benchmarks/spinning.py
 
 `wide` in fp32 and in int8, several threads, each alone and in turns with eleven other sessions, under what ONNX Runtime
-offers for its workers between inferences.  Times are medians by the wall, of the runs of a visit but its first, in
-milliseconds.  Wants an idle machine.  Writes benchmarks/results/spinning.json; a minute.
+offers for its workers between inferences.  Times are medians of single runs by the wall, in milliseconds.  Wants an
+idle machine.  Writes benchmarks/results/spinning.json; a minute.
 """
 
 import argparse
 import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import onnxruntime
 from _bench import RESULTS, machine, markdown, save, workbench
 
-from hirelc_deploy.exporters._sessions import SPIN_US
+from hirelc_deploy.exporters import _sessions
 from hirelc_deploy.policy import INT8, Policy
+from hirelc_deploy.verify import timing
 from hirelc_deploy.verify.measure import example
-from hirelc_deploy.verify.timing import SETTLE_S
 
 RESULT = RESULTS / "spinning.json"
 SETTINGS: Mapping[str, Mapping[str, str]] = {
     "left alone": {},
-    f"asleep after {SPIN_US} us": {"session.intra_op.spin_duration_us": str(SPIN_US)},
+    f"asleep after {_sessions.SPIN_US} us": {"session.intra_op.spin_duration_us": str(_sessions.SPIN_US)},
     "asleep after each inference": {"session.force_spinning_stop": "1"},
     "never waiting": {"session.intra_op.allow_spinning": "0"},
 }
-SESSIONS, VISIT, SECONDS = 12, 8, 3.0
+OTHERS, SECONDS = 11, 3.0
 
 
-def session(data: bytes, setting: Mapping[str, str], threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
+def session(path: Path, setting: Mapping[str, str], threads: int) -> _sessions.Loaded:
+    options = _sessions.options(threads=1)  # those of several come with the setting that is in use
+    options.intra_op_num_threads = threads
     for name, value in setting.items():
         options.add_session_config_entry(name, value)
-    return onnxruntime.InferenceSession(data, options, ["CPUExecutionProvider"])
-
-
-def seen_ms(sessions: Sequence[Any], inputs: Mapping[str, np.ndarray], counted: range) -> float:
-    """The median of those that count, all visited in turns."""
-    random, times = np.random.default_rng(0), []
-    for each in sessions:
-        each.run(None, inputs)
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        for i in random.permutation(len(sessions)):
-            time.sleep(SETTLE_S)
-            sessions[i].run(None, inputs)
-            for _ in range(VISIT - 1):
-                began = time.perf_counter()
-                sessions[i].run(None, inputs)
-                if i in counted:
-                    times.append(1000 * (time.perf_counter() - began))
-    return float(np.median(times))
+    return _sessions.Loaded(path, options)
 
 
 def main() -> None:
@@ -64,22 +41,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/spinning"))
     options = parser.parse_args()
+    rows = []
     with workbench("wide", options.out / "wide" / "run", post_training=()) as bench:
         in_8_bits = Policy(dict.fromkeys(bench.space.layers, INT8), {})
-        files = {"fp32": bench.files.baseline().data, "int8": bench.files.draft(in_8_bits).data}
         inputs = example(bench.task, 1)
-    rows = []
-    for (setting, entries), name in product(SETTINGS.items(), files):
-        alone = [session(files[name], entries, options.threads)]
-        row = {"workers": setting, "file": name, "alone_ms": seen_ms(alone, inputs, range(1))}
-        del alone
-        others = [data for other, data in files.items() if other != name]
-        turns = [session(data, entries, options.threads) for data in ([files[name], *others] * SESSIONS)[:SESSIONS]]
-        row["in_turns_ms"] = seen_ms(turns, inputs, range(0, SESSIONS, len(files)))
-        del turns
-        rows.append(row)
-        print(row, flush=True)
-    save({"machine": machine(threads=options.threads), "sessions": SESSIONS, "rows": rows}, RESULT)
+        with bench.files.on_disk({"fp32": bench.files.baseline(), "int8": bench.files.draft(in_8_bits)}) as paths:
+            for (setting, entries), name in product(SETTINGS.items(), paths):
+                row = {"workers": setting, "file": name}
+                for how, others in (("alone_ms", 0), ("in_turns_ms", OTHERS)):
+                    files = [paths[name], *([*paths.values()] * others)[:others]]
+                    sessions = {str(i): session(path, entries, options.threads) for i, path in enumerate(files)}
+                    times = timing.interleave(sessions, inputs, threads=options.threads, seconds=SECONDS)
+                    row[how] = times["0"].p50_ms("wall")
+                rows.append(row)
+                print(row, flush=True)
+    save({"machine": machine(threads=options.threads), "others": OTHERS, "rows": rows}, RESULT)
     cells = ([str(each) if isinstance(each, str) else f"{each:.3f}" for each in row.values()] for row in rows)
     print(markdown(("workers", "file", "alone, ms", "in turns, ms"), cells))
 

@@ -21,7 +21,7 @@ def version() -> str:
 
 
 SPIN_US = 300
-"""How long a worker of several waits for work before it sleeps: longer than it ever waits within an inference, and over
+"""How long a worker of several waits for work before it sleeps: longer than most kernels that leave it idle, and over
 before the next session's turn.  Left alone it spins for tens of milliseconds to a second, and so do those of every
 other session that is open: timed in turns, each would share its cores with all of them (benchmarks/spinning.py)."""
 

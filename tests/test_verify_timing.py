@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise, permutations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hirelc_deploy.exporters import _sessions, load_runtime
 from hirelc_deploy.exporters._base import NoKernelError
 from hirelc_deploy.verify import _runner, profiling, timing as timing_module
 from hirelc_deploy.verify.machines import Here
+from hirelc_deploy.verify.remote import Remote
 from hirelc_deploy.verify.timing import MIN_ROUNDS, Timing, Visit, clock_for, interleave, ratio
 
 INPUTS = {"input": np.zeros((1, 1), np.float32)}
@@ -98,7 +100,17 @@ def test_a_device_times_several_threads_as_this_machine_does(version: str) -> No
     setting, _ = _runner.spinning(version)
     assert _runner.spinning(version) == _sessions._spinning(version)
     assert ("spin_duration_us" in setting) == (version >= "1.26"), "older versions pass over what they do not know"
-    assert timing_module.SETTLE_S == _runner.SETTLE_S > _sessions.SPIN_US / 1e6
+    assert timing_module.SETTLE_S > _sessions.SPIN_US / 1e6
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_device_is_told_the_pause_that_is_made_here(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    device = object.__new__(Remote)
+    device.where = Here(load_runtime("onnxruntime"), threads=threads).where
+    monkeypatch.setattr(device, "_job", lambda job, files: (told.append(job) or {"rounds": []}, {}))
+    device.timed([], rounds=1)
+    assert told[0]["pause_s"] == (timing_module.SETTLE_S if threads > 1 else 0.0)
 
 
 def test_a_small_model_runs_often_enough_in_a_visit_for_any_clock() -> None:

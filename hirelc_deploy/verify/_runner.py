@@ -16,7 +16,6 @@ Job = Dict[str, Any]  # noqa: UP006
 Visit = Tuple[List[float], float]  # noqa: UP006
 
 ORDERS_SEED = 0
-SETTLE_S = 0.001
 
 
 def main() -> None:
@@ -114,8 +113,8 @@ def timed(job: Job, numpy: Any, onnxruntime: Any) -> Job:
     order = list(range(len(files)))
     for _ in range(job["rounds"]):
         for number in order:
-            if job["threads"] > 1:
-                settle(*files[number])
+            if job["pause_s"]:
+                settle(*files[number], job["pause_s"])
             rounds[number].append(visit(*files[number], runs[number]))
         last = order[-1]
         shuffled.shuffle(order)
@@ -125,9 +124,9 @@ def timed(job: Job, numpy: Any, onnxruntime: Any) -> Job:
     return {"rounds": rounds}
 
 
-def settle(loaded: Any, inputs: Job) -> None:
+def settle(loaded: Any, inputs: Job, pause_s: float) -> None:
     """Workers of the file before go to sleep, and this one's wake."""
-    time.sleep(SETTLE_S)
+    time.sleep(pause_s)
     loaded.run(None, inputs)
 
 

@@ -124,6 +124,7 @@ class Remote:
             "warmup": WARMUP_RUNS,
             "rounds": rounds,
             "visit_ms": timing.VISIT_MS,
+            "pause_s": timing.pause_s(self.where.threads),
         }
         result, _ = self._job(job, sent)
         return [

@@ -27,7 +27,7 @@ VISIT_MS = 2.0
 """A session runs for about this long before the other's turn: far above what a clock resolves, and long enough
 that the caches which the other has filled do not decide."""
 SETTLE_S = 0.001
-"""Before a visit with several threads: the workers of the session before have gone to sleep by then."""
+"""A pause in which the workers of the session before have gone to sleep."""
 MIN_ROUNDS, MAX_ROUNDS = 11, 2000
 ORDERS_SEED = 0
 RESAMPLES = 2000
@@ -103,6 +103,12 @@ def clock_for(threads: int) -> Clock:
     return "cpu" if threads == 1 else "wall"
 
 
+def pause_s(threads: int) -> float:
+    """Before each visit.  Sessions of several threads have workers that go on waiting for work after a run: a visit of
+    those begins with a pause, and with a run that is not counted and wakes their own."""
+    return SETTLE_S if threads > 1 else 0.0
+
+
 def interleave(
     sessions: "Mapping[str, Session]",
     inputs: "Arrays",
@@ -116,10 +122,8 @@ def interleave(
 
     In each round every session has one visit of several runs on the same inputs, in an order of its own, so that
     none always runs behind the same one; and none runs behind itself, since its caches would still be warm.  Without
-    `rounds`, as many are made as fit into `seconds`, between MIN_ROUNDS and MAX_ROUNDS.
-
-    Sessions of several threads have workers that go on waiting for work after a run.  So a visit of those begins with a
-    pause, and with a run that is not counted and wakes their own.
+    `rounds`, as many are made as fit into `seconds`, between MIN_ROUNDS and MAX_ROUNDS.  `threads` are those of each
+    session (`pause_s`).
     """
     if rounds is not None and rounds < 1:
         raise ValueError(f"{rounds} rounds")
@@ -132,8 +136,8 @@ def interleave(
     with _no_garbage_collection():
         for _ in _rounds(rounds, seconds):
             for name in next(orders):
-                if threads > 1:
-                    time.sleep(SETTLE_S)
+                if pause := pause_s(threads):
+                    time.sleep(pause)
                     sessions[name].run(inputs)
                 visits[name].append(_visit(sessions[name], inputs, runs[name]))
     return {name: Timing(tuple(seen)) for name, seen in visits.items()}
