@@ -20,6 +20,7 @@ from onnxscript.optimizer import fold_constants
 from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.graph import forward
@@ -103,26 +104,14 @@ def float_graph(model: nn.Module, example: Mapping[str, np.ndarray], *, opset: i
     inputs = {name: _at_least(tensor, EXAMPLES_TRACED) for name, tensor in inputs.items()}
     with torch.no_grad():
         output_names = list(forward(model, inputs))
-    batch = torch.export.Dim("batch")
     with _quiet():
         try:
-            program = torch.onnx.export(
-                _Flat(model, tuple(inputs)),
-                tuple(inputs.values()),
-                dynamo=True,
-                opset_version=opset,
-                external_data=False,
-                dynamic_shapes=(tuple({0: batch} for _ in inputs),),
-                verbose=False,
-                optimize=False,  # `_fold` does the same, but for one step
-            )
+            exported = _traced(_Flat(model, tuple(inputs)), tuple(inputs.values()), opset)
         except Exception as error:  # whatever the exporter raises is the model's own story
             raise UserError(
                 f"the model cannot be written as ONNX: {_first_cause(error)}",
                 fix="PyTorch's exporter needs a forward without data-dependent Python; see torch.onnx.export",
             ) from error
-    assert program is not None
-    exported = program.model
     _fold(exported)
     layers = {name: module for name, module in model.named_modules() if _has_weight(module)}
     weights = _locate(exported.graph, layers)
@@ -134,6 +123,37 @@ def float_graph(model: nn.Module, example: Mapping[str, np.ndarray], *, opset: i
     return FloatGraph(
         exported, {name: weight for name, weight in weights.items() if weight in exported.graph.initializers}
     )
+
+
+def _traced(model: nn.Module, inputs: tuple[Tensor, ...], opset: int) -> ir.Model:
+    """As PyTorch's exporter writes it; raises whatever that raises.
+
+    Views that a model takes of what attention returns (Swin's) hold for the layout of the fused kernel in memory, and
+    not for that of the operators which the exporter writes in its stead.  Attention is then traced as those operators;
+    not always so, as the detour leaves a Reshape more in each attention.
+    """
+
+    def program() -> ir.Model:
+        batch = torch.export.Dim("batch")
+        written = torch.onnx.export(
+            model,
+            inputs,
+            dynamo=True,
+            opset_version=opset,
+            external_data=False,
+            dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+            verbose=False,
+            optimize=False,  # `_fold` does the same, but for one step
+        )
+        assert written is not None
+        return written.model
+
+    try:
+        return program()
+    except Exception:
+        with contextlib.suppress(Exception), sdpa_kernel(SDPBackend.MATH):
+            return program()
+        raise
 
 
 def _fold(model: ir.Model) -> None:

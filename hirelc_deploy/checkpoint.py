@@ -4,7 +4,6 @@ Nothing in a checkpoint is ever executed: .pt and .pth are read with weights_onl
 only.  The only code of the user's that runs is the file or module that `--model` names.
 """
 
-import copy
 import hashlib
 import importlib
 import pickle
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hirelc_deploy.config import nearest
+from hirelc_deploy.copying import copied
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.usercode import call, is_callable_spec, reading
 
@@ -67,7 +67,7 @@ def _ready(model: nn.Module, spec: str, *, where: str) -> Checkpoint:
 
 def of(model: nn.Module, spec: str) -> Checkpoint:
     """A network that is in memory already, copied: the caller's stays as it is.  Raises UserError for NaN weights."""
-    return _ready(copy.deepcopy(model), spec, where=spec)
+    return _ready(copied(model), spec, where=spec)
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:

@@ -23,6 +23,7 @@ from hirelc_deploy.compress.inputs import energies
 from hirelc_deploy.compress.posttraining import PostTraining, post_train
 from hirelc_deploy.compress.prune import Pruned, prune
 from hirelc_deploy.compress.simulate import Simulation, put_on_unfolded, simulated
+from hirelc_deploy.copying import copied
 from hirelc_deploy.kernels._base import Grid
 from hirelc_deploy.policy import QUANTIZE_FIRST, Policy
 
@@ -161,7 +162,7 @@ class Trainer:
         """Formats are fitted and trained on the whole network, what its quantised weights need least is removed, and
         formats are fitted and trained again; a stage of fine-tuning for each."""
         (first, learn_first), (second, learn_second) = stages
-        whole = copy.deepcopy(self._model)
+        whole = copied(self._model)
         norms = present(self._norms, whole)
         grids = self._fitted(whole, policy, norms)
         if first.epochs and grids:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from exporting import hasten, relative_error
 from torch import Tensor, nn
+from transformers import SwinConfig, SwinForImageClassification
 
 from hirelc_deploy import graph
 from hirelc_deploy.compress.fold import fold, foldable
@@ -298,6 +299,22 @@ def test_the_fp32_file_is_the_model_at_every_batch_size(case: str, tmp_path: Pat
     runs_as = RUNTIME.runs_as(path, exported.tensors, threads=1)
     assert runs_as.keys() == {name for name, module in model.named_modules() if is_layer(module)}
     assert set(runs_as.values()) == {"fp32"}
+
+
+def test_views_of_what_attention_returns_are_written(tmp_path: Path) -> None:
+    """Swin's hold for the fused kernel's layout alone: PyTorch's exporter refuses it as it stands."""
+    small = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1], num_heads=[2], window_size=4)
+    torch.manual_seed(0)
+    model, images = SwinForImageClassification(small).eval(), {"pixel_values": floats(3, 16, 16)}
+
+    written = RUNTIME.write(RUNTIME.float_graph(model, images, opset=18), {})
+
+    path = tmp_path / "model.onnx"
+    path.write_bytes(written.data)
+    session = RUNTIME.load(path, threads=1)
+    for examples in (1, EXAMPLES):
+        some = {name: array[:examples] for name, array in images.items()}
+        assert relative_error(session.run(some), reference(model, some)) < FLOAT_TOLERANCE
 
 
 @pytest.mark.parametrize("precision", [INT8, INT8_PER_TENSOR], ids=str)

@@ -71,6 +71,24 @@ def test_one_that_holds_the_limit_by_a_margin_comes_before_one_that_just_does() 
     assert finished(Budget(drop=1.0), only, gain=0.5, score_error=0.25)[0].best.policy.keep["g"] == 4
 
 
+def test_between_what_held_and_what_did_not_all_that_is_cheaper_is_tried() -> None:
+    """Splits that can tell nothing: what holds counts as holding just so, which tells of nothing beyond it."""
+    drops = {1: (5.0, 0.0), 2: (6.0, 0.1), 3: (6.5, 0.3), 4: (7.0, 0.4)}
+    seen = [evaluation(i, drop=before, size_bytes=1000 - 100 * i) for i, (before, _) in drops.items()]
+
+    def complete(policy: Policy) -> Evaluation:
+        number = policy.keep["g"]
+        return evaluation(number, drops[number][1], 1000 - 100 * number)
+
+    problem = replace(toy().problem, budget=Budget(drop=0.5), before=BEFORE, score_error=9.0)
+    finishing = Finishing(problem, complete)
+    finishing.one(seen[:1])
+    finishing.one(seen[3:])
+    choice = finishing.choice(seen)
+    assert choice.best.policy.keep["g"] == 2
+    assert len(choice.finished) == 4
+
+
 def test_a_drop_within_its_limit_is_not_traded_for_bytes() -> None:
     """Half the drop, at nearly twice the bytes: worth nothing to who allowed that drop."""
     mild, small = evaluation(1, drop=0.1, size_bytes=900), evaluation(2, drop=0.9, size_bytes=600)

@@ -5,13 +5,13 @@ times as large if the second one reads it with weights 1 / s as large.  Which ch
 is what a network's prune groups say; that nothing else is between is proved by running it.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from hirelc_deploy.copying import copied
 from hirelc_deploy.graph import forward
 from hirelc_deploy.graph.layers import Conv
 from hirelc_deploy.graph.model_graph import Group, ModelGraph
@@ -123,7 +123,7 @@ def _proved(
     }
 
     def wrong_with(tried: Sequence[Group]) -> str | None:
-        scaled = copy.deepcopy(trial)
+        scaled = copied(trial)
         tensors = dict(scaled.named_parameters())
         for group in tried:
             chains[group.name].scale(tensors, drawn[group.name])

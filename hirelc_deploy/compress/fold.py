@@ -3,7 +3,6 @@
 Folding multiplies every channel of a weight, so a grid that is to be in the file has to be a grid of folded weights.
 """
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hirelc_deploy.compress.batchnorm import NORMS
+from hirelc_deploy.copying import copied
 from hirelc_deploy.graph import forward
 from hirelc_deploy.graph.trial import TOLERANCE, jitter, private_copy, relative_error
 
@@ -43,7 +43,7 @@ def present(pairs: Pairs, model: nn.Module) -> dict[str, str]:
 @torch.no_grad()
 def fold(model: nn.Module, pairs: Pairs) -> nn.Module:
     """A copy in which these norms are gone and their layers have a bias."""
-    folded = copy.deepcopy(model)
+    folded = copied(model)
     for layer_name, norm_name in pairs.items():
         layer: Any = folded.get_submodule(layer_name)
         norm: Any = folded.get_submodule(norm_name)

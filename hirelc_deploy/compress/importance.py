@@ -1,6 +1,5 @@
 """How much a network needs each unit of a group: what decides which of them stay."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hirelc_deploy.copying import copied
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.graph.calling import forward, tensors
 from hirelc_deploy.graph.model_graph import Axis, Group, ModelGraph
@@ -63,7 +63,7 @@ def _taylor(model: nn.Module, graph: ModelGraph, batches: Iterable[Batch], loss:
     by not reading it, so this sum is the first-order change of the loss; where it is made, a BatchNorm behind the
     weights would cancel it.
     """
-    own = copy.deepcopy(model).eval().requires_grad_(True)
+    own = copied(model).eval().requires_grad_(True)
     total = {group.name: torch.zeros(group.total, dtype=torch.float64) for group in graph.groups}
     read = {group.name: [axis for axis in group.axes if axis.role == "in"] for group in graph.groups}
     weights = {axis.tensor: own.get_parameter(axis.tensor) for axes in read.values() for axis in axes}

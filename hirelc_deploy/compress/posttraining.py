@@ -6,7 +6,6 @@ the mean of the outputs goes into the biases (Data-Free Quantization, arXiv 1906
 """
 
 import contextlib
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from hirelc_deploy.compress.equalise import Kept, equalise
 from hirelc_deploy.compress.grids import fitted, put_on
 from hirelc_deploy.compress.inputs import MOST_PLACES, SEED, can_unfold, columns_at, energies, watch
+from hirelc_deploy.copying import copied
 from hirelc_deploy.graph import PROOF_EXAMPLES, forward
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.kernels import load_format
@@ -90,7 +90,7 @@ def post_train(
     if steps.equalise:
         example = {name: tensor[:PROOF_EXAMPLES] for name, tensor in next(iter(batches())).items()}
         equalise(model, graph, example, kept=kept)
-    original = copy.deepcopy(model)
+    original = copied(model)
     grids = fitted(model, precisions, energies(model, precisions, batches()), largest=largest)
     if steps.feed_back:
         feed_back_errors(model, precisions, grids, batches, largest=largest, progress=progress)
@@ -117,7 +117,7 @@ def feed_back_errors(
     what it wrote in the original.  Layers that are neither Conv1d, Conv2d nor Linear, that share a weight, are never
     called or have very many columns are rounded to nearest.
     """
-    original = copy.deepcopy(model)
+    original = copied(model)
     calls = _calls(model, grids, batches)
     put_on(model, precisions, {name: grid for name, grid in grids.items() if name not in calls}, largest=largest)
     with progress("correcting weights", len(calls)) as advance:

@@ -1,12 +1,12 @@
 """Channels physically gone: exactly the units that a policy says, and whole branches where it says none."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from hirelc_deploy.copying import copied
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.graph.calling import forward
 from hirelc_deploy.graph.model_graph import Group, ModelGraph
@@ -39,7 +39,7 @@ def prune(model: nn.Module, graph: ModelGraph, policy: Policy, scores: Mapping[s
     shrinking = [group for group in graph.groups if 0 < keep[group.name] < group.total]
     going = [group.vanishing for group in graph.groups if keep[group.name] == 0 and group.vanishing is not None]
 
-    pruned = copy.deepcopy(model)
+    pruned = copied(model)
     cut(pruned, cuts_of((group, set(range(group.total)) - set(kept[group.name])) for group in shrinking))
     vanish(pruned, going)
     _verify(pruned, model, graph, keep)
@@ -87,4 +87,4 @@ def _verify(pruned: nn.Module, original: nn.Module, graph: ModelGraph, keep: Map
 
 def _in_eval(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A forward pass in eval mode on a copy, since modes are set module by module and must all come back."""
-    return forward(copy.deepcopy(model).eval(), example)
+    return forward(copied(model).eval(), example)

@@ -1,6 +1,5 @@
 """How much a network minds what may be done to it: Fisher information, and what single choices do to its outputs."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from hirelc_deploy.compress.grids import fitted, put_on
 from hirelc_deploy.compress.simulate import simulated
+from hirelc_deploy.copying import copied
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.graph import forward
 from hirelc_deploy.graph.calling import tensors
@@ -33,7 +33,7 @@ def fisher(
     One gradient a batch: the more examples a batch has, the smaller it is, alike for all layers.  Raises UserError if
     the loss is not finite or there is no batch.
     """
-    own = copy.deepcopy(model).eval().requires_grad_(True)
+    own = copied(model).eval().requires_grad_(True)
     weights = {layer.name: own.get_parameter(layer.weight) for layer in graph.layers}
     total = dict.fromkeys(weights, 0.0)
     count = 0

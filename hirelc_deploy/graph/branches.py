@@ -1,6 +1,5 @@
 """Which branches can go altogether, and which modules go with them: tried, like the groups, before they are offered."""
 
-import copy
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hirelc_deploy.copying import copied
 from hirelc_deploy.graph.calling import Inputs, forward
 from hirelc_deploy.graph.layers import OPERATORS
 from hirelc_deploy.graph.model_graph import Group, Layer, Vanishing
@@ -27,7 +27,7 @@ def with_vanishing(
     its outputs keep their shapes and depend on every input as before, and they are those of the network with the
     branch's result set to zero.  All branches that are offered have also gone together once.
     """
-    trial = _Trial(copy.deepcopy(jittered), inputs)
+    trial = _Trial(copied(jittered), inputs)
     found = {group.name: branch for group in groups if (branch := trial.branch(group)) is not None}
     able = [group for group in groups if group.name in found]
 

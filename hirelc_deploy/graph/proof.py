@@ -5,7 +5,6 @@ channels are zero: the two are the same function, or the group is wrong.  A wron
 attention heads mixed up) fits in every shape and runs; only its outputs tell.
 """
 
-import copy
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hirelc_deploy.copying import copied
 from hirelc_deploy.graph.calling import Inputs, forward
 from hirelc_deploy.graph.model_graph import Group, LeftOut
 from hirelc_deploy.graph.pruning import first_line
@@ -98,7 +98,7 @@ class _Trial:
     def __call__(self, groups: Sequence[Group]) -> str | None:
         cuts = cuts_of((group, _half_of(group)) for group in groups)
         try:
-            cut_copy = copy.deepcopy(self.model)
+            cut_copy = copied(self.model)
             cut(cut_copy, cuts)
             outputs = forward(cut_copy, self.inputs)
         except Exception as error:  # a network may fail in any way; its own words are the reason
@@ -112,7 +112,7 @@ class _Trial:
 
     def _masked(self, groups: Sequence[Group], cuts: Mapping[tuple[str, int], set[int]]) -> dict[str, Tensor]:
         """The uncut network's outputs where nobody reads what would be cut."""
-        masked = copy.deepcopy(self.model)
+        masked = copied(self.model)
         tensors = dict(masked.named_parameters())
         for axis in (axis for group in groups for axis in group.axes if axis.role == "in"):
             gone = torch.tensor(sorted(cuts[axis.tensor, axis.axis]))

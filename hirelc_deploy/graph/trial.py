@@ -1,11 +1,12 @@
 """The ground on which groups are tried: a private copy with weights that hide nothing, and how outputs compare."""
 
-import copy
 from collections.abc import Mapping
 from math import prod
 
 import torch
 from torch import Tensor, nn
+
+from hirelc_deploy.copying import copied
 
 SEED = 0
 """Of the noise and of the choice of channels; a trial gives the same answer every time."""
@@ -18,7 +19,7 @@ SCALE_NOISE, STATISTIC_SPREAD = 0.3, 0.5
 
 def private_copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU in eval mode, all of whose weights take gradients: what a trial may do anything to."""
-    own = copy.deepcopy(model).cpu().eval()
+    own = copied(model).cpu().eval()
     for parameter in own.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
@@ -32,7 +33,7 @@ def jitter(model: nn.Module) -> nn.Module:
     Trained networks begin many branches at zero (the last BatchNorm's scale, a LayerScale of 1e-6), and attention
     begins nearly uniform: there a wrong cut would change nothing, and the proof would prove nothing.
     """
-    own = copy.deepcopy(model)
+    own = copied(model)
     random = torch.Generator().manual_seed(SEED)
     for parameter in own.parameters():
         if parameter.is_floating_point():

@@ -140,7 +140,8 @@ class Finishing:
         """The best policy under the budget, of those that are finished.
 
         With a limit on the drop: the cheapest that is told to hold it is finished, then a cheaper or a dearer one, by
-        what was seen, until nothing cheaper is left; one that holds it by MARGIN comes before one that just does.
+        what was seen, until nothing cheaper is left, not even between what held and what did not; one that holds it by
+        MARGIN comes before one that just does.
         Without one: those with the best reward.
         """
         while self.one(seen):
@@ -174,6 +175,14 @@ class Finishing:
         """The largest drop of an evaluation of which no more was left; nought where that was never seen."""
         return max((e.drop for e, after in self._pairs.values() if after.drop <= left), default=0.0)
 
+    @property
+    def _failed(self) -> float:
+        """The smallest drop of an evaluation above all that were mended of which too much was left; nought if none."""
+        mended = self._mended(self._safe)
+        return min(
+            (e.drop for e, after in self._pairs.values() if e.drop > mended and after.drop > self._safe), default=0.0
+        )
+
     def _apart_from(self, seen: Sequence[Evaluation]) -> list[Evaluation]:
         """What was finished without being one of these."""
         return [before for before, _ in self._pairs.values() if before not in seen]
@@ -197,15 +206,16 @@ class Finishing:
             return None
         if budget.drop is None:
             return min(open_, key=lambda each: (excess(budget, each.figures), -_reward(each, goal)))
-        allowed = max(self._most_before(self._safe, self._mending or UNSEEN), self._further)
-        allowed *= 1 + 1e-9  # the limit itself is on the safe side of rounding
         ends = [after for _, after in self._pairs.values()]
         holding = [after for after in ends if met(budget, after.figures) and after.drop <= self._safe]
         cheapest = min((_cost(each, goal) for each in holding), default=float("inf"))
         # of figures that are not judged yet the search's own predictions stand for what will be seen
-        hopeful = [
-            e for e in open_ if e.drop <= allowed and not excess(budget, e.figures) and _cost(e, goal) < cheapest
-        ]
+        cheaper = [e for e in open_ if not excess(budget, e.figures) and _cost(e, goal) < cheapest]
+        told = max(self._most_before(self._safe, self._mending or UNSEEN), self._further)
+        told *= 1 + 1e-9  # the limit itself is on the safe side of rounding
+        hopeful = [e for e in cheaper if e.drop <= told]
+        if holding and not hopeful:  # what fails now costs time alone
+            hopeful = [e for e in cheaper if self._mended(self._safe) < e.drop < self._failed]
         if hopeful:
             return min(hopeful, key=lambda each: (_cost(each, goal), each.drop))
         if holding:
