@@ -40,6 +40,15 @@ class Range:
     low: float
     high: float
 
+    @property
+    def span(self) -> float:
+        """Zero is always inside."""
+        return max(self.high, 0.0) - min(self.low, 0.0)
+
+    def spanning(self, least: float) -> "Range":
+        """This one, or one that begins where it does and spans as much as is asked."""
+        return self if self.span >= least else Range(self.low, min(self.low, 0.0) + least)
+
     def grid(self, *, nonnegative: bool) -> tuple[np.ndarray, np.ndarray]:
         """Scale and zero point, float32 and uint8 scalars, of a grid that spans the range and holds zero."""
         low = 0.0 if nonnegative else min(self.low, 0.0)

@@ -26,6 +26,7 @@ from hirelc_deploy.exporters._footprint import footprint
 from hirelc_deploy.exporters._observe import histograms, rounding_errors
 from hirelc_deploy.exporters._plan import Plan, plan
 from hirelc_deploy.exporters._qdq import place, rounded
+from hirelc_deploy.exporters._reach import computable
 from hirelc_deploy.exporters._resize import with_shapes
 from hirelc_deploy.kernels._base import INT8_MAX, Grid
 from hirelc_deploy.policy import Precision
@@ -97,7 +98,7 @@ class OnnxRuntime:
             graph,
             precisions,
             layout,
-            found,
+            computable(graph, layout, found, grids or {}),
             grids or {},
             largest=largest,
             ir_version=ir_version,

@@ -540,6 +540,26 @@ def test_a_tensor_that_rounds_badly_is_told_from_those_that_do_not() -> None:
     assert found.inputs["stem.0"] < 1e-3
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("size", [1e-6, 1e-9, 1e-20])
+def test_a_tensor_that_is_all_but_zero_leaves_the_bias_behind_it_whole(
+    size: float, pooled: bool, tmp_path: Path
+) -> None:
+    """In steps of its own span the bias would not fit into int32; ONNX Runtime refuses to pool such a tensor."""
+    torch.manual_seed(0)
+    first, last = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 4, 1)
+    with torch.no_grad():
+        first.weight *= size
+        last.bias += 0.5
+    between = nn.AdaptiveAvgPool2d(1) if pooled else nn.Identity()
+    case = Case.of(nn.Sequential(first, nn.ReLU(), between, last, nn.Flatten()).eval(), {"x": floats(3, 8, 8)})
+
+    _, path = write(case, INT8, tmp_path)
+
+    session = RUNTIME.load(path, threads=1)
+    assert relative_error(session.run(case.inputs), reference(case.model, case.inputs)) < 0.01
+
+
 def test_seven_bit_weights_stay_within_63() -> None:
     """Where 8-bit products saturate, the target says so, and no code may be larger than what cannot."""
     residual = case_of("residual")
