@@ -48,6 +48,13 @@ UNTRAINED: Mapping[str, Callable[[], nn.Module]] = {"resnet18": resnet18, "mobil
 NETWORKS = (*TRAINED, *UNTRAINED)
 
 
+def random_images() -> Classification:
+    """For networks whose weights are random, too: what a score says of them is nothing."""
+    images = np.random.default_rng(0).standard_normal((8, 3, PIXELS, PIXELS)).astype(np.float32)
+    source = ArraySource({"pixel_values": images}, np.arange(8) % 2)
+    return Classification(source, source, source, batch=4)
+
+
 @contextmanager
 def bench_of(network: str, out: Path, *, threads: int = 1, batch: int = 1) -> Iterator[Workbench]:
     """A network that can be made real under any policy; weights are random where none are at hand."""
@@ -56,10 +63,7 @@ def bench_of(network: str, out: Path, *, threads: int = 1, batch: int = 1) -> It
             yield bench
         return
     torch.manual_seed(0)
-    model = UNTRAINED[network]().eval()
-    images = np.random.default_rng(0).standard_normal((8, 3, PIXELS, PIXELS)).astype(np.float32)
-    source = ArraySource({"pixel_values": images}, np.arange(8) % 2)
-    task = Classification(source, source, source, batch=4)
+    model, task = UNTRAINED[network]().eval(), random_images()
     with RunFolder.open(out / network / "run", {"model": network}, resume=True) as folder:
         yield Workbench(
             model,

@@ -11,6 +11,7 @@ second writes docs/tensorrt.md from it.
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
@@ -18,8 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from _bench import RESULTS, ROOT, markdown, save
+from _networks import TRAINED
+from scipy.optimize import nnls
 from torch import nn
 from transformers import (
+    MobileNetV1Config,
+    MobileNetV1ForImageClassification,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
     ResNetConfig,
@@ -38,6 +43,10 @@ from hirelc_deploy.exporters._trt_build import build, library
 from hirelc_deploy.policy import FP8, FP16, INT8, Compute, PerChannel, PerGroup, Precision, Storage
 
 RESULT, PAGE = RESULTS / "tensorrt_forms.json", ROOT / "docs" / "tensorrt.md"
+MANIFESTS = RESULTS / "tensorrt"
+"""Of exports for boards that are not here (tensorrt_networks.py)."""
+BUILT = re.compile(r"builds an engine of (?P<bytes>\d+) bytes for (?P<capability>\w+)")
+"""In a manifest's notes."""
 OPSET, IR_VERSION = 21, 10
 CAPABILITIES = ("7.5", "8.6", "8.9", "12.0")
 
@@ -77,17 +86,27 @@ NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: _resnet("basic", (64, 128, 256, 512), (2, 2, 2, 2)),
     "resnet18 half as wide": lambda: _resnet("basic", (32, 64, 128, 256), (2, 2, 2, 2)),
     "resnet34": lambda: _resnet("basic", (64, 128, 256, 512), (3, 4, 6, 3)),
+    "resnet50": lambda: _resnet("bottleneck", (256, 512, 1024, 2048), (3, 4, 6, 3)),
+    "mobilenetv2 half as wide": lambda: MobileNetV2ForImageClassification(
+        MobileNetV2Config(num_labels=1000, depth_multiplier=0.5)
+    ),
     "mobilenetv2": lambda: MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=1000)),
+    "mobilenetv1": lambda: MobileNetV1ForImageClassification(MobileNetV1Config(num_labels=1000)),
     "deit-tiny": lambda: ViTForImageClassification(
         ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, num_labels=1000)
     ),
 }
 
-LAYERS = {"resnet18": 21, "resnet18 half as wide": 21, "resnet34": 37, "mobilenetv2": 53, "deit-tiny": 74}
-"""Convolutions and Linear layers."""
-
-FITTED = ("resnet18", "resnet18 half as wide")
+FITTED = ("resnet18", "resnet18 half as wide", "resnet34", "mobilenetv2 half as wide")
 """What an engine adds to its file is taken from these, and judged on the others."""
+
+COUNTED: Mapping[str, tuple[str, ...]] = {
+    "fp32": (),
+    "fp16": (),
+    "int8": ("dense", "depthwise"),
+    "int4": ("dense shapes", "depthwise shapes"),
+}
+"""What engines have kernels of: every int8 layer its own, int4 layers of one shape share theirs."""
 
 PRECISIONS: Mapping[str, Precision | None] = {"fp32": None, "fp16": FP16, "int8": INT8, "int4": INT4_BLOCKS}
 
@@ -114,7 +133,7 @@ def _fitting(model: nn.Module, name: str, precision: Precision | None) -> Precis
     return precision
 
 
-def forms() -> list[dict[str, Any]]:
+def forms(_: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """By form, whether each capability takes it, or why not."""
     rows = []
     example = {"x": np.random.default_rng(0).normal(size=(2, 16, 8, 8)).astype(np.float32)}
@@ -133,20 +152,47 @@ def _taken(exported: Exported, capability: str) -> str:
     return "ok"
 
 
-def sizes() -> list[dict[str, Any]]:
-    """Bytes of files and of their engines."""
+def sizes(before: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Bytes of files and of their engines; those that were built before are not again."""
+    known = {(row["network"], row["precision"]): row for row in before}
     rows = []
     example = {"pixel_values": np.random.default_rng(0).normal(size=(2, 3, 224, 224)).astype(np.float32)}
     for name, make in NETWORKS.items():
+        layers = layers_of(make(), example)
         for precision, chosen in PRECISIONS.items():
-            torch.manual_seed(0)
-            model = make()
-            exported = written(model, example, chosen)
-            built = {each: len(build(exported.data, each, layers=exported.tensors).data) for each in ("8.6", "8.9")}
-            row = {"network": name, "precision": precision, "file": len(exported.data), "engine": built}
-            rows.append(row)
-            print(row, flush=True)
+            row = known.get((name, precision)) or _sizes(make, example, chosen)
+            rows.append({**row, "network": name, "precision": precision, "layers": layers})
+            print(rows[-1], flush=True)
     return rows
+
+
+def _sizes(
+    make: Callable[[], nn.Module], example: Mapping[str, np.ndarray], precision: Precision | None
+) -> dict[str, Any]:
+    torch.manual_seed(0)
+    exported = written(make(), example, precision)
+    built = {each: len(build(exported.data, each, layers=exported.tensors).data) for each in ("8.6", "8.9")}
+    return {"file": len(exported.data), "engine": built}
+
+
+def layers_of(model: nn.Module, example: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """How many convolutions and Linear layers there are, and of how many shapes, depthwise ones apart."""
+    seen: list[tuple[bool, tuple[Any, ...]]] = []
+
+    def look(layer: nn.Module, inputs: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
+        shape = inputs[0].shape[1:], layer.get_parameter("weight").shape, getattr(layer, "stride", None)
+        seen.append((getattr(layer, "groups", 1) > 1, shape))
+
+    for layer in model.eval().modules():
+        if isinstance(layer, tuple(KINDS.values())):
+            layer.register_forward_hook(look)
+    with torch.no_grad():
+        model(**as_tensors(example))
+    found = {}
+    for name, is_depthwise in (("dense", False), ("depthwise", True)):
+        shapes = [shape for depthwise, shape in seen if depthwise == is_depthwise]
+        found |= {name: len(shapes), f"{name} shapes": len(set(shapes))}
+    return found
 
 
 def measure(parts: Sequence[str]) -> None:
@@ -154,19 +200,26 @@ def measure(parts: Sequence[str]) -> None:
         raise SystemExit("install TensorRT-RTX first: pip install hirelc-deploy[tensorrt-rtx]")
     record = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
     if record and (record["library"], record["opset"]) != (library(), OPSET):
-        parts = tuple(PARTS)  # of one library alone
-    found = {part: PARTS[part]() for part in parts}
+        record, parts = {}, tuple(PARTS)  # of one library alone
+    found = {part: PARTS[part](record.get(part, [])) for part in parts}
     save(record | {"library": library(), "opset": OPSET} | found, RESULT)
 
 
-PARTS: Mapping[str, Callable[[], list[dict[str, Any]]]] = {"forms": forms, "sizes": sizes}
+PARTS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]] = {"forms": forms, "sizes": sizes}
+"""What each makes of its rows of before."""
 
 
 def told_bytes(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> float:
-    """An engine's size from its file's: int8 layers have a kernel each, the others share theirs."""
+    """An engine's size from its file's: what it adds is a fixed part and one for each kernel, none below nought."""
+    counted = COUNTED[row["precision"]]
     alike = [each for each in rows if each["network"] in FITTED and each["precision"] == row["precision"]]
-    scale = LAYERS[row["network"]] / LAYERS[FITTED[0]] if row["precision"] == "int8" else 1.0
-    return row["file"] + scale * float(np.mean([each["engine"]["8.6"] - each["file"] for each in alike]))
+    parts = np.array([_parts(each, counted) for each in alike])
+    law, _ = nnls(parts, np.array([each["engine"]["8.6"] - each["file"] for each in alike], float))
+    return float(row["file"] + np.array(_parts(row, counted)) @ law)
+
+
+def _parts(row: Mapping[str, Any], counted: Sequence[str]) -> list[float]:
+    return [1.0, *(float(row["layers"][name]) for name in counted)]
 
 
 def page() -> None:
@@ -190,8 +243,47 @@ def page() -> None:
             for row in record["sizes"]
         ],
     )
-    text = TEXT.format(library=record["library"], opset=record["opset"], forms=forms_table, sizes=sizes_table)
+    text = TEXT.format(
+        library=record["library"],
+        opset=record["opset"],
+        forms=forms_table,
+        networks=networks_table(),
+        sizes=sizes_table,
+    )
     PAGE.write_text(text, encoding="utf-8")
+
+
+def networks_table() -> str:
+    """What exports for boards that are not here came to, from their manifests."""
+    rows = []
+    for path in sorted(MANIFESTS.glob("*.json")):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        measured, baseline = manifest["measured"], manifest["baseline"]
+        network, target = path.stem.split("_")
+        (built,) = (found for note in manifest["notes"] if (found := BUILT.search(note)))
+        rows.append(
+            [
+                f"`{network}`",
+                f"`{target}`",
+                f"{baseline['size_bytes'] / 1e3:,.0f}",
+                f"{measured['size_bytes'] / 1e3:,.0f}",
+                f"{int(built['bytes']) / 1e3:,.0f}, {built['capability']}",
+                f"{measured['latency_ms']['p50']:.3g}",
+                f"{measured['drop_points']:.2f}" if network in TRAINED else "random weights",
+                manifest["verdict"],
+            ]
+        )
+    head = (
+        "network",
+        "target",
+        "original, KB",
+        "file, KB",
+        "engine, KB, for",
+        "estimated, ms",
+        "simulated drop",
+        "verdict",
+    )
+    return markdown(head, rows)
 
 
 TEXT = """# What TensorRT takes, and how large its engines are
@@ -212,12 +304,22 @@ FP8 convolutions are built as well, but NVIDIA's documentation names matrix prod
 Linear layers. TensorRT 10's parser also refuses INT4 weights whose last axis is odd, which is that of every convolution
 of 1 x 1 or 3 x 3: targets say so with `int4_in_pairs`.
 
+## Four networks for boards that are not here
+
+`python benchmarks/tensorrt_networks.py`: three quarters of the channels of each, all layers in int8, nothing trained,
+for what is tested is the file; `wide` and `vit` are those of Fashion-MNIST. Each file was linted for its target and
+built by {library} for the nearest compute capability that it knows: SM86 stands in for an Orin's 8.7; that
+it accepts the file says nothing of the board. Nothing ran on a GPU; the manifests are in
+`benchmarks/results/tensorrt/`.
+
+{networks}
 ## Sizes
 
 At 224 pixels, random weights; int4 is weight-only, in blocks of 64 where a Linear layer has whole ones and a scale a
 channel elsewhere. An engine holds kernels beside weights, some 0.1 MB for each that is different: that of a small
-network is larger than its file many times over. The last column is what a file's size tells of its engine's, with what
-ResNet-18's engines add to theirs (a part of it for each layer in int8): good within a family, and not beyond it.
+network is larger than its file many times over. The last column is what a file's size tells of its engine's: added is
+a fixed part, and one for each kernel, dense and depthwise apart, of which int8 has one a layer and int4 one a shape;
+both are taken from the networks that say so.
 
 {sizes}"""
 

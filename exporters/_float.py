@@ -112,7 +112,7 @@ def float_graph(model: nn.Module, example: Mapping[str, np.ndarray], *, opset: i
                 f"the model cannot be written as ONNX: {_first_cause(error)}",
                 fix="PyTorch's exporter needs a forward without data-dependent Python; see torch.onnx.export",
             ) from error
-    _fold(exported)
+        _fold(exported)
     layers = {name: module for name, module in model.named_modules() if _has_weight(module)}
     weights = _locate(exported.graph, layers)
     for value, name in zip(exported.graph.inputs, inputs, strict=True):
@@ -379,12 +379,14 @@ def _first_cause(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter prints progress and warns of packages that are not needed: nothing that a user can act on."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

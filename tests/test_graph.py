@@ -83,6 +83,27 @@ def test_an_operator_that_is_not_ours_is_left_out_by_name() -> None:
     assert any(left.name == "head" and "Conv1D" in left.reason for left in graph.left_out)
 
 
+class Standardised(nn.Conv2d):
+    """As BiT's: what is multiplied by is made of the weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class Transposed(nn.Linear):
+    """Another way to write a Linear: a view of the weight is multiplied by."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T
+
+
+def test_a_layer_that_computes_its_weight_is_left_out_by_name() -> None:
+    model = nn.Sequential(Standardised(3, 4, 3), nn.Flatten(), Transposed(4 * 36, 5))
+    graph = trace(model, {"input": torch.randn(2, 3, 8, 8)})
+    assert [layer.name for layer in graph.layers] == ["2"]
+    assert any(left.name == "0" and "Standardised" in left.reason for left in graph.left_out)
+
+
 def test_an_untraceable_network_still_has_its_layers() -> None:
     graph = trace(networks.Untraceable(), networks.image())
 

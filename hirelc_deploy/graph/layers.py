@@ -1,12 +1,13 @@
 """Layers as one forward pass meets them: shapes, multiply-accumulates, calls, shared weights."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hirelc_deploy.graph.calling import Inputs, forward
 from hirelc_deploy.graph.model_graph import Layer, LeftOut
@@ -26,6 +27,13 @@ OPERATORS: tuple[type[Operator], ...] = (
 )
 
 
+PRODUCTS = {
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "embedding"),
+    *("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum"),
+}
+"""What a layer of another library's may call with its weight, by name."""
+
+
 @dataclass(frozen=True)
 class _Call:
     input_shape: tuple[int, ...]
@@ -39,20 +47,56 @@ def observe(model: nn.Module, inputs: Inputs) -> tuple[tuple[Layer, ...], tuple[
     and no axis has to be guessed to be the batch.
     """
     names = {module: name for name, module in model.named_modules() if isinstance(module, OPERATORS)}
-    calls = _record_calls(model, list(names), inputs)
+    products = _Products()
+    with products:
+        calls = _record_calls(model, list(names), inputs)
     shared = _shared_weights(names)
     layers = []
     left_out = list(_unknown_operators(model))
     for module in calls:
         name = names[module]
-        if "weight" in module._parameters:
-            layers.append(_layer(name, module, calls[module], shared[name]))
-        else:
+        if "weight" not in module._parameters:
             left_out.append(
                 LeftOut(name, "its weight is computed from other parameters; fold them (remove_parametrizations) first")
             )
+        elif not _is_of_torch(module) and not products.read(module.weight):
+            left_out.append(
+                LeftOut(
+                    name, f"a {type(module).__name__} multiplies by what it makes of its weight; it stays as trained"
+                )
+            )
+        else:
+            layers.append(_layer(name, module, calls[module], shared[name]))
     left_out.extend(LeftOut(name, "the forward pass never calls it") for m, name in names.items() if m not in calls)
     return tuple(layers), tuple(left_out)
+
+
+class _Products(TorchFunctionMode):
+    """Remembers the tensors that anything was multiplied by, or looked up in, while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: set[int] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in PRODUCTS:
+            self._storages |= {_storage(each) for each in (*args, *kwargs.values()) if isinstance(each, Tensor)}
+        return func(*args, **kwargs)
+
+    def read(self, tensor: Tensor) -> bool:
+        """Whether the tensor, or a view of it, was one of them."""
+        return _storage(tensor) in self._storages
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.")
 
 
 def _record_calls(model: nn.Module, modules: list[Operator], inputs: Inputs) -> dict[Operator, list[_Call]]:
