@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 OUTER = ("exporters", "kernels", "profiles")
 
 LAYERS = (
-    ("", "errors", "_modelopt_worker"),
+    ("", "copying", "errors", "_modelopt_worker"),
     ("config", "cpu"),
     ("_outer", "rundir"),
     ("policy", "budget"),
