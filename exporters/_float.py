@@ -150,7 +150,7 @@ def _traced(model: nn.Module, inputs: tuple[Tensor, ...], opset: int) -> ir.Mode
 
     try:
         return program()
-    except Exception:
+    except Exception:  # of whatever kind: where the detour fails as well, it is raised as it came
         with contextlib.suppress(Exception), sdpa_kernel(SDPBackend.MATH):
             return program()
         raise

@@ -39,6 +39,11 @@ class Held:
     read_by: tuple[str, ...] = ()
     """The int8 layers that read it."""
 
+    @property
+    def source(self) -> str:
+        """The tensor whose scale and zero point it has: itself, where it shares none."""
+        return self.same_grid_as or self.name
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -111,7 +116,7 @@ class _Planner:
             return
         if node.op_type in MOVES:
             self.integer_nodes.add(name_of(node.outputs[0]))
-            self.hold(node.outputs[0], from_integers=True, same_grid_as=first.same_grid_as or first.name)
+            self.hold(node.outputs[0], from_integers=True, same_grid_as=first.source)
             return
         name = computed_by(node, self.layer_of)
         if name not in self.floats:

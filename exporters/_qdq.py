@@ -96,7 +96,7 @@ class _Writer:
 
     def activation(self, value: ir.Value, tensor: Held) -> None:
         """value -> Q -> DQ, for its integer readers; for every reader where it comes from an integer kernel."""
-        source = self.plan.tensors[tensor.same_grid_as or tensor.name]
+        source = self.plan.tensors[tensor.source]
         scale, zero = self.ranges[source.name].grid(nonnegative=source.nonnegative)
         if source.name not in self.grids:
             zero_value = self.shared(zero) if source.nonnegative else self.constant("zero", zero)

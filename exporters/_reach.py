@@ -51,8 +51,7 @@ def computable(
 def _source(plan: Plan, value: ir.Value | None) -> str:
     """The tensor whose range a held one has."""
     assert value is not None
-    held = plan.tensors[name_of(value)]
-    return held.same_grid_as or held.name
+    return plan.tensors[name_of(value)].source
 
 
 def _given(plan: Plan, node: ir.Node) -> str:

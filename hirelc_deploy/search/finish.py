@@ -215,7 +215,8 @@ class Finishing:
         told *= 1 + 1e-9  # the limit itself is on the safe side of rounding
         hopeful = [e for e in cheaper if e.drop <= told]
         if holding and not hopeful:  # what fails now costs time alone
-            hopeful = [e for e in cheaper if self._mended(self._safe) < e.drop < self._failed]
+            held, failed = self._mended(self._safe), self._failed
+            hopeful = [e for e in cheaper if held < e.drop < failed]
         if hopeful:
             return min(hopeful, key=lambda each: (_cost(each, goal), each.drop))
         if holding:
