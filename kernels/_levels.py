@@ -31,6 +31,12 @@ SHRINKS = tuple(2 ** (-step / 4) for step in range(20))
 REFINEMENTS = 4
 """Rounds of: codes for these scales, then the scales with the least error for those codes."""
 
+NOTHING = 1e-5
+"""The scale of a weight that is zero throughout, where zero is no level: it becomes this instead.
+
+Not smaller, since the layer's bias is stored in steps of it, as int32.
+"""
+
 
 class Levels(Format):
     """weight = levels[code] * scale; with groups, weight = levels[code] * multiplier of the group * scale.
@@ -169,6 +175,8 @@ class Levels(Format):
                 axes, keepdim=True
             ).clamp(min=torch.finfo(torch.float32).tiny)
             best, least = self._better(rows, levels, cost, floored(fitted), best, least, axes)
+        if not rows.any() and levels.all():
+            return torch.full_like(best, NOTHING)
         return floored(best)
 
     def _better(

@@ -280,6 +280,14 @@ def test_a_dead_channel_does_not_get_a_scale_that_its_bias_overflows() -> None:
     assert scale.min() >= SCALE_FLOOR * scale.max()
 
 
+@pytest.mark.parametrize("storage", STORAGES, ids=str)
+def test_a_weight_that_is_zero_throughout_stays_next_to_nothing(storage: Storage) -> None:
+    """Where zero is no level, the codes stand for something, whatever the scale is."""
+    numbers, rows = load_format(storage.format), torch.zeros(5, 36)
+    on_grid = numbers.quantise(rows, numbers.fit(rows, storage, largest=INT8_MAX), storage, largest=INT8_MAX)
+    assert on_grid.abs().max() < 1e-4
+
+
 def test_one_scale_a_tensor_is_stored_as_a_scalar() -> None:
     rows, storage = torch.randn(3, 4), Storage("int", 8, PerTensor())
     numbers = load_format("int")
