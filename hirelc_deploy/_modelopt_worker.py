@@ -1,16 +1,17 @@
-"""Asks nvidia-modelopt's auto_quantize for a choice of bits: python _modelopt_worker.py FOLDER
+"""Asks nvidia-modelopt for a choice of bits, or for factors of activations: python _modelopt_worker.py FOLDER
 
 It runs in an environment that has modelopt, as a copy in FOLDER, and so imports nothing of ours.  FOLDER holds
-job.json, model.pt and batches.pt; formats.json is written beside them: bits by layer, one mapping for
-each number of effective bits.
+job.json, model.pt and batches.pt.  What job.json wants is written beside them: formats.json has auto_quantize's bits by
+layer, one mapping for each number of effective bits; factors.pt has what each algorithm multiplies a layer's input by.
 """
 
+import copy
 import importlib.abc
 import importlib.util
 import json
 import site
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from torch.nn import functional as F
 OF_WEIGHT = ".weight_quantizer"
 ACTIVATION_BITS = 8
 
+OF_INPUT = ".input_quantizer"
+
 Batch = Mapping[str, Any]
+Run = Callable[[nn.Module, Batch], Any]
 
 
 class UserModules(importlib.abc.MetaPathFinder):
@@ -70,6 +74,42 @@ def chosen_bits(config: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
+def bits(model: nn.Module, batches: list[Batch], run: Run, job: Mapping[str, Any]) -> list[dict[str, int]]:
+    """By layer, for each number of effective bits."""
+    _, state = mtq.auto_quantize(
+        model,
+        constraints={"effective_bits": min(job["effective_bits"])},
+        quantization_formats=[weights_in(width) for width in job["bits"]],
+        data_loader=batches,
+        forward_step=lambda network, batch: logits(run(network, batch), job["output"]),
+        loss_func=lambda output, batch: F.cross_entropy(output, batch["targets"]),
+        num_calib_steps=len(batches),
+        num_score_steps=len(batches),
+    )
+    return [chosen_bits(get_auto_quantize_config(state, {"effective_bits": each})) for each in job["effective_bits"]]
+
+
+def factors(model: nn.Module, batches: list[Batch], run: Run) -> dict[str, dict[str, torch.Tensor]]:
+    """By algorithm and layer, (channels,)."""
+
+    def calibrate(network: nn.Module) -> None:
+        for batch in batches:
+            run(network, batch)
+
+    found = {}
+    for algorithm, config in {"SmoothQuant": mtq.INT8_SMOOTHQUANT_CFG, "AWQ": mtq.INT4_AWQ_CFG}.items():
+        quantised = mtq.quantize(copy.deepcopy(model), config, calibrate)
+        scales = {
+            name.removesuffix(OF_INPUT): getattr(module, "pre_quant_scale", None)
+            for name, module in quantised.named_modules()
+            if name.endswith(OF_INPUT)
+        }
+        found[algorithm] = {
+            name: scale.detach().float().flatten() for name, scale in scales.items() if scale is not None
+        }
+    return found
+
+
 def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     sys.meta_path.append(UserModules(job["modules"]))
@@ -78,23 +118,14 @@ def main(folder: Path) -> None:
     model: nn.Module = torch.load(folder / "model.pt", weights_only=False)
     batches: list[Batch] = torch.load(folder / "batches.pt")
 
-    def forward(network: nn.Module, batch: Batch) -> torch.Tensor:
+    def run(network: nn.Module, batch: Batch) -> Any:
         inputs = batch["inputs"]
-        result = network(**inputs) if job["by_name"] else network(*inputs.values())
-        return logits(result, job["output"])
+        return network(**inputs) if job["by_name"] else network(*inputs.values())
 
-    _, state = mtq.auto_quantize(
-        model,
-        constraints={"effective_bits": min(job["effective_bits"])},
-        quantization_formats=[weights_in(bits) for bits in job["bits"]],
-        data_loader=batches,
-        forward_step=forward,
-        loss_func=lambda output, batch: F.cross_entropy(output, batch["targets"]),
-        num_calib_steps=len(batches),
-        num_score_steps=len(batches),
-    )
-    found = [chosen_bits(get_auto_quantize_config(state, {"effective_bits": bits})) for bits in job["effective_bits"]]
-    (folder / "formats.json").write_text(json.dumps(found), encoding="utf-8")
+    if job["want"] == "bits":
+        (folder / "formats.json").write_text(json.dumps(bits(model, batches, run, job)), encoding="utf-8")
+    else:
+        torch.save(factors(model, batches, run), folder / "factors.pt")
 
 
 if __name__ == "__main__":

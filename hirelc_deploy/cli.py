@@ -270,8 +270,9 @@ def export(
         str | None,
         typer.Option(
             metavar="STEPS",
-            help="How weights are corrected where nothing is fine-tuned: statistics,equalise,feed-back,biases "
-            "(default: all of them) or none.",
+            help="How weights are corrected where nothing is fine-tuned: "
+            "statistics,equalise,smooth,feed-back,biases (default: all of them) or none. With modelopt as well, smooth "
+            "tries what nvidia-modelopt's SmoothQuant and AWQ propose.",
             rich_help_panel=TUNING,
         ),
     ] = None,

@@ -24,10 +24,12 @@ ORDERS = ("prune-first", "quantize-first", "auto")
 IMPORTANCES = ("l2", "taylor")
 TRTEXEC = "trtexec"
 """The command on a device that has it where its shell looks."""
-POST_TRAINING_STEPS = ("statistics", "equalise", "feed-back", "biases")
+POST_TRAINING_STEPS = ("statistics", "equalise", "smooth", "feed-back", "biases")
 """What is done to weights that are not fine-tuned: BatchNorm's statistics are estimated again, channels are scaled so
-that layers have even ranges, errors of rounding are fed back into weights not yet rounded, and biases make up for what
-is left in the means."""
+that layers have even ranges, and between a norm and what reads it, errors of rounding are fed back into weights not yet
+rounded, and biases make up for what is left in the means."""
+MODELOPT = "modelopt"
+"""A step beside them, which needs nvidia-modelopt: smooth tries what it proposes as well."""
 AUGMENTATIONS = ("flip", "shift")
 """How train images are changed at random for fine-tuning (`hirelc_deploy.augment`)."""
 
@@ -121,7 +123,7 @@ class ExportSettings:
     augment: tuple[str, ...] = ()
     """Of AUGMENTATIONS those that fine-tuning uses; a task of the user's own has its own."""
     post_training: tuple[str, ...] | None = None
-    """The steps of POST_TRAINING_STEPS to take where nothing is fine-tuned; None takes all."""
+    """The steps of POST_TRAINING_STEPS to take where nothing is fine-tuned, and MODELOPT; None takes all but that."""
     workers: int = 1
     """Processes that make evaluations side by side."""
     seed: int = 0
@@ -149,6 +151,11 @@ class ExportSettings:
             raise UserError(
                 f"post-training says how weights are corrected that are not fine-tuned, and epochs is {self.epochs}",
                 fix="give epochs 0 as well, or leave post-training out",
+            )
+        if MODELOPT in (self.post_training or ()) and "smooth" not in (self.post_training or ()):
+            raise UserError(
+                "modelopt proposes factors that smooth may take, and smooth is not among the steps of post-training",
+                fix="name smooth as well, or leave modelopt out",
             )
         if self.augment and not self.epochs:
             raise UserError(
@@ -196,7 +203,7 @@ def _path(value: object) -> Path:
 
 
 def _steps(value: object) -> tuple[str, ...]:
-    return _names(value, POST_TRAINING_STEPS, "step of post-training")
+    return _names(value, (*POST_TRAINING_STEPS, MODELOPT), "step of post-training")
 
 
 def _augmentations(value: object) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """What nvidia-modelopt would choose, asked in a process and an environment of its own.
 
 modelopt can bring runtimes of other versions along, so it is never imported here: the network goes to it as a file, and
-the bits that its auto_quantize wants for each layer come back as one.  They are then made real by the same means as
-every other policy.
+what it wants comes back as one.  The bits that its auto_quantize gives each layer are made real by the same means as
+every other policy; the factors that its SmoothQuant and AWQ scale activations by are tried beside ours.
 """
 
 import json
@@ -13,14 +13,14 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hirelc_deploy import graph
 from hirelc_deploy.errors import UserError
@@ -80,6 +80,21 @@ def policies(bench: "Workbench", variables: Sequence[Variable], count: int) -> l
     return list({policy.digest(): policy for policy in found}.values())
 
 
+def factors(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """What it would scale the inputs of Linear layers by, by its algorithm and by layer, each (channels,).
+
+    `batches` are the examples that it calibrates with.  Raises UserError for a network that cannot be sent, and with
+    modelopt's own words where it fails.
+    """
+    sent = [{"inputs": dict(inputs)} for inputs in batches]
+    with tempfile.TemporaryDirectory(prefix="hirelc-deploy-") as name:
+        folder = Path(name)
+        _send(folder, model, sent, {"want": "factors"})
+        _run(folder)
+        found: dict[str, dict[str, Tensor]] = torch.load(folder / "factors.pt", weights_only=True)
+    return {f"modelopt's {algorithm}": by_layer for algorithm, by_layer in found.items()}
+
+
 def _by_bits(layer: LayerVariable) -> dict[int, Precision]:
     """A layer's integers with one scale an output channel; computed in integers where it can be."""
     able = [
@@ -109,41 +124,42 @@ def _policy(
 
 def _asked(bench: "Workbench", bits: Sequence[int], effective_bits: Sequence[float]) -> list[dict[str, int]]:
     """Bits by layer, for each number of effective bits."""
-    interpreter = python()
-    with tempfile.TemporaryDirectory(prefix="hirelc-deploy-") as name:
-        folder = Path(name)
-        _write(bench, folder, {"bits": list(bits), "effective_bits": list(effective_bits)})
-        shutil.copy(WORKER, folder)  # a script's folder comes first on its path: an empty one, not this package's
-        command = [interpreter, str(folder / WORKER.name), str(folder)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-            lacks = "No module named 'modelopt" in said
-            raise UserError(
-                f"nvidia-modelopt failed: {said}",
-                fix=INSTALL if lacks else "leave modelopt out of the methods; its own words are above",
-            )
-        chosen: list[dict[str, int]] = json.loads((folder / "formats.json").read_text(encoding="utf-8"))
-    return chosen
-
-
-def _write(bench: "Workbench", folder: Path, job: dict[str, Any]) -> None:
-    model, task = bench.model, bench.task
+    task = bench.task
     if not isinstance(task, Classification) or task.train.targets.ndim > 1:
         raise UserError(
             "modelopt is asked by the cross entropy of one label an example, and this task has none",
             fix="leave modelopt out of the methods",
         )
-    batches = _batches(bench)
+    batches = _batches(task)
     with torch.no_grad():
-        outputs = graph.forward(model, batches[0]["inputs"])
+        output = task.output_name(graph.forward(bench.model, batches[0]["inputs"]))
+    job = {"want": "bits", "bits": list(bits), "effective_bits": list(effective_bits), "output": output}
+    with tempfile.TemporaryDirectory(prefix="hirelc-deploy-") as name:
+        folder = Path(name)
+        _send(folder, bench.model, batches, job)
+        _run(folder)
+        chosen: list[dict[str, int]] = json.loads((folder / "formats.json").read_text(encoding="utf-8"))
+    return chosen
+
+
+def _run(folder: Path) -> None:
+    """Let it do the job that lies there."""
+    interpreter = python()
+    shutil.copy(WORKER, folder)  # a script's folder comes first on its path: an empty one, not this package's
+    command = [interpreter, str(folder / WORKER.name), str(folder)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        lacks = "No module named 'modelopt" in said
+        raise UserError(
+            f"nvidia-modelopt failed: {said}",
+            fix=INSTALL if lacks else "go on without modelopt; its own words are above",
+        )
+
+
+def _send(folder: Path, model: nn.Module, batches: Sequence[dict[str, Any]], job: dict[str, Any]) -> None:
     modules, path = _homes(model)
-    job |= {
-        "modules": modules,
-        "path": path,
-        "by_name": goes_by_keyword(model, batches[0]["inputs"]),
-        "output": task.output_name(outputs),
-    }
+    job = {**job, "modules": modules, "path": path, "by_name": goes_by_keyword(model, batches[0]["inputs"])}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     torch.save(batches, folder / "batches.pt")
     try:
@@ -155,9 +171,9 @@ def _write(bench: "Workbench", folder: Path, job: dict[str, Any]) -> None:
         ) from error
 
 
-def _batches(bench: "Workbench") -> list[dict[str, Any]]:
+def _batches(task: Classification) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for _, inputs, targets in bench.task.train.shuffled(0, SHUFFLE):
+    for _, inputs, targets in task.train.shuffled(0, SHUFFLE):
         whole, labels = tensors(inputs), torch.as_tensor(targets).long()
         for start in range(0, len(labels), BATCH):
             some = slice(start, start + BATCH)

@@ -11,7 +11,7 @@ from hirelc_deploy.augment import augmented
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.compress.posttraining import PostTraining
-from hirelc_deploy.config import ExportSettings
+from hirelc_deploy.config import MODELOPT, ExportSettings
 from hirelc_deploy.identity import fingerprint
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.pool import Engine, Pool, in_turn
@@ -41,7 +41,7 @@ def opened(
 ) -> "Iterator[tuple[Workbench, Checkpoint, Policy | None]]":
     """Everything that the settings name, loaded and checked, its run folder held: the workbench, the checkpoint, and
     the policy that `asked_for` comes to, None if that has to be searched or measured for."""
-    if settings.search == "modelopt":
+    if settings.search == "modelopt" or MODELOPT in (settings.post_training or ()):
         modelopt.python()  # refused before anything is trained
     if settings.kernels is not None:
         kernels.add_folder(settings.kernels)
@@ -89,12 +89,20 @@ def _workbench(
         run,
         importance="taylor" if settings.importance == "taylor" else "l2",
         fine_tuning=FineTuning(epochs=settings.epochs, seed=settings.seed),
-        post_training=PostTraining() if settings.post_training is None else PostTraining.of(settings.post_training),
+        post_training=_post_training(settings),
         threads=settings.threads,
         batch=settings.batch,
         progress=console.progress,
         target_spec=settings.target,
         engine=engine,
+    )
+
+
+def _post_training(settings: ExportSettings) -> PostTraining:
+    if settings.post_training is None:
+        return PostTraining()
+    return PostTraining.of(
+        settings.post_training, propose=modelopt.factors if MODELOPT in settings.post_training else None
     )
 
 

@@ -107,6 +107,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
                 *inspected,
                 *bench.latencies.notes(policy),
                 *bench.files.notes_on_rounding(policy),
+                *bench.trainer.notes(policy),
             ),
         )
         outcome = judged(settings.out, manifest, allow_estimates=settings.allow_estimates)

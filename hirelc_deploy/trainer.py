@@ -211,17 +211,30 @@ class Trainer:
         if self._is_smaller(pruned) and self._post_training.statistics:
             reestimate(pruned.model, self._calibration.tensors())
         model = self._folded(pruned.model)
-        grids = post_train(
+        corrected = post_train(
             model,
             policy.precisions,
             self._post_training,
             self._calibration.few,
             largest=self._largest,
+            is_symmetric=self._is_symmetric,
             graph=self._graph,
             kept=pruned.kept,
             progress=self._progress,
         )
-        return model, grids
+        self._run.step(_smoothed(policy), lambda: corrected.smoothed)
+        return model, corrected.grids
+
+    def notes(self, policy: Policy) -> tuple[str, ...]:
+        """For people: what channels were scaled by between norms and what reads them."""
+        step = _smoothed(policy)
+        if step not in self._run:
+            return ()
+        taken: dict[str, str] = self._run.step(step, lambda: {})
+        makers: dict[str, list[str]] = {}
+        for norm, maker in taken.items():
+            makers.setdefault(maker, []).append(norm)
+        return tuple(f"channels were scaled by {maker}: {', '.join(norms)}" for maker, norms in sorted(makers.items()))
 
     def _is_smaller(self, pruned: Pruned) -> bool:
         return any(len(pruned.kept[group.name]) < group.total for group in self._graph.groups)
@@ -290,3 +303,8 @@ class Trainer:
     @cached_property
     def _teacher(self) -> Teacher:
         return Teacher(self._model, self._task.train)
+
+
+def _smoothed(policy: Policy) -> str:
+    """The step of the journal that says what `smooth` did."""
+    return f"smoothed/{policy.digest()}"

@@ -133,6 +133,7 @@ def test_a_required_option_that_is_missing_is_named(name):
         ({"threads": 0}, "threads is 0"),
         ({"evaluations": 0}, "evaluations is 0"),
         ({"post_training": ("biases",)}, "post-training says how .* not fine-tuned, and epochs is 4"),
+        ({"post_training": ("modelopt", "biases"), "epochs": 0}, "smooth is not among the steps of post-training"),
         ({"augment": ("flip",), "epochs": 0}, "augment changes what fine-tuning sees, and epochs is 0"),
         ({"recipe": "keep=50%", "policy": Path("policy.json")}, "recipe and policy"),
     ],

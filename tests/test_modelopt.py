@@ -6,13 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from exporting import hasten
+import torch
+from exporting import digits, export, hasten
 from test_posing import posed_under
+from torch import Tensor, nn
 from toy_search import toy
 
 from hirelc_deploy import modelopt
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.cli import main
+from hirelc_deploy.compress import smooth
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.policy import FP32, INT8, Policy, Precision
 from hirelc_deploy.posing import Posing
@@ -25,6 +28,20 @@ REAL = Path(__file__).parents[1] / ".venv-modelopt" / "bin" / "python"
 
 STAND_IN = '''
 import torch
+
+INT8_SMOOTHQUANT_CFG, INT4_AWQ_CFG = 1.0, 0.0
+
+class Quantizer(torch.nn.Module):
+    pre_quant_scale = None
+
+def quantize(model, config, forward_loop):
+    """Every input of a layer is scaled by the place of its channel to the power of the configuration."""
+    forward_loop(model)
+    for module in list(model.modules()):
+        module.input_quantizer = Quantizer()
+        if isinstance(module, torch.nn.Linear):
+            module.input_quantizer.pre_quant_scale = torch.arange(1.0, module.in_features + 1)[None] ** config
+    return model
 
 def auto_quantize(model, constraints, quantization_formats, data_loader, forward_step, loss_func, **steps):
     """Not modelopt: calls what it is given as modelopt does, and remembers which layers there are."""
@@ -127,6 +144,55 @@ def test_the_method_evaluates_what_is_advised_and_no_more() -> None:
     assert [each.policy for each in seen.seen] == list({policy.digest(): policy for policy in advised[:3]}.values())
 
 
+# -- factors -------------------------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """Some channels of its norm are many times as wide as the others: inputs (N, 1, 8, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+        self.head = nn.Linear(64, 10)
+        with torch.no_grad():
+            self.norm.weight.copy_(1 / torch.arange(1.0, 65.0) ** 2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.head(self.norm(input.flatten(1)))
+
+
+@pytest.fixture
+def normed() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Normed().eval()
+
+
+def images(examples: int) -> list[dict[str, Tensor]]:
+    return [{"input": torch.randn(examples, 1, 8, 8, generator=torch.Generator().manual_seed(seed))} for seed in (0, 1)]
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_factors_of_activations_come_back_by_algorithm_and_layer(normed: nn.Module) -> None:
+    found = modelopt.factors(normed, images(4))
+    places = torch.arange(1.0, 65.0)
+    assert found.keys() == {"modelopt's SmoothQuant", "modelopt's AWQ"}
+    assert found["modelopt's SmoothQuant"].keys() == {"head"}
+    assert torch.equal(found["modelopt's SmoothQuant"]["head"], places)
+    assert torch.equal(found["modelopt's AWQ"]["head"], torch.ones(64))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_an_export_takes_what_is_proposed_where_nothing_errs_less_and_says_so(
+    normed: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half way between even activations and even weights, as the stand-in's first factors are."""
+    monkeypatch.setattr(smooth, "STRENGTHS", ())
+    settings = {"post_training": ("smooth", "modelopt"), "recipe": "storage=int8,compute=int8"}
+    notes = export(tmp_path / "out", normed, digits(), **settings).manifest.notes
+    assert "channels were scaled by modelopt's SmoothQuant: norm" in notes
+
+
 # -- what can go wrong ---------------------------------------------------------------------------------------
 
 
@@ -194,3 +260,14 @@ def test_the_real_modelopt_gives_fewer_bits_where_fewer_are_asked_for(
     assert bits(found[-1]) < bits(found[0]) / 3
     sizes = [posing._bench.files.predicted_bytes(policy) for policy in found]
     assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="`make modelopt` makes its environment")
+def test_the_real_modelopt_scales_wide_channels_down(normed: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(modelopt.VARIABLE, str(REAL))
+    found = modelopt.factors(normed, images(64))
+    assert found.keys() == {"modelopt's SmoothQuant", "modelopt's AWQ"}
+    smooth, aware = (by_layer["head"] for by_layer in found.values())
+    assert smooth.shape == aware.shape == (64,)
+    assert smooth[-1] > 100 * smooth[0], "the first channel is the widest by far"
+    assert aware[-1] >= aware[0]

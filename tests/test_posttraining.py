@@ -371,7 +371,7 @@ def test_every_step_can_be_left_out_and_together_they_help() -> None:
 
     def result(**steps: bool) -> nn.Module:
         own = copy.deepcopy(folded)
-        everything = {"equalise": False, "feed_back": False, "correct_biases": False} | steps
+        everything = {"equalise": False, "smooth": False, "feed_back": False, "correct_biases": False} | steps
         grids = post_train(
             own,
             precisions,
@@ -379,7 +379,7 @@ def test_every_step_can_be_left_out_and_together_they_help() -> None:
             lambda: ({"x": part} for part in x.split(64)),
             largest=LARGEST,
             graph=graph,
-        )
+        ).grids
         assert_on_grid(own, precisions, grids)
         return own
 

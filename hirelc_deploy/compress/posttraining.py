@@ -1,8 +1,9 @@
 """Weights put on their grids with as little change of the outputs as a few hundred examples can tell: no training.
 
-Three steps, each of which can be left out.  Channels are scaled so that layers have even ranges (`equalise`); the error
-of each weight that is rounded is made up for by those that are not yet (GPTQ, arXiv 2210.17323); what is left of it in
-the mean of the outputs goes into the biases (Data-Free Quantization, arXiv 1906.04721).
+Four steps, each of which can be left out.  Channels are scaled so that layers have even ranges (`equalise`), and
+between a norm and what reads it (`smooth`); the error of each weight that is rounded is made up for by those that are
+not yet (GPTQ, arXiv 2210.17323); what is left of it in the mean of the outputs goes into the biases (Data-Free
+Quantization, arXiv 1906.04721).
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from hirelc_deploy.compress.equalise import Kept, equalise
 from hirelc_deploy.compress.grids import fitted, put_on
 from hirelc_deploy.compress.inputs import MOST_PLACES, SEED, can_unfold, columns_at, energies, watch
+from hirelc_deploy.compress.smooth import Propose, smooth
 from hirelc_deploy.copying import copied
 from hirelc_deploy.graph import PROOF_EXAMPLES, forward
 from hirelc_deploy.graph.model_graph import ModelGraph
@@ -54,19 +56,34 @@ class PostTraining:
     statistics: bool = True
     """BatchNorm's, estimated again where channels are gone: before norms are folded, and so not in `post_train`."""
     equalise: bool = True
+    smooth: bool = True
     feed_back: bool = True
     correct_biases: bool = True
+    propose: Propose | None = None
+    """What else to try in `smooth`."""
 
     @classmethod
-    def of(cls, names: Iterable[str]) -> "PostTraining":
+    def of(cls, names: Iterable[str], propose: Propose | None = None) -> "PostTraining":
         """The steps with these names, as POST_TRAINING_STEPS of the settings has them."""
         chosen = set(names)
         return cls(
             statistics="statistics" in chosen,
             equalise="equalise" in chosen,
+            smooth="smooth" in chosen,
             feed_back="feed-back" in chosen,
             correct_biases="biases" in chosen,
+            propose=propose,
         )
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """What was done to a model."""
+
+    grids: dict[str, Grid]
+    """By layer."""
+    smoothed: dict[str, str]
+    """By norm, what the factors were made by that `smooth` took."""
 
 
 def post_train(
@@ -76,20 +93,25 @@ def post_train(
     batches: Batches,
     *,
     largest: int,
+    is_symmetric: bool = False,
     graph: ModelGraph,
     kept: Kept | None = None,
     progress: Progress = _unseen,
-) -> dict[str, Grid]:
-    """Put the weights of a model that has its norms folded on grids that are fitted to it, in place; gives the grids.
+) -> Corrected:
+    """Put the weights of a model that has its norms folded on grids that are fitted to it, in place.
 
-    `graph` and `kept` say which channels belong together, as `equalise` takes them; feeding back errors is what takes
+    `is_symmetric` says whether the runtime has activations around nought; `graph` and `kept` say which channels belong
+    together, as `equalise` takes them; feeding back errors is what takes
     long, and so what `progress` is told of.
     """
     if all(precision.storage.is_float for precision in precisions.values()):
-        return {}
+        return Corrected({}, {})
+    smoothed = {}
     if steps.equalise:
         example = {name: tensor[:PROOF_EXAMPLES] for name, tensor in next(iter(batches())).items()}
         equalise(model, graph, example, kept=kept)
+    if steps.smooth:
+        smoothed = smooth(model, precisions, batches, largest=largest, is_symmetric=is_symmetric, propose=steps.propose)
     original = copied(model)
     grids = fitted(model, precisions, energies(model, precisions, batches()), largest=largest)
     if steps.feed_back:
@@ -98,7 +120,7 @@ def post_train(
         put_on(model, precisions, grids, largest=largest)
     if steps.correct_biases:
         correct_biases(model, original, grids, batches)
-    return grids
+    return Corrected(grids, smoothed)
 
 
 @torch.no_grad()

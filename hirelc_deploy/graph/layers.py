@@ -83,15 +83,16 @@ class _Products(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in PRODUCTS:
-            self._storages |= {_storage(each) for each in (*args, *kwargs.values()) if isinstance(each, Tensor)}
+            self._storages |= {storage_of(each) for each in (*args, *kwargs.values()) if isinstance(each, Tensor)}
         return func(*args, **kwargs)
 
     def read(self, tensor: Tensor) -> bool:
         """Whether the tensor, or a view of it, was one of them."""
-        return _storage(tensor) in self._storages
+        return storage_of(tensor) in self._storages
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """Where a tensor lies, and all views of it: for as long as one of them is there."""
     return tensor.untyped_storage().data_ptr()
 
 

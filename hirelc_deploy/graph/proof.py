@@ -7,7 +7,7 @@ attention heads mixed up) fits in every shape and runs; only its outputs tell.
 
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,18 @@ def prove(
     return tuple(group for group in tried if group.name not in refused), left_out
 
 
-def sift(groups: Sequence[Group], wrong_with: Callable[[Sequence[Group]], str | None]) -> list[tuple[Group, str]]:
-    """The groups that are wrong, each with its reason, so that all others together pass."""
+class Named(Protocol):
+    """What is told apart by its name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Tried = TypeVar("Tried", bound=Named)
+
+
+def sift(groups: Sequence[Tried], wrong_with: Callable[[Sequence[Tried]], str | None]) -> list[tuple[Tried, str]]:
+    """The groups (or what else is tried together) that are wrong, each with its reason, so that all others pass."""
     reason = wrong_with(groups) if groups else None
     if reason is None:
         return []
@@ -60,7 +70,7 @@ def sift(groups: Sequence[Group], wrong_with: Callable[[Sequence[Group]], str | 
     if wrong and (not kept or wrong_with(kept) is None):
         return wrong
     # Each half passed, their union does not: take them in one by one, and leave out whoever breaks what stands.
-    standing: list[Group] = []
+    standing: list[Tried] = []
     for group in kept:
         reason = wrong_with([*standing, group])
         if reason is None:
@@ -71,8 +81,8 @@ def sift(groups: Sequence[Group], wrong_with: Callable[[Sequence[Group]], str | 
 
 
 def _in_halves(
-    groups: Sequence[Group], wrong_with: Callable[[Sequence[Group]], str | None], reason: str
-) -> list[tuple[Group, str]]:
+    groups: Sequence[Tried], wrong_with: Callable[[Sequence[Tried]], str | None], reason: str
+) -> list[tuple[Tried, str]]:
     """The groups that are wrong among some that do not pass together, for the reason given."""
     if len(groups) == 1:
         return [(groups[0], reason)]
