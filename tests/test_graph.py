@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.graph import forward, pruning, trace
+from hirelc_deploy.graph.idle import CONSTANT, UNREACHED
 from hirelc_deploy.graph.model_graph import ModelGraph
 
 transformers = pytest.importorskip("transformers")
@@ -102,6 +103,57 @@ def test_a_layer_that_computes_its_weight_is_left_out_by_name() -> None:
     graph = trace(model, {"input": torch.randn(2, 3, 8, 8)})
     assert [layer.name for layer in graph.layers] == ["2"]
     assert any(left.name == "0" and "Standardised" in left.reason for left in graph.left_out)
+
+
+class Idle(nn.Module):
+    """Layers that are called for nothing, beside some that look so: inputs (N, 4), and which of 3 each example is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.arange(6.0).reshape(6, 1))
+        self.kinds = nn.Embedding(3, 6)
+        self.read = nn.Linear(4, 6)
+        self.table = nn.Linear(1, 8)
+        self.bias = nn.Linear(8, 1)
+        self.silent = nn.Linear(6, 6)
+        self.behind = nn.Linear(6, 6)
+        self.choice = nn.Linear(6, 2)
+        self.auxiliary = nn.Linear(6, 5)
+        self.head = nn.Linear(6, 3)
+        with torch.no_grad():
+            self.silent.weight.zero_()
+            self.silent.bias.fill_(-1.0)
+
+    def forward(self, x: Tensor, kind: Tensor) -> dict[str, Tensor]:
+        x = self.read(x) + self.kinds(kind)
+        x = x + self.bias(torch.relu(self.table(self.places))).flatten()
+        x = x + self.behind(torch.relu(self.silent(x)))
+        self.auxiliary(x)
+        return {"logits": self.head(x), "choice": self.choice(x).argmax(1)}
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_layers_that_are_called_for_nothing_are_left_out_by_name(same: bool) -> None:
+    """Not those of a branch that is silent as trained, nor one that only decides."""
+    inputs = {"x": torch.zeros(2, 4) if same else torch.randn(2, 4), "kind": torch.tensor([1, 1] if same else [0, 2])}
+    graph = trace(Idle(), inputs)
+
+    assert {layer.name for layer in graph.layers} == {"read", "kinds", "silent", "behind", "choice", "head"}
+    reasons = {(left.name, left.reason) for left in graph.left_out}
+    assert {("auxiliary", UNREACHED), ("table", CONSTANT), ("bias", CONSTANT)} <= reasons
+    assert [group.name for group in graph.groups] == ["silent"]
+
+
+def test_inputs_that_may_not_be_exchanged_say_nothing_of_constants() -> None:
+    class Strict(Idle):
+        def forward(self, x: Tensor, kind: Tensor) -> dict[str, Tensor]:
+            if kind.tolist() != [0, 2][: len(kind)]:
+                raise ValueError("no such kinds")
+            return super().forward(x, kind)
+
+    graph = trace(Strict(), {"x": torch.randn(2, 4), "kind": torch.tensor([0, 2])})
+    assert {"table", "bias"} <= {layer.name for layer in graph.layers}
+    assert "auxiliary" not in graph.layer
 
 
 def test_an_untraceable_network_still_has_its_layers() -> None:

@@ -1,6 +1,6 @@
 """A network as the rest of the pass sees it: `trace` turns an `nn.Module` into a `ModelGraph`."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from hirelc_deploy.graph.blocks import blocks
 from hirelc_deploy.graph.branches import with_vanishing
 from hirelc_deploy.graph.calling import Inputs, forward, tensors
 from hirelc_deploy.graph.candidates import candidates
+from hirelc_deploy.graph.idle import idle
 from hirelc_deploy.graph.layers import observe
 from hirelc_deploy.graph.model_graph import Block, Group, Layer, LeftOut, ModelGraph, Signature
 from hirelc_deploy.graph.proof import prove
@@ -46,6 +47,7 @@ def trace(
             own = private_copy(model)
             layers, left_out = observe(own, one)
             forward(own, batch)
+            for_nothing = idle(own, one, layers)
         except UserError:
             raise
         except Exception as error:  # the model is the user's, and so is whatever it raises
@@ -55,14 +57,17 @@ def trace(
             ) from error
         if not layers:
             raise UserError("the model calls no layer with weights", fix="a network with Conv, Linear or Embedding")
+        gone = {each.name for each in for_nothing}
+        layers = tuple(layer for layer in layers if layer.name not in gone)
         found = blocks(own, [layer.name for layer in layers])
         groups, without = _groups(own, one, batch, layers, found, limit_s, limit_bytes)
+        groups = tuple(group for group in groups if not _is_only_of(gone, group, layers))
     state = own.state_dict()
     return ModelGraph(
         layers=layers,
         blocks=found,
         groups=groups,
-        left_out=(*left_out, *without),
+        left_out=(*left_out, *for_nothing, *without),
         parameter_shapes={name: tuple(tensor.shape) for name, tensor in state.items()},
         buffers=frozenset(state) - {name for name, _ in own.named_parameters(remove_duplicate=False)},
         aliases={name: first for name, first in first_names(own).items() if name != first and name in state},
@@ -90,3 +95,9 @@ def _groups(
     jittered = jitter(model)
     proved, wrong = prove(jittered, batch, groups)
     return with_vanishing(jittered, batch, proved, layers), (*unfit, *wrong)
+
+
+def _is_only_of(gone: Collection[str], group: Group, layers: tuple[Layer, ...]) -> bool:
+    """Whether the channels are those of layers that are called for nothing, and of no other."""
+    members = {member.module for member in group.members}
+    return not members.isdisjoint(gone) and members.isdisjoint(layer.name for layer in layers)
