@@ -198,7 +198,8 @@ its paired 95 % interval, post-training and after fine-tuning.  `-` was not run.
 POST_TRAINING = """## What each correction gains
 
 Scores in percent of the 6,000 search images, under the formats and before any fine-tuning, by the steps of
-`--post-training` (`python benchmarks/post_training.py`).  Statistics are estimated again only where channels are gone.
+`--post-training` (`python benchmarks/post_training.py`).  Statistics are estimated again only where channels are gone,
+and `smooth` has norms to work on in `vit` alone; the drops of `vit` further up were taken before it was a step.
 """
 
 

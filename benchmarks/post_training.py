@@ -1,19 +1,22 @@
 """What each correction without training gains: python benchmarks/post_training.py
 
 Scores on the search split of the Fashion-MNIST networks in PyTorch, under their number formats, before anything is
-fine-tuned: with no step of `--post-training`, with each alone, and with all of them.  Writes
-benchmarks/results/post_training.json; `python benchmarks/number_formats.py write` puts the table on its page.
+fine-tuned: with no step of `--post-training`, with each alone, with all of them, and with what nvidia-modelopt
+proposes as well where HIRELC_DEPLOY_MODELOPT names a Python that has it.  Writes benchmarks/results/post_training.json;
+`python benchmarks/number_formats.py write` puts the table on its page.
 """
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from _bench import RESULTS, machine, markdown, save, workbench
 
-from hirelc_deploy.config import POST_TRAINING_STEPS
+from hirelc_deploy import modelopt
+from hirelc_deploy.config import MODELOPT, POST_TRAINING_STEPS
 from hirelc_deploy.search.recipe import Recipe
 
 RESULT = RESULTS / "post_training.json"
@@ -35,6 +38,7 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
     "none": (),
     **{f"only {step}": (step,) for step in POST_TRAINING_STEPS},
     "all": POST_TRAINING_STEPS,
+    "all, modelopt": (*POST_TRAINING_STEPS, MODELOPT),
 }
 
 
@@ -42,6 +46,8 @@ def scores(network: str, out: Path) -> dict[str, dict[str, float]]:
     """By recipe and variant, in percent; `fp32` is the original's."""
     found: dict[str, dict[str, float]] = {recipe: {} for recipe in RECIPES[network]}
     for name, steps in VARIANTS.items():
+        if MODELOPT in steps and modelopt.VARIABLE not in os.environ:
+            continue
         with workbench(network, out / network / name.replace(" ", "-"), post_training=steps) as bench:
             for recipe in RECIPES[network]:
                 if "statistics" in name and "keep" not in recipe:
