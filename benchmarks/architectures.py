@@ -163,10 +163,10 @@ Written by `python benchmarks/architectures.py page` from `benchmarks/results/ar
 script says what is done. {count} architectures of transformers {transformers}, small and with random weights, so
 nothing is said of accuracy: it is seen that networks are cut, written, and computed in integers as they should be.
 
-- *in int8*: layers that ONNX Runtime really computes in int8, of those that were asked to. The others were not found
-  again in what the session runs: what they make may be a constant, or they are part of another operator.
-- *groups*: what channels can be removed from, each proved; *left out*: what could not be offered, as an
-  export says too. In attention the channels of queries, keys and values stay: whole heads are not removed yet.
+- *in int8*: layers that ONNX Runtime really computes in int8, of those that were asked to.
+- *groups*: what channels can be removed from, each proved; *left out*: what could not be offered, as an export says
+  too, or is called for nothing (an auxiliary head, a table of position biases). In attention the channels of queries,
+  keys and values stay: whole heads are not removed yet.
 - *halved*: parameters that stay where half of every group goes.
 - *fp32*, *halved, fp32*: how far the file's outputs are from PyTorch's, relative to their size; *int8*: the same of the
   halved network, next to itself in floats. Random weights make noise larger, layer by layer, where trained ones do not;
