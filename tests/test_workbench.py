@@ -376,7 +376,7 @@ def post_trained(folder: Path, steps: Sequence[str], keep: Mapping[str, int]) ->
 
 
 def test_each_step_of_post_training_can_be_switched_on_alone(tmp_path: Path) -> None:
-    steps = [step for step in POST_TRAINING_STEPS if step != "smooth"]  # no Linear layer reads a norm here: test_modelopt
+    steps = [step for step in POST_TRAINING_STEPS if step != "smooth"]  # no norm is read by Linear here
     alone = {step: post_trained(tmp_path / step, [step], {"inner": 16})[0] for step in steps}
     nearest = post_trained(tmp_path / "none", [], {"inner": 16})[0].state_dict()
     for step, model in alone.items():
