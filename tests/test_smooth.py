@@ -178,7 +178,7 @@ def test_wide_channels_are_evened_out_and_the_function_stays(precision: Precisio
 def test_where_nothing_helps_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     wider = torch.ones(WIDTH)
     wider[::8] = 8.0
-    monkeypatch.setattr(smoothing._Trial, "candidates", lambda trial: [("wide channels wider still", wider)])
+    monkeypatch.setattr(smoothing._Trial, "candidates", lambda trial: {"wide channels wider still": wider})
     model = seeded(with_wide_channels)
     before = copy.deepcopy(model.state_dict())
     assert smooth(model, {"one": INT8}, batches_of(examples(64, 1)), largest=LARGEST, is_symmetric=False) == {}

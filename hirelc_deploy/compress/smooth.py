@@ -8,7 +8,7 @@ network.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -78,7 +78,9 @@ def smooth(
     example = {name: tensor[:PROOF_EXAMPLES] for name, tensor in next(iter(batches())).items()}
     stored = {name for name, precision in precisions.items() if not precision.storage.is_float}
     found = [pair for pair in pairs(model, example) if stored & set(pair.readers)]
-    proposed = propose(model, batches()) if found and propose is not None else {}
+    if not found:
+        return {}
+    proposed = {} if propose is None else propose(model, batches())
     seen = _watched(model, [name for pair in found for name in pair.readers if name in stored], batches)
     taken = {}
     for pair in found:
@@ -88,15 +90,12 @@ def smooth(
             if name in stored
         ]
         trial = _Trial(readers, largest=largest, is_symmetric=is_symmetric)
-        least = trial.error(torch.ones(_width(model, pair)))
-        best = None
-        others = ((by, _mean(factors, pair.readers)) for by, factors in proposed.items())
-        for name, factor in (*trial.candidates(), *((by, each) for by, each in others if each is not None)):
-            error = trial.error(factor)
-            if error < least:
-                best, least, taken[pair.name] = factor, error, name
-        if best is not None:
-            pair.scale(model, best)
+        factors = {**trial.candidates(), **_for_pair(proposed, pair)}
+        errors = {by: trial.error(factor) for by, factor in factors.items()}
+        best = min(errors, key=errors.__getitem__)
+        if errors[best] < trial.error(torch.ones(_width(model, pair))):
+            pair.scale(model, factors[best])
+            taken[pair.name] = best
     return taken
 
 
@@ -104,6 +103,8 @@ def smooth(
 def pairs(model: nn.Module, example: Mapping[str, Tensor]) -> list[Pair]:
     """Those that any factor can be moved across, in the order in which the norms are called."""
     found = _found(model, example)
+    if not found:
+        return []
     trial = jitter(private_copy(model))
     expected = forward(trial, example)
     random = torch.Generator().manual_seed(SEED)
@@ -217,15 +218,17 @@ class _Trial:
         self._largest = largest
         self._is_symmetric = is_symmetric
 
-    def candidates(self) -> Iterator[tuple[str, Tensor]]:
+    def candidates(self) -> dict[str, Tensor]:
         """What may be tried, by name."""
         seen = [reader.seen for reader in self._readers]
         reach = _alive(torch.stack([torch.maximum(-each.low, each.high) for each in seen]).amax(0))
         size = _alive(torch.stack([each.rows.abs().mean(0) for each in seen]).mean(0))
         weights = _alive(torch.stack([reader.weight.abs().amax(0) for reader in self._readers]).amax(0))
+        found = {}
         for strength in STRENGTHS:
-            yield f"SmoothQuant, {strength}", _centred(weights ** (1 - strength) / reach**strength)
-            yield f"AWQ, {strength}", _centred(size**-strength)
+            found[f"SmoothQuant, {strength}"] = _centred(weights ** (1 - strength) / reach**strength)
+            found[f"AWQ, {strength}"] = _centred(size**-strength)
+        return found
 
     def error(self, factor: Tensor) -> float:
         """Squared, relative to the outputs, summed over the readers."""
@@ -253,10 +256,14 @@ class _Trial:
         return x if step == 0 else torch.fake_quantize_per_tensor_affine(x, step, round(-low / step), 0, LEVELS)
 
 
-def _mean(factors: Mapping[str, Tensor], readers: Iterable[str]) -> Tensor | None:
+def _for_pair(proposed: Mapping[str, Mapping[str, Tensor]], pair: Pair) -> dict[str, Tensor]:
     """The geometric mean of what is proposed for layers that read the same norm."""
-    given = [_alive(factors[name]).log2() for name in readers if name in factors]
-    return _centred(torch.stack(given).mean(0).exp2()) if given else None
+    found = {}
+    for by, factors in proposed.items():
+        given = [_alive(factors[name]).log2() for name in pair.readers if name in factors]
+        if given:
+            found[by] = _centred(torch.stack(given).mean(0).exp2())
+    return found
 
 
 def _alive(sizes: Tensor) -> Tensor:
