@@ -134,8 +134,8 @@ Workers = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Processes that make evaluations side by side, one thread each, for hierarchical and random; the others "
-        "choose each by the last. 1 (default) has all threads.",
+        help="Processes that make evaluations side by side, one thread each, for hierarchical, random and modelopt; "
+        "the others choose each by the last. 1 (default) has all threads.",
         rich_help_panel=TUNING,
     ),
 ]
