@@ -36,7 +36,7 @@ def trace(
     """Layers, blocks and proved prune groups of a network.
 
     `example` is one batch of inputs by name, first axis the example; two examples suffice.  The limits bound the
-    search for groups in time and memory: beyond them no group is offered, and `left_out` says so.  The model, its
+    search for groups in CPU time and memory: beyond them no group is offered, and `left_out` says so.  The model, its
     mode, gradients and hooks, and torch's random state are left as they were.
     Raises UserError if the model does not run on the example, or has no layer.
     """
