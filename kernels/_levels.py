@@ -165,6 +165,8 @@ class Levels(Format):
 
         axes = scaled_alike(granularity)
         widest = rows.abs().amax(axes, keepdim=True) / levels.abs().max()
+        if not widest.any() and levels.all():
+            return torch.full_like(widest, NOTHING)
         best = widest
         least = torch.full_like(widest, torch.inf)
         for shrink in SHRINKS:
@@ -175,8 +177,6 @@ class Levels(Format):
                 axes, keepdim=True
             ).clamp(min=torch.finfo(torch.float32).tiny)
             best, least = self._better(rows, levels, cost, floored(fitted), best, least, axes)
-        if not rows.any() and levels.all():
-            return torch.full_like(best, NOTHING)
         return floored(best)
 
     def _better(

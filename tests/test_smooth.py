@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hirelc_deploy.compress import smooth as smoothing
 from hirelc_deploy.compress.grids import fitted, put_on
 from hirelc_deploy.compress.inputs import energies
-from hirelc_deploy.compress.smooth import Pair, pairs, smooth
+from hirelc_deploy.compress.smooth import pairs, smooth
 from hirelc_deploy.policy import INT8, Compute, PerChannel, Precision, Storage
 
 LARGEST = 127
@@ -99,7 +99,8 @@ def batches_of(x: Tensor) -> Callable[[], Iterable[Mapping[str, Tensor]]]:
 @pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(WIDTH, bias=False), lambda: nn.RMSNorm(WIDTH), None])
 def test_all_that_reads_a_norm_is_found(norm: Callable[[], nn.Module] | None) -> None:
     model = seeded(Reads if norm is None else lambda: Reads(norm))
-    assert pairs(model, {"x": examples(2, 1)}) == [Pair("norm", ("one", "other"))]
+    (pair,) = pairs(model, {"x": examples(2, 1)})
+    assert (pair.name, pair.readers) == ("norm", ("one", "other"))
 
 
 @pytest.mark.parametrize(
@@ -176,8 +177,8 @@ def test_wide_channels_are_evened_out_and_the_function_stays(precision: Precisio
 
 
 def test_where_nothing_helps_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    wider = torch.ones(WIDTH)
-    wider[::8] = 8.0
+    wider = torch.zeros(WIDTH)
+    wider[::8] = 3.0
     monkeypatch.setattr(smoothing._Trial, "candidates", lambda trial: {"wide channels wider still": wider})
     model = seeded(with_wide_channels)
     before = copy.deepcopy(model.state_dict())

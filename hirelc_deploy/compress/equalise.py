@@ -11,26 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hirelc_deploy.copying import copied
-from hirelc_deploy.graph import forward
+from hirelc_deploy.compress.scaling import MOST_OCTAVES, proved
 from hirelc_deploy.graph.layers import Conv
 from hirelc_deploy.graph.model_graph import Group, ModelGraph
-from hirelc_deploy.graph.proof import cuts_of, sift
+from hirelc_deploy.graph.proof import cuts_of
 from hirelc_deploy.graph.slicing import is_depthwise
-from hirelc_deploy.graph.trial import SEED, TOLERANCE, jitter, private_copy, relative_error
 
 ROUNDS = 10
 """The last layer of a chain is the first one of the next: ranges settle in a few rounds."""
-
-MOST_OCTAVES = 7.0
-"""A channel is scaled by no more than 2 to this power, up or down.
-
-One that is all but dead would otherwise get a bias that is the largest value in its tensor, and so the range of an
-int8 activation.
-"""
-
-PROOF_OCTAVES = 8.0
-"""As far as a proof scales: enough to bring a bound (ReLU6) or a curve (GELU) to light."""
 
 Kept = Mapping[str, Sequence[int]]
 """By group the units that a pruned network still has, as `Pruned.kept`."""
@@ -69,6 +57,11 @@ class _Chain:
     def units(self) -> int:
         return len(self.stages[0].weights[0].entries)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the octaves of c, which is 1 behind the last stage."""
+        return len(self.stages) - 1, self.units
+
     def scale(self, tensors: Mapping[str, Tensor], octaves: Tensor) -> None:
         """Scale in place; `octaves` is log2 c, (stages - 1, units)."""
         ends = octaves.new_zeros(1, self.units)
@@ -99,9 +92,8 @@ def equalise(
     `graph` is that of the model before norms were folded and, where it was pruned, before `kept` was what it has.
     """
     tensors = dict(model.named_parameters())
-    found = _chains(model, graph, kept)
-    chains = _proved(model, found, [group for group in graph.groups if group.name in found], example)
-    reached = {chain.name: torch.zeros(len(chain.stages) - 1, chain.units) for chain in chains}
+    chains = proved(model, _chains(model, graph, kept), example)
+    reached = {chain.name: torch.zeros(chain.shape) for chain in chains}
     for _ in range(ROUNDS):
         for chain in chains:
             before = reached[chain.name]
@@ -110,38 +102,14 @@ def equalise(
     return list(reached)
 
 
-def _proved(
-    model: nn.Module, chains: Mapping[str, _Chain], groups: Sequence[Group], example: Mapping[str, Tensor]
-) -> list[_Chain]:
-    """Those chains that can be scaled by anything, of a network with any weights, without a change of its outputs."""
-    trial = jitter(private_copy(model))
-    expected = forward(trial, example)
-    random = torch.Generator().manual_seed(SEED)
-    drawn = {
-        name: PROOF_OCTAVES * (2 * torch.rand(len(chain.stages) - 1, chain.units, generator=random) - 1)
-        for name, chain in chains.items()
-    }
-
-    def wrong_with(tried: Sequence[Group]) -> str | None:
-        scaled = copied(trial)
-        tensors = dict(scaled.named_parameters())
-        for group in tried:
-            chains[group.name].scale(tensors, drawn[group.name])
-        error = relative_error(forward(scaled, example), expected)
-        return None if error <= TOLERANCE else f"scaling its channels changes the outputs (relative error {error:.2g})"
-
-    refused = {group.name for group, _ in sift(groups, wrong_with)}
-    return [chain for name, chain in chains.items() if name not in refused]
-
-
-def _chains(model: nn.Module, graph: ModelGraph, kept: Kept | None) -> dict[str, _Chain]:
-    """By group, for those that may be scaled: one layer makes the channels, others read them, none shares a weight."""
+def _chains(model: nn.Module, graph: ModelGraph, kept: Kept | None) -> list[_Chain]:
+    """Of the groups that may be scaled: one layer makes the channels, others read them, none shares a weight."""
     shared = set(graph.aliases.values())
-    chains = {}
+    chains = []
     for group, axes in _axes_left(graph, kept):
         chain = _chain(model, graph, group, axes)
         if chain is not None and not shared & {place.tensor for stage in chain.stages for place in stage.weights}:
-            chains[group.name] = chain
+            chains.append(chain)
     return chains
 
 

@@ -16,6 +16,9 @@ MOST_PLACES = 128
 SEED = 0
 """Of the places that are drawn."""
 
+Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
+"""The calibration examples, from the beginning each time."""
+
 Read = Callable[[str, nn.Module, Tensor], None]
 """Takes a layer's name, the layer, and an input that it was called with."""
 

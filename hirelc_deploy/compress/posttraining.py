@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hirelc_deploy.compress.equalise import Kept, equalise
 from hirelc_deploy.compress.grids import fitted, put_on
-from hirelc_deploy.compress.inputs import MOST_PLACES, SEED, can_unfold, columns_at, energies, watch
+from hirelc_deploy.compress.inputs import MOST_PLACES, SEED, Batches, can_unfold, columns_at, energies, watch
 from hirelc_deploy.compress.smooth import Propose, smooth
 from hirelc_deploy.copying import copied
 from hirelc_deploy.graph import PROOF_EXAMPLES, forward
@@ -26,9 +26,6 @@ from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.kernels import load_format
 from hirelc_deploy.kernels._base import Format, Grid, largest_integer
 from hirelc_deploy.policy import Precision, Storage
-
-Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
-"""The calibration examples, from the beginning each time."""
 
 DAMPING = 0.01
 """Of the mean energy of a layer's inputs, added to each: directions that the examples show nothing of stay put."""

@@ -16,19 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hirelc_deploy.compress.equalise import MOST_OCTAVES, PROOF_OCTAVES
-from hirelc_deploy.compress.inputs import SEED, columns_at, watch
-from hirelc_deploy.compress.simulate import LEVELS, SIGNED_STEPS
-from hirelc_deploy.copying import copied
-from hirelc_deploy.graph import PROOF_EXAMPLES, forward
+from hirelc_deploy.compress.inputs import SEED, Batches, columns_at, watch
+from hirelc_deploy.compress.scaling import MOST_OCTAVES, proved
+from hirelc_deploy.compress.simulate import ActivationGrid
+from hirelc_deploy.graph import PROOF_EXAMPLES
 from hirelc_deploy.graph.layers import OPERATORS, storage_of
-from hirelc_deploy.graph.proof import sift
-from hirelc_deploy.graph.trial import TOLERANCE, jitter, private_copy, relative_error
 from hirelc_deploy.kernels import load_format
 from hirelc_deploy.kernels._base import largest_integer
 from hirelc_deploy.policy import Compute, Precision
-
-Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
 
 Propose = Callable[[nn.Module, Iterable[Mapping[str, Tensor]]], Mapping[str, Mapping[str, Tensor]]]
 """Factors that somebody else would take for a model, seen on these examples: by what they are made by and by layer that
@@ -51,13 +46,22 @@ class Pair:
     name: str
     """The norm's."""
     readers: tuple[str, ...]
+    vectors: tuple[str, ...]
+    """The norm's parameters."""
+    channels: int
 
-    def scale(self, model: nn.Module, factor: Tensor) -> None:
-        """In place; `factor`, (channels,), is that of what the norm writes."""
-        for vector in model.get_submodule(self.name).parameters(recurse=False):
-            vector.mul_(factor)
+    @property
+    def shape(self) -> tuple[int]:
+        """Of the octaves of what the norm writes."""
+        return (self.channels,)
+
+    def scale(self, tensors: Mapping[str, Tensor], octaves: Tensor) -> None:
+        """In place, parameters by name; the factor of what the norm writes is 2 to the power of `octaves`."""
+        factor = octaves.exp2()
+        for vector in self.vectors:
+            tensors[vector].mul_(factor)
         for reader in self.readers:
-            model.get_submodule(reader).get_parameter("weight").div_(factor)
+            tensors[f"{reader}.weight"].div_(factor)
 
 
 @torch.no_grad()
@@ -82,6 +86,7 @@ def smooth(
         return {}
     proposed = {} if propose is None else propose(model, batches())
     seen = _watched(model, [name for pair in found for name in pair.readers if name in stored], batches)
+    tensors = dict(model.named_parameters())
     taken = {}
     for pair in found:
         readers = [
@@ -93,8 +98,8 @@ def smooth(
         factors = {**trial.candidates(), **_for_pair(proposed, pair)}
         errors = {by: trial.error(factor) for by, factor in factors.items()}
         best = min(errors, key=errors.__getitem__)
-        if errors[best] < trial.error(torch.ones(_width(model, pair))):
-            pair.scale(model, factors[best])
+        if errors[best] < trial.error(torch.zeros(pair.shape)):
+            pair.scale(tensors, factors[best])
             taken[pair.name] = best
     return taken
 
@@ -102,26 +107,7 @@ def smooth(
 @torch.no_grad()
 def pairs(model: nn.Module, example: Mapping[str, Tensor]) -> list[Pair]:
     """Those that any factor can be moved across, in the order in which the norms are called."""
-    found = _found(model, example)
-    if not found:
-        return []
-    trial = jitter(private_copy(model))
-    expected = forward(trial, example)
-    random = torch.Generator().manual_seed(SEED)
-    drawn = {
-        pair.name: (PROOF_OCTAVES * (2 * torch.rand(_width(trial, pair), generator=random) - 1)).exp2()
-        for pair in found
-    }
-
-    def wrong_with(tried: Sequence[Pair]) -> str | None:
-        scaled = copied(trial)
-        for pair in tried:
-            pair.scale(scaled, drawn[pair.name])
-        error = relative_error(forward(scaled, example), expected)
-        return None if error <= TOLERANCE else f"scaling it changes the outputs (relative error {error:.2g})"
-
-    refused = {pair.name for pair, _ in sift(found, wrong_with)}
-    return [pair for pair in found if pair.name not in refused]
+    return proved(model, _found(model, example), example)
 
 
 def _found(model: nn.Module, example: Mapping[str, Tensor]) -> list[Pair]:
@@ -156,10 +142,15 @@ def _found(model: nn.Module, example: Mapping[str, Tensor]) -> list[Pair]:
         if source is not None and not others and holders[id(linear[name].weight)] == 1:
             readers[source].append(name)
     return [
-        Pair(norm, tuple(names))
+        _pair(norm, modules[norm], names)
         for norm, names in readers.items()
         if names and all(linear[name].in_features == len(modules[norm].get_parameter("weight")) for name in names)
     ]
+
+
+def _pair(name: str, norm: nn.Module, readers: Iterable[str]) -> Pair:
+    vectors = tuple(f"{name}.{key}" for key, _ in norm.named_parameters(recurse=False))
+    return Pair(name, tuple(readers), vectors, len(norm.get_parameter("weight")))
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -167,10 +158,6 @@ def _is_norm(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     own = list(module.parameters(recurse=False))
     return weight is not None and not isinstance(module, OPERATORS) and all(p.shape == (len(weight),) for p in own)
-
-
-def _width(model: nn.Module, pair: Pair) -> int:
-    return len(model.get_submodule(pair.name).get_parameter("weight"))
 
 
 @dataclass
@@ -219,7 +206,7 @@ class _Trial:
         self._is_symmetric = is_symmetric
 
     def candidates(self) -> dict[str, Tensor]:
-        """What may be tried, by name."""
+        """Octaves that may be tried, by what they are made by."""
         seen = [reader.seen for reader in self._readers]
         reach = _alive(torch.stack([torch.maximum(-each.low, each.high) for each in seen]).amax(0))
         size = _alive(torch.stack([each.rows.abs().mean(0) for each in seen]).mean(0))
@@ -230,8 +217,9 @@ class _Trial:
             found[f"AWQ, {strength}"] = _centred(size**-strength)
         return found
 
-    def error(self, factor: Tensor) -> float:
+    def error(self, octaves: Tensor) -> float:
         """Squared, relative to the outputs, summed over the readers."""
+        factor = octaves.exp2()
         return sum(self._error_of(reader, factor) for reader in self._readers)
 
     def _error_of(self, reader: _Reader, factor: Tensor) -> float:
@@ -242,18 +230,11 @@ class _Trial:
         grid = numbers.fit(scaled, storage, largest=most, energy=read.square().mean(0, keepdim=True))
         on_grid = numbers.quantise(scaled, grid, storage, largest=most)
         if compute in (Compute.INT8, Compute.INT8_DYNAMIC):
-            read = self._rounded(read, float((seen.low * factor).min()), float((seen.high * factor).max()))
+            low, high = (seen.low * factor).min(), (seen.high * factor).max()
+            read = ActivationGrid(low, high, is_symmetric=self._is_symmetric).round(read)
         expected = seen.rows @ reader.weight.T
         off = read @ on_grid.T - expected
         return float(off.square().sum() / expected.square().sum().clamp(min=torch.finfo(torch.float32).tiny))
-
-    def _rounded(self, x: Tensor, low: float, high: float) -> Tensor:
-        """On the grid of an activation that spans so much."""
-        if self._is_symmetric:
-            step = max(-low, high) / SIGNED_STEPS
-            return x if step == 0 else torch.fake_quantize_per_tensor_affine(x, step, 0, -SIGNED_STEPS, SIGNED_STEPS)
-        step = (high - low) / LEVELS
-        return x if step == 0 else torch.fake_quantize_per_tensor_affine(x, step, round(-low / step), 0, LEVELS)
 
 
 def _for_pair(proposed: Mapping[str, Mapping[str, Tensor]], pair: Pair) -> dict[str, Tensor]:
@@ -272,6 +253,6 @@ def _alive(sizes: Tensor) -> Tensor:
 
 
 def _centred(factor: Tensor) -> Tensor:
-    """With a geometric mean of 1, and no channel beyond MOST_OCTAVES."""
+    """The octaves, with a mean of nought and no channel beyond MOST_OCTAVES."""
     octaves = factor.log2()
-    return (octaves - octaves.mean()).clamp(-MOST_OCTAVES, MOST_OCTAVES).exp2()
+    return (octaves - octaves.mean()).clamp(-MOST_OCTAVES, MOST_OCTAVES)
