@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hirelc_deploy import checkpoint, console, datasets, graph, modelopt
+from hirelc_deploy import checkpoint, console, datasets, graph
 from hirelc_deploy.compress.distil import FineTuning
-from hirelc_deploy.compress.posttraining import PostTraining
-from hirelc_deploy.config import MODELOPT, POST_TRAINING_STEPS
+from hirelc_deploy.config import POST_TRAINING_STEPS
 from hirelc_deploy.cpu import cpu_flags
+from hirelc_deploy.opening import post_training_of
 from hirelc_deploy.profiles import load_target
 from hirelc_deploy.rundir import RunFolder
 from hirelc_deploy.task import Task
@@ -58,9 +58,7 @@ def workbench(
             folder,
             importance="l2",
             fine_tuning=FineTuning(epochs=epochs, seed=seed),
-            post_training=PostTraining.of(
-                post_training, propose=modelopt.factors if MODELOPT in post_training else None
-            ),
+            post_training=post_training_of(post_training),
             threads=threads,
             batch=batch,
             progress=console.progress,

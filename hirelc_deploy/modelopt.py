@@ -13,7 +13,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,10 +88,7 @@ def factors(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[s
     modelopt's own words where it fails.
     """
     sent = [{"inputs": dict(inputs)} for inputs in batches]
-    with tempfile.TemporaryDirectory(prefix="hirelc-deploy-") as name:
-        folder = Path(name)
-        _send(folder, model, sent, {"want": "factors"})
-        _run(folder)
+    with _answered(model, sent, {"want": "factors"}) as folder:
         found: dict[str, dict[str, Tensor]] = torch.load(folder / "factors.pt", weights_only=True)
     return {f"modelopt's {algorithm}": by_layer for algorithm, by_layer in found.items()}
 
@@ -134,27 +132,29 @@ def _asked(bench: "Workbench", bits: Sequence[int], effective_bits: Sequence[flo
     with torch.no_grad():
         output = task.output_name(graph.forward(bench.model, batches[0]["inputs"]))
     job = {"want": "bits", "bits": list(bits), "effective_bits": list(effective_bits), "output": output}
-    with tempfile.TemporaryDirectory(prefix="hirelc-deploy-") as name:
-        folder = Path(name)
-        _send(folder, bench.model, batches, job)
-        _run(folder)
+    with _answered(bench.model, batches, job) as folder:
         chosen: list[dict[str, int]] = json.loads((folder / "formats.json").read_text(encoding="utf-8"))
     return chosen
 
 
-def _run(folder: Path) -> None:
-    """Let it do the job that lies there."""
+@contextmanager
+def _answered(model: nn.Module, batches: Sequence[dict[str, Any]], job: dict[str, Any]) -> Iterator[Path]:
+    """A folder with what it made of a job, until the end of the block."""
     interpreter = python()
-    shutil.copy(WORKER, folder)  # a script's folder comes first on its path: an empty one, not this package's
-    command = [interpreter, str(folder / WORKER.name), str(folder)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-        lacks = "No module named 'modelopt" in said
-        raise UserError(
-            f"nvidia-modelopt failed: {said}",
-            fix=INSTALL if lacks else "go on without modelopt; its own words are above",
-        )
+    with tempfile.TemporaryDirectory(prefix="hirelc-deploy-") as name:
+        folder = Path(name)
+        _send(folder, model, batches, job)
+        shutil.copy(WORKER, folder)  # a script's folder comes first on its path: an empty one, not this package's
+        command = [interpreter, str(folder / WORKER.name), str(folder)]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+            lacks = "No module named 'modelopt" in said
+            raise UserError(
+                f"nvidia-modelopt failed: {said}",
+                fix=INSTALL if lacks else "go on without modelopt; its own words are above",
+            )
+        yield folder
 
 
 def _send(folder: Path, model: nn.Module, batches: Sequence[dict[str, Any]], job: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """What a command works on, loaded and checked before a run begins."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -89,7 +89,7 @@ def _workbench(
         run,
         importance="taylor" if settings.importance == "taylor" else "l2",
         fine_tuning=FineTuning(epochs=settings.epochs, seed=settings.seed),
-        post_training=_post_training(settings),
+        post_training=PostTraining() if settings.post_training is None else post_training_of(settings.post_training),
         threads=settings.threads,
         batch=settings.batch,
         progress=console.progress,
@@ -98,12 +98,9 @@ def _workbench(
     )
 
 
-def _post_training(settings: ExportSettings) -> PostTraining:
-    if settings.post_training is None:
-        return PostTraining()
-    return PostTraining.of(
-        settings.post_training, propose=modelopt.factors if MODELOPT in settings.post_training else None
-    )
+def post_training_of(steps: Sequence[str]) -> PostTraining:
+    """The steps with these names, of POST_TRAINING_STEPS and MODELOPT."""
+    return PostTraining.of(steps, propose=modelopt.factors if MODELOPT in steps else None)
 
 
 def _check_labels(trained: "Checkpoint", task: "Task") -> None:

@@ -47,7 +47,8 @@ def trace(
             own = private_copy(model)
             layers, left_out = observe(own, one)
             forward(own, batch)
-            for_nothing = idle(own, one, layers)
+            jittered = jitter(own)
+            for_nothing = idle(own, jittered, one, layers)
         except UserError:
             raise
         except Exception as error:  # the model is the user's, and so is whatever it raises
@@ -60,7 +61,7 @@ def trace(
         gone = {each.name for each in for_nothing}
         layers = tuple(layer for layer in layers if layer.name not in gone)
         found = blocks(own, [layer.name for layer in layers])
-        groups, without = _groups(own, one, batch, layers, found, limit_s, limit_bytes)
+        groups, without = _groups(own, jittered, one, batch, layers, found, limit_s, limit_bytes)
         groups = tuple(group for group in groups if not _is_only_of(gone, group, layers))
     state = own.state_dict()
     return ModelGraph(
@@ -79,6 +80,7 @@ def trace(
 
 def _groups(
     model: nn.Module,
+    jittered: nn.Module,
     one: Inputs,
     batch: Inputs,
     layers: tuple[Layer, ...],
@@ -92,7 +94,6 @@ def _groups(
     except UntraceableError as error:
         return (), (LeftOut("model", f"no channels can be removed: {error}"),)
     groups, unfit = candidates(model, touched, layers, found)
-    jittered = jitter(model)
     proved, wrong = prove(jittered, batch, groups)
     return with_vanishing(jittered, batch, proved, layers), (*unfit, *wrong)
 

@@ -15,7 +15,7 @@ from hirelc_deploy.copying import copied
 from hirelc_deploy.graph.calling import Inputs, forward
 from hirelc_deploy.graph.model_graph import Layer, LeftOut
 from hirelc_deploy.graph.proof import sift
-from hirelc_deploy.graph.trial import SEED, jitter
+from hirelc_deploy.graph.trial import SEED
 
 UNREACHED = "what it makes reaches no output: it is not in the file"
 CONSTANT = "what it makes is the same for all inputs: it is computed once and for all"
@@ -24,8 +24,10 @@ DRAWS = 16
 """Of noise, since a layer that only decides between two may decide the same again."""
 
 
-def idle(model: nn.Module, inputs: Inputs, layers: Sequence[Layer]) -> tuple[LeftOut, ...]:
+def idle(model: nn.Module, jittered: nn.Module, inputs: Inputs, layers: Sequence[Layer]) -> tuple[LeftOut, ...]:
     """Those of the layers that are, with the reason; `inputs` is one example, and all weights take gradients.
+
+    `jittered` has noise on every weight; neither it nor the model is changed.
 
     Layers that share a weight are passed over, since another one may need it, and so are embeddings of constants, whose
     weight is stored.
@@ -34,7 +36,7 @@ def idle(model: nn.Module, inputs: Inputs, layers: Sequence[Layer]) -> tuple[Lef
     unreached = _unreached(model, inputs, alone)
     gone = {each.name for each in unreached}
     rest = [layer for layer in alone if layer.name not in gone and layer.op != "Embedding"]
-    return (*unreached, *_constant(model, inputs, rest))
+    return (*unreached, *_constant(jittered, inputs, rest))
 
 
 def _unreached(model: nn.Module, inputs: Inputs, layers: Sequence[Layer]) -> list[LeftOut]:
@@ -79,15 +81,14 @@ def _parameters_behind(outputs: Iterable[Tensor]) -> set[int]:
 
 
 @torch.no_grad()
-def _constant(model: nn.Module, inputs: Inputs, layers: Sequence[Layer]) -> list[LeftOut]:
+def _constant(jittered: nn.Module, inputs: Inputs, layers: Sequence[Layer]) -> list[LeftOut]:
     """Layers that read the very same values whatever the network reads; none if it does not run on other inputs.
 
     With noise on every weight, and not where they read nothing but noughts: what is silent as trained may speak up.
     """
-    trial = jitter(model)
-    first = _read(trial, inputs, layers)
+    first = _read(jittered, inputs, layers)
     try:
-        second = _read(trial, _others(inputs), layers)
+        second = _read(jittered, _others(inputs), layers)
     except Exception:  # inputs that mean something (lengths, places) may not be exchanged
         return []
     same = [
