@@ -12,7 +12,8 @@ from hirelc_deploy.verify.manifest import FrontRecord, Predicted
 
 
 def write_front(folder: Path, choice: Choice) -> tuple[FrontRecord, ...]:
-    """Policies that no other evaluated one beats, each as a file that `--policy` takes.  None without a search.
+    """Policies that no other evaluated one beats, and those that were finished, each as a file that `--policy` takes.
+    None without a search.
 
     They are compared by their figures as the manifest gives them, where a drop below nought counts as nought.  Of
     policies that are alike in all of these one is kept: one that was finished, else the first.
@@ -23,9 +24,9 @@ def write_front(folder: Path, choice: Choice) -> tuple[FrontRecord, ...]:
     found.sort(key=lambda one: one[0].finished_drop_points is None)
     places = counted(np.array([(it.drop_points, it.size_bytes, it.latency_ms) for it, _ in found], float))
     _, unlike = np.unique(places, axis=0, return_index=True)
-    best = sorted(
-        (found[i] for i in unlike[front(places[unlike])]), key=lambda one: (one[0].size_bytes, one[0].latency_ms)
-    )
+    finished = {i for i, (record, _) in enumerate(found) if record.finished_drop_points is not None}
+    kept = {*unlike[front(places[unlike])].tolist(), *finished}
+    best = sorted((found[i] for i in kept), key=lambda one: (one[0].size_bytes, one[0].latency_ms))
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for number, (record, policy) in enumerate(best, start=1):

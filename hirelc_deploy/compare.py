@@ -102,7 +102,7 @@ def timed(
         with suppress(Spent):
             method(clock.problem, seen, seed=seed)
     spent = time.monotonic() - began - clock.seconds
-    places = points(seen.seen, problem.before)
+    places = points(problem, seen.seen)
     return {
         "method": name,
         "seed": seed,

@@ -39,6 +39,12 @@ def test_of_policies_that_are_alike_there_is_one(tmp_path: Path, drop: float, ot
     assert kept(tmp_path, one, two, far, finished=(two,)) == [3, 2], "the one whose finished drop is known"
 
 
+def test_what_was_finished_is_kept_even_where_another_beats_it(tmp_path: Path) -> None:
+    best, beaten = evaluated(1, 100, 2.0, 1.0), evaluated(2, 200, 3.0, 2.0)
+    assert kept(tmp_path, best, beaten) == [1]
+    assert kept(tmp_path, best, beaten, finished=(beaten,)) == [1, 2]
+
+
 def test_luck_does_not_pay_for_a_larger_file(tmp_path: Path) -> None:
     assert kept(tmp_path, evaluated(1, 100, 2.0, 0.0), evaluated(2, 200, 2.0, -0.8)) == [1]
 

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from toy_search import toy
 
 from hirelc_deploy.budget import Budget, Figures
 from hirelc_deploy.policy import Policy
-from hirelc_deploy.search.finish import FINALISTS, Finishing, Mending
+from hirelc_deploy.search.finish import FINALISTS, Finishing, Mending, hardness
 from hirelc_deploy.search.problem import Problem
 from hirelc_deploy.search.space import Choice, Evaluation
 
@@ -50,7 +51,8 @@ def test_the_cheapest_that_holds_the_drop_is_taken() -> None:
 
 @pytest.mark.parametrize(("gain", "best"), [(0.25, 8), (1.0, 2)])
 def test_what_is_finished_corrects_what_is_expected(gain: float, best: int) -> None:
-    choice, order = finished(Budget(drop=1.0), LADDER, gain)
+    ladder = [evaluation(i, drop=0.5 * i, size_bytes=1000 - 20 * i) for i in range(1, 9)]
+    choice, order = finished(Budget(drop=1.0), ladder, gain)
     assert choice.best.policy.keep["g"] == best
     assert len(order) <= FINALISTS
     assert len(set(order)) == len(order)
@@ -74,11 +76,11 @@ def test_one_that_holds_the_limit_by_a_margin_comes_before_one_that_just_does() 
 def test_between_what_held_and_what_did_not_all_that_is_cheaper_is_tried() -> None:
     """Splits that can tell nothing: what holds counts as holding just so, which tells of nothing beyond it."""
     drops = {1: (5.0, 0.0), 2: (6.0, 0.1), 3: (6.5, 0.3), 4: (7.0, 0.4)}
-    seen = [evaluation(i, drop=before, size_bytes=1000 - 100 * i) for i, (before, _) in drops.items()]
+    seen = [evaluation(i, drop=before, size_bytes=980 - 90 * i) for i, (before, _) in drops.items()]
 
     def complete(policy: Policy) -> Evaluation:
         number = policy.keep["g"]
-        return evaluation(number, drops[number][1], 1000 - 100 * number)
+        return evaluation(number, drops[number][1], 980 - 90 * number)
 
     problem = replace(toy().problem, budget=Budget(drop=0.5), before=BEFORE, score_error=9.0)
     finishing = Finishing(problem, complete)
@@ -146,8 +148,17 @@ def test_few_evaluations_are_enough(count: int) -> None:
     assert len(order) <= count
 
 
-def aim(budget: Budget, before: float, after: float, *, score_error: float = 0.0) -> tuple[float | None, int]:
-    """The drop that evaluations may have, where the first recipe's is seen to shrink so; how many were finished."""
+def allowed(problem: Problem, size_bytes: int) -> float | None:
+    """The drop that an evaluation of a file of so many bytes may have."""
+    limit = problem.budget.drop
+    return None if limit is None else limit / float(problem.part_left(np.array([size_bytes]))[0])
+
+
+def aim(
+    budget: Budget, before: float, after: float, *, score_error: float = 0.0, most: int = FINALISTS
+) -> tuple[float | None, int]:
+    """The drop that an evaluation of a file as large as the first recipe's may have, where that one's is seen to shrink
+    so; how many were finished."""
     problem = replace(
         toy().problem,
         budget=budget,
@@ -160,43 +171,69 @@ def aim(budget: Budget, before: float, after: float, *, score_error: float = 0.0
         order.append(policy)
         return evaluation(0, after, 500)
 
-    finishing = Finishing(problem, complete)
+    finishing = Finishing(problem, complete, most=most)
     finishing.recipe()
-    return finishing.aim.budget.drop, len(order)
+    return allowed(finishing.aim, 500), len(order)
 
 
 def test_evaluations_may_drop_by_what_fine_tuning_mends() -> None:
-    allowed, _ = aim(Budget(drop=1.0), before=4.0, after=0.25)
-    assert allowed == pytest.approx(8.0), "0.25 grows to 1.0 with the square of an evaluation's drop"
+    found, _ = aim(Budget(drop=1.0), before=4.0, after=0.5, most=2)
+    assert found == pytest.approx(4.0 * 2**0.8), "what is left doubles when hardness grows by 2 ** (1 / 1.25)"
+
+
+def test_the_smaller_the_file_the_less_an_evaluation_may_drop() -> None:
+    """Seen on a network: of 20 points in 31 KB nearly nothing was left, and of 22 in 15 KB a third."""
+    problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, evaluate=lambda _: evaluation(0, 8.0, 385))
+    finishing = Finishing(problem, lambda _: evaluation(0, 0.1, 385))
+    finishing.recipe()
+    aim = finishing.aim
+    assert allowed(aim, 385) == pytest.approx(24.0), "three times as hard as what was mended"
+    assert allowed(aim, 308) == pytest.approx(24.0 * (308 / 385) ** 2)
+    assert allowed(aim, 150) == pytest.approx(24.0 * (150 / 385) ** 2)
+    assert allowed(aim, 20) == 1.0, "never less than the limit itself"
+    left = aim.left_of([evaluation(1, 20.0, 308), evaluation(2, 22.0, 150), evaluation(3, 0.9, 20)])
+    assert left[0] > 1.0 > left[0] - 0.5
+    assert left[1] > 5.0
+    assert left[2] == 0.9
+
+
+def test_hardness_by_hand() -> None:
+    assert hardness(evaluation(1, 3.0, 500), 1000) == pytest.approx(12.0)
+    assert hardness(evaluation(1, 3.0, 1000), 1000) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "allowed"), [(5.0, 5.0, 2.24), (0.5, 2.0, 1.0), (4.0, -0.3, 10.0), (8.0, -0.3, 12.0)]
+    ("before", "after", "expected"), [(5.0, 5.0, 1.38), (0.5, 2.0, 1.0), (4.0, -0.3, 12.0), (8.0, -0.3, 24.0)]
 )
-def test_the_aim_is_never_stricter_than_the_limit_and_never_far_beyond_it_or_what_was_mended(
-    before: float, after: float, allowed: float
+def test_the_aim_is_never_stricter_than_the_limit_and_never_far_beyond_what_was_mended(
+    before: float, after: float, expected: float
 ) -> None:
     found, _ = aim(Budget(drop=1.0), before, after)
-    assert found == pytest.approx(allowed, abs=0.01)
+    assert found == pytest.approx(expected, abs=0.01)
 
 
 def test_drops_that_a_score_cannot_tell_count_as_half_of_what_it_can() -> None:
-    assert aim(Budget(drop=1.0), 4.0, -0.3, score_error=0.5)[0] == aim(Budget(drop=1.0), 4.0, 0.25)[0]
+    before, well, exactly = evaluation(1, 4.0, 500), evaluation(1, -0.3, 500), evaluation(1, 0.25, 500)
+    told = [
+        Mending.seen_in([(before, after)], limit=1.0, score_error=error, original_bytes=500)
+        for after, error in ((well, 0.5), (exactly, 0.0))
+    ]
+    assert told[0] == told[1] == Mending(((4.0, 0.25),), 1.25)
 
 
 def test_where_mending_ends_abruptly_what_was_nearly_seen_tells() -> None:
     """Seen on a network: 7.9 points all but gone, 8.7 not.  A straight line through both would hope for 10."""
-    pairs = [(evaluation(1, 7.88, 500), evaluation(1, 0.03, 500)), (evaluation(2, 8.65, 400), evaluation(2, 0.82, 400))]
-    mending = Mending.seen_in(pairs, limit=1.0, score_error=0.345)
+    pairs = [(evaluation(1, 7.88, 500), evaluation(1, 0.03, 500)), (evaluation(2, 8.65, 500), evaluation(2, 0.82, 500))]
+    mending = Mending.seen_in(pairs, limit=1.0, score_error=0.345, original_bytes=500)
     assert mending is not None
-    assert 7.88 < mending.before(0.58) < 8.65 < mending.before(1.0) < 9.2
-    assert mending.before(0.82) == pytest.approx(8.65)
+    assert 7.88 < mending.hardest(0.58) < 8.65 < mending.hardest(1.0) < 9.2
+    assert mending.hardest(0.82) == pytest.approx(8.65)
 
 
 def test_what_was_seen_to_hold_is_aimed_at_however_coarse_the_score_is() -> None:
-    allowed, _ = aim(Budget(drop=1.0), 4.0, 0.3, score_error=2.0)
-    assert allowed is not None
-    assert allowed >= 4.0
+    found, _ = aim(Budget(drop=1.0), 4.0, 0.3, score_error=2.0)
+    assert found is not None
+    assert found >= 4.0
 
 
 def test_a_recipe_that_loses_nothing_teaches_nothing() -> None:
@@ -213,7 +250,7 @@ def test_what_is_finished_in_the_middle_of_a_search_moves_its_aim() -> None:
     problem: Problem = replace(
         toy().problem, budget=Budget(drop=1.0), before=BEFORE, evaluate=lambda policy: evaluation(99, 4.0, 900)
     )
-    left = {99: 2.0, 5: 0.1}
+    left = {99: 2.0, 2: 0.1}
     order: list[int] = []
 
     def complete(policy: Policy) -> Evaluation:
@@ -222,18 +259,19 @@ def test_what_is_finished_in_the_middle_of_a_search_moves_its_aim() -> None:
 
     finishing = Finishing(problem, complete)
     finishing.recipe()
-    before = finishing.aim.budget.drop
-    assert before == pytest.approx(4.0 * 0.5**0.5)
+    before = allowed(finishing.aim, 900)
+    assert before == pytest.approx(4.0 * 0.5**0.8)
     assert finishing.one(LADDER[:5])
-    assert order == [99, 5], "2.5 is the most that is told to be mended, and the cheapest"
-    after = finishing.aim.budget.drop
+    assert order == [99, 2], "the hardest that is told to be mended, and the cheapest"
+    after = allowed(finishing.aim, 900)
+    assert before is not None
     assert after is not None
     assert after > before
 
 
-def test_nothing_is_finished_that_drops_by_far_more_than_the_limit() -> None:
+def test_nothing_is_finished_that_is_by_far_harder_to_mend_than_what_was_seen() -> None:
     """However well the recipe was mended: what nobody has seen yet is not believed."""
-    hopeless, good = evaluation(1, drop=20.0, size_bytes=100), evaluation(2, drop=9.0, size_bytes=300)
+    hopeless, good = evaluation(1, drop=20.0, size_bytes=600), evaluation(2, drop=9.0, size_bytes=700)
     problem: Problem = replace(
         toy().problem, budget=Budget(drop=1.0), before=BEFORE, evaluate=lambda policy: evaluation(99, 8.0, 900)
     )
@@ -241,7 +279,7 @@ def test_nothing_is_finished_that_drops_by_far_more_than_the_limit() -> None:
 
     def complete(policy: Policy) -> Evaluation:
         order.append(policy.keep["g"])
-        return evaluation(policy.keep["g"], 0.0, 500)
+        return evaluation(policy.keep["g"], 0.0, 900)
 
     finishing = Finishing(problem, complete)
     finishing.recipe()
@@ -251,28 +289,28 @@ def test_nothing_is_finished_that_drops_by_far_more_than_the_limit() -> None:
 
 def test_what_is_mended_to_the_last_lets_more_be_hoped_for_each_time() -> None:
     """Seen on a network: ten times the limit lost nothing, three times, and the search ended with its limit unspent."""
-    drops = [12.0, 18.0, 27.0, 40.0, 60.0, 50.0, 46.0]
-    recipe, ladder = evaluation(99, 12.0, 900), [evaluation(round(d), d, 900 - round(10 * d)) for d in drops]
+    drops = [30.0, 80.0, 110.0, 150.0, 200.0]
+    recipe, ladder = evaluation(99, 12.0, 900), [evaluation(round(d), d, 900 - round(d / 10)) for d in drops]
     problem: Problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, evaluate=lambda _: recipe)
     by_policy = {each.policy.digest(): each for each in (recipe, *ladder)}
     order: list[int] = []
 
     def complete(policy: Policy) -> Evaluation:
-        """Nothing is left of 48 points, and all of more."""
+        """Nothing is left of 120 points, and all of more."""
         order.append(policy.keep["g"])
         before = by_policy[policy.digest()]
-        return replace(before, figures=replace(before.figures, drop=0.0 if before.drop <= 48.0 else before.drop))
+        return replace(before, figures=replace(before.figures, drop=0.0 if before.drop <= 120.0 else before.drop))
 
     finishing = Finishing(problem, complete, most=6)
     finishing.recipe()
     choice = finishing.choice(ladder)
-    assert order == [99, 18, 27, 40, 60, 46], "half as much again each time, until it was too far"
-    assert choice.best.policy.keep["g"] == 46
+    assert order == [99, 30, 80, 200, 110, 150], "up to three times as hard each time, until it was too far"
+    assert choice.best.policy.keep["g"] == 110
 
 
 def test_a_step_further_is_taken_only_while_another_may_follow_it() -> None:
     """Of 12 points as much is left as is safe, so that more is told to leave too much."""
-    recipe, seen = evaluation(99, 12.0, 900), [evaluation(11, 11.0, 400), evaluation(17, 17.0, 300)]
+    recipe, seen = evaluation(99, 12.0, 900), [evaluation(11, 11.0, 880), evaluation(17, 17.0, 800)]
     for most, finished_next in ((2, 11), (3, 17)):
         problem: Problem = replace(
             toy().problem, budget=Budget(drop=1.0), before=BEFORE, score_error=9.0, evaluate=lambda _: recipe
@@ -281,11 +319,11 @@ def test_a_step_further_is_taken_only_while_another_may_follow_it() -> None:
 
         def complete(policy: Policy, order: list[int] = order) -> Evaluation:
             order.append(policy.keep["g"])
-            return evaluation(policy.keep["g"], 0.2, 500)
+            return evaluation(policy.keep["g"], 0.2, 900)
 
         finishing = Finishing(problem, complete, most=most)
         finishing.recipe()
-        assert finishing.aim.budget.drop == pytest.approx(18.0), "half as much again as was mended"
+        assert allowed(finishing.aim, 900) == pytest.approx(36.0), "three times as hard as what was mended"
         assert finishing.one(seen)
         assert order == [99, finished_next]
 

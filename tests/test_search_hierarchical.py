@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_search import BEST_COST, COUNTS, DROP_MAX, TIED, chosen, toy
+from toy_search import BEST_COST, COUNTS, DROP_MAX, MENDED, TIED, chosen, toy
 
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.search import hierarchical
@@ -219,6 +219,14 @@ def test_it_comes_near_the_best_policy_there_is() -> None:
     gap, evaluations = found(0)
     assert gap < 0.15
     assert len(evaluations.seen) <= EVALUATIONS
+
+
+def test_it_uses_what_fine_tuning_mends_of_large_files() -> None:
+    """The optimum of drops as they are evaluated is 0.63 away."""
+    problem = replace(toy().problem, unmended_bytes=MENDED.unmended_bytes)
+    evaluations = Evaluations(problem, EVALUATIONS)
+    search(problem, evaluations, seed=0)
+    assert MENDED.gap(evaluations.seen) < 0.15
 
 
 def test_the_same_seed_gives_the_same_policies() -> None:

@@ -90,6 +90,11 @@ class DropModel:
         """Weighted and added, (policies,), in nats."""
         return damages(problem, rows) @ np.array([1.0, self.group_weight])
 
+    def damage_left(self, problem: Problem, rows: Rows) -> np.ndarray:
+        """The damage that would drop by as much as fine-tuning is told to leave, (policies,), in nats."""
+        parts = problem.part_left(problem.costs(rows).size_bytes)
+        return np.asarray(self.damage(problem, rows) * parts ** (1 / self.power))
+
     def drop(self, problem: Problem, rows: Rows) -> np.ndarray:
         """(policies,), in the score's unit."""
         found = self.uncorrected(damages(problem, rows))
@@ -130,7 +135,8 @@ def fit(problem: Problem, seen: Sequence[Evaluation]) -> DropModel:
     rows = np.array([problem.row(evaluation.policy) for evaluation in seen])
     parts, floor, limit = damages(problem, rows), noise(problem), goal_of(problem).drop_max
     logs = np.log(np.maximum([evaluation.drop for evaluation in seen], 0.0) + floor)
-    counts = 1 / (1 + np.abs(logs - np.log(limit + floor)))
+    left = np.maximum(problem.left_of(seen), 0.0)
+    counts = 1 / (1 + np.abs(np.log((left + floor) / (limit + floor))))
     usual = np.log(limit) - np.log(max(parts.sum(1).mean(), LEAST_DAMAGE))
 
     def residuals(parameters: np.ndarray) -> np.ndarray:
@@ -196,7 +202,7 @@ def efficient(problem: Problem, rows: Rows, model: DropModel) -> Rows:
     """Those that none beats in bytes and milliseconds with no more damage, each once."""
     rows = np.unique(rows, axis=0)
     prices = problem.costs(rows)
-    return rows[front(np.column_stack([model.damage(problem, rows), prices.size_bytes, prices.latency_ms]))]
+    return rows[front(np.column_stack([model.damage_left(problem, rows), prices.size_bytes, prices.latency_ms]))]
 
 
 def most_wanted(evaluations: Evaluations, rows: Rows, model: DropModel, turn: int) -> np.ndarray:
@@ -208,9 +214,10 @@ def most_wanted(evaluations: Evaluations, rows: Rows, model: DropModel, turn: in
     problem = evaluations.problem
     if turn % 2 and (found := widest(evaluations, rows, model)) is not None:
         return found
-    goal = goal_of(problem)
-    part = model.drop(problem, rows) / (PARTS[turn // 2 % len(PARTS)] * goal.drop_max)
-    price = cost(goal, problem.costs(rows)) + MISSED_DROP * np.maximum(0.0, part - 1) + TIE * part
+    goal, prices = goal_of(problem), problem.costs(rows)
+    left = problem.left(model.drop(problem, rows), prices.size_bytes)
+    part = left / (PARTS[turn // 2 % len(PARTS)] * goal.drop_max)
+    price = cost(goal, prices) + MISSED_DROP * np.maximum(0.0, part - 1) + TIE * part
     return np.asarray(rows[price.argmin()])
 
 
@@ -218,8 +225,8 @@ def widest(evaluations: Evaluations, rows: Rows, model: DropModel) -> np.ndarray
     """The row that adds most hypervolume to what was seen, (variables,), as far as a model knows; None if none does."""
     problem = evaluations.problem
     corner = reference(goal_of(problem))
-    seen = points(evaluations.seen, problem.before)
-    found = most_added(places_of(model.drop(problem, rows), problem.costs(rows), problem.before), seen, corner)
+    seen = points(problem, evaluations.seen)
+    found = most_added(places_of(problem, model.drop(problem, rows), problem.costs(rows)), seen, corner)
     return None if found is None or found[1] <= LEAST_GAIN * hypervolume(seen, corner) else np.asarray(rows[found[0]])
 
 
@@ -279,7 +286,7 @@ def follow(problem: Problem, evaluations: Evaluations, trace: Trace) -> None:
         model = fit(problem, evaluations.seen)
         doubted = replace(model, group_weight=model.group_weight * DOUBTS[empty])
         rows = affordable(problem, trace(doubted, leaning(goal, lean)))
-        expected = model.drop(problem, rows) if before else None
+        expected = problem.left(model.drop(problem, rows), problem.costs(rows).size_bytes) if before else None
         close_in(evaluations, rows, goal.drop_max, expected, STEPS if before else COLD_STEPS)
         for _ in range(WIDENING):
             found = widest(evaluations, unseen(evaluations, rows), fit(problem, evaluations.seen))
@@ -292,7 +299,8 @@ def follow(problem: Problem, evaluations: Evaluations, trace: Trace) -> None:
 def close_in(evaluations: Evaluations, rows: Rows, limit: float, expected: np.ndarray | None, steps: int) -> None:
     """Evaluates where a path crosses a drop: between what kept it and what missed it, till these are neighbours.
 
-    What is known costs no step.  Each drop seen corrects what is expected of the whole path.
+    What is known costs no step.  Each drop seen corrects what is `expected` of the whole path, (rows,).  Of drops what
+    is left when they are mended counts.
     """
     problem = evaluations.problem
     floor = noise(problem)
@@ -305,7 +313,7 @@ def close_in(evaluations: Evaluations, rows: Rows, limit: float, expected: np.nd
             if not steps:
                 return
             steps -= 1
-        drop = evaluations.of(policy).drop
+        drop = problem.left_of([evaluations.of(policy)])[0]
         kept, missed = (place, missed) if drop <= limit else (kept, place)
         if expected is not None:
             expected = expected * (max(drop, 0.0) + floor) / (expected[place] + floor)

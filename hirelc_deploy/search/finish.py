@@ -1,9 +1,12 @@
 """From evaluations to one policy: the best few are made real in full, and what is seen of them decides.
 
 An evaluation trains for seconds, a finished policy for epochs, so its drop is smaller: by half on one network, by all
-of it on another.  So search and finishing take turns.  One recipe is finished before the search begins, and says which
-drop an evaluation may have; after FIRST_PART of the evaluations the best policy that they led to is finished, which
-corrects that drop, and the search goes on to what it is then.
+of it on another, and by more the larger the file.  So search and finishing take turns.  One recipe is finished before
+the search begins, and says which drops are mended; after FIRST_PART of the evaluations the best policy that they led to
+is finished, which corrects that, and the search goes on with what is known then.
+
+What finishing leaves is told by hardness: a drop times the square of how many times smaller the file is than the
+original's.
 """
 
 import math
@@ -16,7 +19,7 @@ from hirelc_deploy.budget import Budget, excess, judge, met
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.search.additive import recipe_ladder
 from hirelc_deploy.search.goal import Goal
-from hirelc_deploy.search.problem import Problem
+from hirelc_deploy.search.problem import MENDED_BY_SIZE, Problem
 from hirelc_deploy.search.space import Choice, Evaluation
 
 FINALISTS = 5
@@ -31,13 +34,13 @@ and 1.28 of these errors hold nine times of ten."""
 FIRST_PART = 2 / 3
 """Of the evaluations, before what they led to is finished and the rest is spent by what that has shown."""
 
-MOST_TIMES, FURTHER = 10.0, 1.5
-"""How far an evaluation's drop may be above the limit at most, and above the largest that was seen to be mended: what
-is left tells little of what more would leave, since mending ends abruptly.  Where nothing has failed yet it may be so
-far above what was mended, as long as another can be finished to step back."""
+FURTHER = 3.0
+"""How many times as hard as what was seen to be mended a policy may be: what is left tells little of what more would
+leave, since mending ends abruptly.  Where nothing has failed yet it may be so hard, as long as another can be finished
+to step back.  A file of two thirds the bytes, with a third more drop, is three times as hard."""
 
-POWER, POWERS = 2.0, (1.0, 4.0)
-"""What is left of a drop grows with this power of it, as long as one policy is known, and between these with more."""
+POWER, POWERS = 1.25, (0.75, 4.0)
+"""What is left grows with this power of hardness, as long as one policy is known, and between these with more."""
 
 Pair = tuple[Evaluation, Evaluation]
 """A policy as it was evaluated, and as it was finished."""
@@ -47,19 +50,19 @@ Complete = Callable[[Policy], Evaluation]
 
 @dataclass(frozen=True)
 class Mending:
-    """What fine-tuning leaves of an evaluation's drop: as was seen, and around that factor x drop ** power."""
+    """What fine-tuning leaves of an evaluation's drop: as was seen, and around that factor x hardness ** power."""
 
     seen: tuple[tuple[float, float], ...]
-    """Drops before and after."""
+    """Hardness, and what was left."""
     power: float
 
     @classmethod
-    def seen_in(cls, pairs: Sequence[Pair], limit: float, score_error: float) -> "Mending | None":
+    def seen_in(cls, pairs: Sequence[Pair], limit: float, score_error: float, original_bytes: int) -> "Mending | None":
         """As far as it was seen, drops below half of what a score can tell counting as that half; None where no
         evaluation dropped by more."""
         # never above what is safe: what held is shown to hold
         least = max(min(score_error / 2, LEAST_SAFE * limit), limit / 20)
-        seen = tuple((e.drop, max(after.drop, least)) for e, after in pairs if e.drop > least)
+        seen = tuple((hardness(e, original_bytes), max(after.drop, least)) for e, after in pairs if e.drop > least)
         if not seen:
             return None
         before, after = np.log(seen).T
@@ -68,9 +71,9 @@ class Mending:
             power = float(np.clip(np.polyfit(before, after, 1)[0], *POWERS))
         return cls(seen, power)
 
-    def before(self, left: float) -> float:
-        """The evaluation's drop of which so much is left: between the largest that left no more and the smallest that
-        did, else from where nearly that was seen, since mending ends abruptly."""
+    def hardest(self, left: float) -> float:
+        """The hardness of which so much is left: between the largest that left no more and the smallest that did, else
+        from where nearly that was seen, since mending ends abruptly."""
         held = max((pair for pair in self.seen if pair[1] <= left), default=None)
         failed = min((pair for pair in self.seen if pair[1] > left), default=None)
         if held is not None and failed is not None and held[0] < failed[0]:
@@ -79,8 +82,15 @@ class Mending:
         return float(before * (left / after) ** (1 / self.power))
 
 
-UNSEEN = Mending(((1.0, 0.5),), 1.0)
-"""Before anything was seen."""
+def hardness(evaluation: Evaluation, original_bytes: int) -> float:
+    """How hard an evaluation's drop is to mend, in the score's unit: what the drop of a file as large as the original
+    would be that is as hard."""
+    assert evaluation.figures.size_bytes
+    return float(evaluation.drop * (original_bytes / evaluation.figures.size_bytes) ** MENDED_BY_SIZE)
+
+
+UNSEEN = 2.0
+"""Drops of evaluations, as parts of what is safe, that are hoped to be mended before anything was seen."""
 
 
 class Finishing:
@@ -101,6 +111,7 @@ class Finishing:
         self._note = note
         self._pairs: dict[str, Pair] = {}
         self._goal = Goal.of(problem.budget, problem.before)
+        self._original_bytes = int(self._goal.size_bytes_before)
         limit = problem.budget.drop
         errors = math.hypot(problem.score_error, problem.test_error)
         self._safe = math.inf if limit is None else _safe(limit, errors)
@@ -119,13 +130,13 @@ class Finishing:
 
     @property
     def aim(self) -> Problem:
-        """The problem with the drop that an evaluation may have, as far as that is known: where what was finished has
-        lost nothing that a score can tell, what is allowed in the end."""
+        """The problem with what is known of mending: drops of evaluations as they will be left.  Where what was
+        finished has lost nothing that a score can tell, they are taken as they are."""
         limit, mending = self._goal.drop_max, self._mending
         if not self._is_limited or mending is None:
             return self._problem
-        allowed = max(limit, self._most_before(limit, mending), self._further)
-        return replace(self._problem, budget=replace(self._problem.budget, drop=allowed))
+        hardest = max(self._hardest(limit, mending), self._further)
+        return replace(self._problem, unmended_bytes=self._original_bytes * (limit / hardest) ** (1 / MENDED_BY_SIZE))
 
     def one(self, seen: Sequence[Evaluation]) -> bool:
         """Finish what is most worth it among those that were evaluated; False where nothing is, or no more may be."""
@@ -157,31 +168,36 @@ class Finishing:
 
     @property
     def _mending(self) -> Mending | None:
-        return Mending.seen_in(list(self._pairs.values()), self._goal.drop_max, self._problem.score_error)
+        return Mending.seen_in(
+            list(self._pairs.values()), self._goal.drop_max, self._problem.score_error, self._original_bytes
+        )
 
-    def _most_before(self, left: float, mending: Mending) -> float:
-        """The evaluation's drop of which so much is left, as far as it is believed."""
-        return min(mending.before(left), max(MOST_TIMES * self._goal.drop_max, FURTHER * self._mended(left)))
+    def _hardness(self, evaluation: Evaluation) -> float:
+        return hardness(evaluation, self._original_bytes)
+
+    def _hardest(self, left: float, mending: Mending) -> float:
+        """The hardness of which so much is left, as far as it is believed."""
+        mended = self._mended(left)
+        return min(mending.hardest(left), FURTHER * mended if mended else math.inf)
 
     @property
     def _further(self) -> float:
-        """The evaluation's drop that is tried to learn whether it is mended as well; nought where that is not worth it:
-        where as much has failed, and where no other could be finished after it."""
+        """The hardness that is tried to learn whether it is mended as well; nought where that is not worth it: where as
+        much has failed, and where no other could be finished after it."""
         mended = self._mended(self._safe)
-        has_failed = any(e.drop >= mended and after.drop > self._safe for e, after in self._pairs.values())
+        has_failed = any(self._hardness(e) >= mended and after.drop > self._safe for e, after in self._pairs.values())
         return 0.0 if has_failed or len(self._pairs) + 1 >= self._most else FURTHER * mended
 
     def _mended(self, left: float) -> float:
-        """The largest drop of an evaluation of which no more was left; nought where that was never seen."""
-        return max((e.drop for e, after in self._pairs.values() if after.drop <= left), default=0.0)
+        """The hardest evaluation of which no more was left; nought where that was never seen."""
+        return max((self._hardness(e) for e, after in self._pairs.values() if after.drop <= left), default=0.0)
 
     @property
     def _failed(self) -> float:
-        """The smallest drop of an evaluation above all that were mended of which too much was left; nought if none."""
+        """The least hard evaluation above all that were mended of which too much was left; nought if none."""
         mended = self._mended(self._safe)
-        return min(
-            (e.drop for e, after in self._pairs.values() if e.drop > mended and after.drop > self._safe), default=0.0
-        )
+        hard = (self._hardness(e) for e, after in self._pairs.values() if after.drop > self._safe)
+        return min((each for each in hard if each > mended), default=0.0)
 
     def _apart_from(self, seen: Sequence[Evaluation]) -> list[Evaluation]:
         """What was finished without being one of these."""
@@ -190,12 +206,13 @@ class Finishing:
     def _finish(self, before: Evaluation) -> None:
         after = self._complete(before.policy)
         self._pairs[before.policy.digest()] = (before, after)
-        allowed = self.aim.budget.drop
-        if allowed is not None:
-            limit = self._problem.budget.drop
+        if self._is_limited:
+            limit, size_bytes = self._goal.drop_max, before.figures.size_bytes
+            assert size_bytes
+            allowed = limit / self.aim.part_left(np.array([size_bytes]))[0]
             self._note(
-                f"fine-tuning leaves {after.drop:.2f} of a drop of {before.drop:.2f}: where {limit:g} is allowed, "
-                f"an evaluation may have {allowed:.2f}"
+                f"fine-tuning leaves {after.drop:.2f} of a drop of {before.drop:.2f} in {size_bytes / 1e3:.1f} KB: "
+                f"where {limit:g} is allowed, an evaluation of such a file may have {allowed:.2f}"
             )
 
     def _next(self, seen: Sequence[Evaluation]) -> Evaluation | None:
@@ -211,17 +228,23 @@ class Finishing:
         cheapest = min((_cost(each, goal) for each in holding), default=float("inf"))
         # of figures that are not judged yet the search's own predictions stand for what will be seen
         cheaper = [e for e in open_ if not excess(budget, e.figures) and _cost(e, goal) < cheapest]
-        told = max(self._most_before(self._safe, self._mending or UNSEEN), self._further)
-        told *= 1 + 1e-9  # the limit itself is on the safe side of rounding
-        hopeful = [e for e in cheaper if e.drop <= told]
+        hopeful = [e for e in cheaper if self._is_hopeful(e)]
         if holding and not hopeful:  # what fails now costs time alone
             held, failed = self._mended(self._safe), self._failed
-            hopeful = [e for e in cheaper if held < e.drop < failed]
+            hopeful = [e for e in cheaper if held < self._hardness(e) < failed]
         if hopeful:
             return min(hopeful, key=lambda each: (_cost(each, goal), each.drop))
         if holding:
             return None
-        return min(open_, key=lambda each: (excess(budget, each.figures), each.drop))
+        return min(open_, key=lambda each: (excess(budget, each.figures), self._hardness(each)))
+
+    def _is_hopeful(self, evaluation: Evaluation) -> bool:
+        """Whether fine-tuning is told to leave of it what is safe, or it is a step that is worth trying."""
+        mending, rounding = self._mending, 1 + 1e-9
+        if mending is None:
+            return evaluation.drop <= rounding * UNSEEN * self._safe
+        told = max(self._hardest(self._safe, mending), self._further)
+        return evaluation.drop <= rounding * self._safe or self._hardness(evaluation) <= rounding * told
 
 
 def _safe(drop: float, error: float) -> float:

@@ -10,22 +10,23 @@ import numpy as np
 from pymoo.indicators.hv import HV
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
-from hirelc_deploy.budget import Figures
-from hirelc_deploy.search.problem import Prices, prices_of
+from hirelc_deploy.search.problem import Prices, Problem, prices_of
 from hirelc_deploy.search.space import Evaluation
 
 
-def places_of(drops: np.ndarray, prices: Prices, before: Figures) -> np.ndarray:
-    """(policies, 3): drop in the score's unit, log of bytes and of milliseconds against the original's."""
+def places_of(problem: Problem, drops: np.ndarray, prices: Prices) -> np.ndarray:
+    """(policies, 3): what will be left of drops of evaluations, in the score's unit; logs of bytes and of milliseconds
+    against the original's."""
+    before = problem.before
     assert before.size_bytes
     assert before.latency_ms
     sizes, latencies = prices.size_bytes / before.size_bytes, prices.latency_ms / before.latency_ms
-    return np.stack([drops, np.log(sizes), np.log(latencies)], axis=1)
+    return np.stack([problem.left(drops, prices.size_bytes), np.log(sizes), np.log(latencies)], axis=1)
 
 
-def points(evaluations: Sequence[Evaluation], before: Figures) -> np.ndarray:
+def points(problem: Problem, evaluations: Sequence[Evaluation]) -> np.ndarray:
     """The places of evaluations, (evaluations, 3)."""
-    return places_of(np.array([each.drop for each in evaluations], float), prices_of(evaluations), before)
+    return places_of(problem, np.array([each.drop for each in evaluations], float), prices_of(evaluations))
 
 
 def front(places: np.ndarray) -> np.ndarray:

@@ -4,10 +4,11 @@
         - l_ms max(0, ms / ms_max - 1) - l_B max(0, bytes / bytes_max - 1) - l_M max(0, memory / memory_max - 1)
         - w_ms log(ms / ms_fp32) - w_B log(bytes / bytes_fp32)
 
-Every term is in units of its budget.  Where no drop was allowed or forbidden, drop_max is DROP_UNIT.  A weight is
-nought where its figure has a budget: below the budget there is nothing to gain.  A budget of a speed-up is one of
-milliseconds: ms_max = ms_fp32 / speedup.  Memory is worth nothing but its budget, and that is no term where no law
-tells what a runtime needs (`Figures.memory_bytes` of the original is None).
+Every term is in units of its budget.  A drop is what fine-tuning is told to leave of it (`Problem.left`).  Where no
+drop was allowed or forbidden, drop_max is DROP_UNIT.  A weight is nought where its figure has a budget: below the
+budget there is nothing to gain.  A budget of a speed-up is one of milliseconds: ms_max = ms_fp32 / speedup.  Memory is
+worth nothing but its budget, and that is no term where no law tells what a runtime needs (`Figures.memory_bytes` of the
+original is None).
 """
 
 from collections.abc import Collection
@@ -97,7 +98,7 @@ class Goal(Generic[N]):
         return found
 
     def reward(self, drop: np.ndarray, prices: Prices, multipliers: Multipliers) -> np.ndarray:
-        """R of the formula above, (policies,); `drop` in the score's unit, (policies,)."""
+        """R of the formula above, (policies,); `drop` as it is left, in the score's unit, (policies,)."""
         reward = -drop / self.drop_max - multipliers.drop * np.maximum(0.0, drop / self.drop_max - 1)
         for name, (told, most) in self.limited(prices).items():
             reward = reward - getattr(multipliers, name) * np.maximum(0.0, told / most - 1)

@@ -5,10 +5,10 @@ takes the layer whose shrinking hurts least.  Here a step gains a fixed share of
 (logarithms, weighted as the goal says; a figure with a limit only until the limit is kept).
 
 Advantages beyond the paper: a change may move one variable by any number of options, all layers of a block to one
-precision, or all groups of a block by one count, so that neighbours which only pay off together are seen; damage
-is looked up instead of measured by a short training for every candidate, and its weights are fitted to what real
-evaluations showed, after which the whole path is taken again; evaluations are spent where the path crosses
-the drop that is allowed; some paths lean to bytes or to milliseconds.
+precision, or all groups of a block by one count, so that neighbours which only pay off together are seen; damage (less
+what fine-tuning will mend) is looked up instead of measured by a short training for every candidate, and its weights
+are fitted to what real evaluations showed, after which the whole path is taken again; evaluations are spent where the
+path crosses the drop that is allowed; some paths lean to bytes or to milliseconds.
 """
 
 import numpy as np
@@ -40,7 +40,7 @@ def path(problem: Problem, model: DropModel, goal: Goal) -> Rows:
     end_cost = cost(goal, problem.costs(row[None]))[0]
     while True:
         rows = problem.legal(np.vstack([row, np.where(changes >= 0, changes, row), _narrower(problem, row)]))
-        costs, damage = cost(goal, problem.costs(rows)), model.damage(problem, rows)
+        costs, damage = cost(goal, problem.costs(rows)), model.damage_left(problem, rows)
         gains, added = costs[0] - costs, np.maximum(damage - damage[0], LEAST_DAMAGE)
         useful = gains > LEAST_GAIN
         if not useful.any():

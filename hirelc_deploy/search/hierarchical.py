@@ -185,7 +185,8 @@ class _Search:
         prices = self._problem.costs(rows)
         if not self._parts.latency:
             prices = replace(prices, latency_ms=np.full(len(rows), self._goal.latency_ms_before))
-        return goals.goal(self._goal).reward(self._drop(rows), prices, self._multipliers)
+        left = self._problem.left(self._drop(rows), prices.size_bytes)
+        return goals.goal(self._goal).reward(left, prices, self._multipliers)
 
     def _drop(self, rows: Rows) -> np.ndarray:
         """As the surrogate tells it, with its uncertainty counted half, or in full where it is doubted: what is hardly
@@ -303,22 +304,23 @@ class _Search:
         another every time.  What is chosen counts as seen where it was told, so that the next one is another.  Where
         none is told to lie within the limits there is no front to add to, and the nearest to the goal is taken.
         """
-        seen, before = self._evaluations.seen, self._problem.before
-        known = {self._problem.row(each.policy).tobytes() for each in seen}
+        seen, problem = self._evaluations.seen, self._problem
+        known = {problem.row(each.policy).tobytes() for each in seen}
         _, first = np.unique(rows, axis=0, return_index=True)
         fresh = np.array([i for i in np.sort(first) if rows[i].tobytes() not in known], int)
         if not len(fresh):
             return []
-        prices, told = self._problem.costs(rows[fresh]), self._surrogate(rows[fresh])
-        places, left, found = points(seen, before), np.arange(len(fresh)), []
+        prices, told = problem.costs(rows[fresh]), self._surrogate(rows[fresh])
+        places, open_, found = points(problem, seen), np.arange(len(fresh)), []
         for turn in range(len(seen), len(seen) + min(count, len(fresh))):
             drop = told.members[self._random.integers(len(told.members))] if self._is_doubted else told.mean
-            expected = places_of(drop, prices, before)[left]
+            expected = places_of(problem, drop, prices)[open_]
             added = None if turn % FOR_THE_GOAL == 0 else most_added(expected, places, self._reference)
-            best = int(self._goal.reward(drop, prices, HARD)[left].argmax()) if added is None else added[0]
-            found.append(int(fresh[left[best]]))
+            left = problem.left(drop, prices.size_bytes)
+            best = int(self._goal.reward(left, prices, HARD)[open_].argmax()) if added is None else added[0]
+            found.append(int(fresh[open_[best]]))
             places = np.vstack([places, expected[best]])
-            left = np.delete(left, best)
+            open_ = np.delete(open_, best)
         return found
 
     # -- evaluating ------------------------------------------------------------------------------------------
@@ -331,7 +333,8 @@ class _Search:
             if mild > harsh:
                 return
             middle = (mild + harsh) // 2
-            if self._evaluations.of(ladder[middle]).drop <= self._goal.drop_max:
+            evaluation = self._evaluations.of(ladder[middle])
+            if self._problem.left_of([evaluation])[0] <= self._goal.drop_max:
                 mild = middle + 1
             else:
                 harsh = middle - 1
@@ -342,7 +345,7 @@ class _Search:
             self._evaluations.note(
                 f"the surrogate ranked the last policies with a correlation of {correlation:.2f}: it is doubted"
             )
-        drops, prices = np.array([each.drop for each in seen]), prices_of(seen)
+        drops, prices = self._problem.left_of(seen), prices_of(seen)
         rewards = self._goal.reward(drops, prices, self._multipliers)
         for reward, origin in zip(rewards, origins, strict=True):
             if origin is not None:
@@ -352,13 +355,13 @@ class _Search:
         self._multipliers = self._multipliers.after(missed | ({"drop"} if drops[best] > goal.drop_max else set()))
 
     def _volume(self) -> float:
-        return hypervolume(points(self._evaluations.seen, self._problem.before), self._reference)
+        return hypervolume(points(self._problem, self._evaluations.seen), self._reference)
 
     def _summary(self, volume: float) -> str:
         correlation = self._surrogate.rank_correlation
         trusted = "" if correlation is None else f", surrogate's rank correlation {correlation:.2f}"
         seen = self._evaluations.seen
-        rewards = self._goal.reward(np.array([each.drop for each in seen]), prices_of(seen), HARD)
+        rewards = self._goal.reward(self._problem.left_of(seen), prices_of(seen), HARD)
         best = seen[int(np.argmax(rewards))]
         size_bytes, latency_ms = best.figures.size_bytes, best.figures.latency_ms
         assert size_bytes is not None

@@ -12,8 +12,8 @@ the change of all.
 
 Advantages beyond the papers: the true prices decide; a solution starts from the best recipe of that damage where that
 beats the last solution, so that layers which only pay off together are found; limits on prices are part of the
-program; a sweep of damages traces a front; weights of damage are fitted to real evaluations and the programs
-solved again; some sweeps lean to bytes or to milliseconds.
+program; what fine-tuning will mend is taken off the damage; a sweep of damages traces a front; weights of damage are
+fitted to real evaluations and the programs solved again; some sweeps lean to bytes or to milliseconds.
 """
 
 import ctypes
@@ -61,7 +61,7 @@ def search(problem: Problem, evaluations: Evaluations, *, seed: int) -> None:
 def sweep(problem: Problem, model: DropModel, goal: Goal) -> Rows:
     """Solutions for rising damage, each once, (policies, variables)."""
     known = recipes(problem)
-    known_damage, known_price = model.damage(problem, known), _price(problem, goal, known)
+    known_damage, known_price = model.damage_left(problem, known), _price(problem, goal, known)
     if model.seen is None:
         most = sum(table.max() for table in problem.sensitivity.damage.values())
         allowed = np.geomspace(MILDEST_COLD * most, most, LEVELS)
@@ -69,7 +69,7 @@ def sweep(problem: Problem, model: DropModel, goal: Goal) -> Rows:
         limit = goal_of(problem).drop_max
         least, most = model.damage_at(MILDEST * limit), model.damage_at(HARSHEST * limit)
         # limits on prices may ask for more than the drop allows
-        most = max(most, model.damage(problem, affordable(problem, known)).min())
+        most = max(most, model.damage_left(problem, affordable(problem, known)).min())
         allowed = np.geomspace(least, most, LEVELS)
     solutions: list[np.ndarray] = []
     row = problem.as_trained
@@ -94,7 +94,7 @@ def solve(problem: Problem, model: DropModel, goal: Goal, start: np.ndarray, all
             break
         found_price = _price(problem, goal, found[None])[0]
         # what a solver calls a solution is trusted no further than it can be checked
-        if found_price < best_price and model.damage(problem, found[None])[0] <= allowed * (1 + ROUNDING):
+        if found_price < best_price and model.damage_left(problem, found[None])[0] <= allowed * (1 + ROUNDING):
             best, best_price = found, found_price
         else:
             movable //= 2
@@ -181,5 +181,5 @@ def _figures(problem: Problem, model: DropModel, goal: Goal, rows: Rows) -> tupl
     rows = problem.legal(rows)
     prices = problem.costs(rows)
     limited = list(goal.limited(prices).values())
-    plain = [model.damage(problem, rows), np.log(prices.latency_ms), np.log(prices.size_bytes)]
+    plain = [model.damage_left(problem, rows), np.log(prices.latency_ms), np.log(prices.size_bytes)]
     return np.column_stack([*plain, *(np.log(told) for told, _ in limited)]), [most for _, most in limited]

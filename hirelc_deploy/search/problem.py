@@ -4,6 +4,7 @@ A policy is a row of whole numbers, one a variable: which of its options a layer
 methods work on, thousands at a time; only what is really evaluated becomes a `Policy`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +15,9 @@ import numpy as np
 from hirelc_deploy.budget import Budget, Figures
 from hirelc_deploy.policy import Policy, Precision
 from hirelc_deploy.search.space import Evaluation
+
+MENDED_BY_SIZE = 2.0
+"""Fine-tuning leaves less of an evaluation's drop in a larger file, by this power of its bytes (docs/findings.md)."""
 
 Rows = np.ndarray
 """Policies, (policies, variables): positions in the variables' options."""
@@ -137,6 +141,8 @@ class Problem:
     """Standard error of one score on the search split, in the score's unit."""
     test_error: float = 0.0
     """The same on the test split, which nothing but its size is known of."""
+    unmended_bytes: float = math.inf
+    """What is evaluated and fine-tuned afterwards keeps all of its drop if its file is no larger than this."""
 
     @cached_property
     def position(self) -> Mapping[str, int]:
@@ -174,6 +180,19 @@ class Problem:
     def damage(self, rows: Rows) -> np.ndarray:
         """Additive: what single options do to the outputs, (policies, variables), in nats."""
         return np.stack([self.sensitivity.damage[v.name][rows[:, i]] for i, v in enumerate(self.variables)], axis=1)
+
+    def left(self, drops: np.ndarray, size_bytes: np.ndarray) -> np.ndarray:
+        """What fine-tuning is told to leave of drops of evaluations, (policies,): what limits are held against."""
+        return drops * self.part_left(size_bytes)
+
+    def part_left(self, size_bytes: np.ndarray) -> np.ndarray:
+        """Of drops, in files of so many bytes, (policies,)."""
+        found: np.ndarray = np.minimum(1.0, (self.unmended_bytes / size_bytes) ** MENDED_BY_SIZE)
+        return found
+
+    def left_of(self, evaluations: Sequence[Evaluation]) -> np.ndarray:
+        """The same of policies that were evaluated, (evaluations,)."""
+        return self.left(np.array([each.drop for each in evaluations], float), prices_of(evaluations).size_bytes)
 
     @cached_property
     def _tied(self) -> dict[int, tuple[int, ...]]:

@@ -31,7 +31,8 @@ def search(problem: Problem, evaluations: Evaluations, *, seed: int) -> None:
         model = fit(problem, evaluations.seen)
         pool = efficient(problem, affordable(problem, draw(problem, POOL, generator)), model)
         if evaluations.seen:
-            hopeful = model.drop(problem, pool) <= REFERENCE_DROPS * limit
+            left = problem.left(model.drop(problem, pool), problem.costs(pool).size_bytes)
+            hopeful = left <= REFERENCE_DROPS * limit
             pool = pool[hopeful] if hopeful.any() else pool
         pool = unseen(evaluations, pool)
         empty = 0 if len(pool) else empty + 1

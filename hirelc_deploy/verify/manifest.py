@@ -185,7 +185,8 @@ class LayerRecord(Record):
 
 
 class FrontRecord(Record):
-    """A policy that no other evaluated one beats in bytes, milliseconds and drop, none below nought, at once."""
+    """A policy that no other evaluated one beats in bytes, milliseconds and drop, none below nought, at once; or one
+    that was fine-tuned in full."""
 
     path: str
     """Its policy file, from the artifact folder."""
