@@ -10,23 +10,28 @@ from toy_search import toy
 from hirelc_deploy.budget import Budget, Figures
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.search.finish import FINALISTS, Finishing, Mending, hardness
-from hirelc_deploy.search.problem import Problem
+from hirelc_deploy.search.problem import Prices, Problem, Rows, prices_of
 from hirelc_deploy.search.space import Choice, Evaluation
 
 BEFORE = Figures(latency_ms=10.0, speedup=1.0, size_bytes=1000, drop=0.0)
 
 
+def as_trained(rows: Rows) -> Prices:
+    """Of the network that is compressed here, whatever the rows say."""
+    return Prices(np.full(len(rows), 1000.0), np.full(len(rows), 10.0), capacity_bytes=np.full(len(rows), 1000.0))
+
+
 def evaluation(number: int, drop: float, size_bytes: int, latency_ms: float = 1.0) -> Evaluation:
-    """Told apart by what they keep."""
+    """Told apart by what they keep; weights hold as much as the file has bytes."""
     figures = Figures(latency_ms=latency_ms, speedup=10.0 / latency_ms, size_bytes=size_bytes, drop=drop)
-    return Evaluation(Policy({}, {"g": number}), figures, 90.0 - drop)
+    return Evaluation(Policy({}, {"g": number}), figures, 90.0 - drop, capacity_bytes=size_bytes)
 
 
 def finished(
     budget: Budget, seen: Sequence[Evaluation], gain: float, *, score_error: float = 0.0
 ) -> tuple[Choice, list[int]]:
     """The choice where fine-tuning leaves such a part of every drop, and what was finished, in order."""
-    problem: Problem = replace(toy().problem, budget=budget, before=BEFORE, score_error=score_error)
+    problem: Problem = replace(toy().problem, budget=budget, before=BEFORE, costs=as_trained, score_error=score_error)
     order: list[int] = []
     by_policy = {each.policy.digest(): each for each in seen}
 
@@ -82,7 +87,7 @@ def test_between_what_held_and_what_did_not_all_that_is_cheaper_is_tried() -> No
         number = policy.keep["g"]
         return evaluation(number, drops[number][1], 980 - 90 * number)
 
-    problem = replace(toy().problem, budget=Budget(drop=0.5), before=BEFORE, score_error=9.0)
+    problem = replace(toy().problem, budget=Budget(drop=0.5), before=BEFORE, costs=as_trained, score_error=9.0)
     finishing = Finishing(problem, complete)
     finishing.one(seen[:1])
     finishing.one(seen[3:])
@@ -103,7 +108,7 @@ def test_files_that_were_timed_at_different_times_are_compared_by_their_speed_up
     first, second = evaluation(1, drop=0.5, size_bytes=600, latency_ms=1.0), evaluation(2, drop=0.5, size_bytes=500)
     slow = replace(second, figures=replace(second.figures, latency_ms=2.0, speedup=10.0))
     choice = Finishing(
-        replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE),
+        replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained),
         lambda policy: {1: first, 2: slow}[policy.keep["g"]],
         most=2,
     )
@@ -151,7 +156,7 @@ def test_few_evaluations_are_enough(count: int) -> None:
 def allowed(problem: Problem, size_bytes: int) -> float | None:
     """The drop that an evaluation of a file of so many bytes may have."""
     limit = problem.budget.drop
-    return None if limit is None else limit / float(problem.part_left(np.array([size_bytes]))[0])
+    return None if limit is None else limit / float(problem.part_left(prices_of([evaluation(0, 1.0, size_bytes)]))[0])
 
 
 def aim(
@@ -162,6 +167,8 @@ def aim(
     problem = replace(
         toy().problem,
         budget=budget,
+        before=BEFORE,
+        costs=as_trained,
         score_error=score_error,
         evaluate=lambda policy: evaluation(0, before, 500),
     )
@@ -183,7 +190,13 @@ def test_evaluations_may_drop_by_what_fine_tuning_mends() -> None:
 
 def test_the_smaller_the_file_the_less_an_evaluation_may_drop() -> None:
     """Seen on a network: of 20 points in 31 KB nearly nothing was left, and of 22 in 15 KB a third."""
-    problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, evaluate=lambda _: evaluation(0, 8.0, 385))
+    problem = replace(
+        toy().problem,
+        budget=Budget(drop=1.0),
+        before=BEFORE,
+        costs=as_trained,
+        evaluate=lambda _: evaluation(0, 8.0, 385),
+    )
     finishing = Finishing(problem, lambda _: evaluation(0, 0.1, 385))
     finishing.recipe()
     aim = finishing.aim
@@ -215,7 +228,7 @@ def test_the_aim_is_never_stricter_than_the_limit_and_never_far_beyond_what_was_
 def test_drops_that_a_score_cannot_tell_count_as_half_of_what_it_can() -> None:
     before, well, exactly = evaluation(1, 4.0, 500), evaluation(1, -0.3, 500), evaluation(1, 0.25, 500)
     told = [
-        Mending.seen_in([(before, after)], limit=1.0, score_error=error, original_bytes=500)
+        Mending.seen_in([(before, after)], limit=1.0, score_error=error, original=500)
         for after, error in ((well, 0.5), (exactly, 0.0))
     ]
     assert told[0] == told[1] == Mending(((4.0, 0.25),), 1.25)
@@ -224,7 +237,7 @@ def test_drops_that_a_score_cannot_tell_count_as_half_of_what_it_can() -> None:
 def test_where_mending_ends_abruptly_what_was_nearly_seen_tells() -> None:
     """Seen on a network: 7.9 points all but gone, 8.7 not.  A straight line through both would hope for 10."""
     pairs = [(evaluation(1, 7.88, 500), evaluation(1, 0.03, 500)), (evaluation(2, 8.65, 500), evaluation(2, 0.82, 500))]
-    mending = Mending.seen_in(pairs, limit=1.0, score_error=0.345, original_bytes=500)
+    mending = Mending.seen_in(pairs, limit=1.0, score_error=0.345, original=500)
     assert mending is not None
     assert 7.88 < mending.hardest(0.58) < 8.65 < mending.hardest(1.0) < 9.2
     assert mending.hardest(0.82) == pytest.approx(8.65)
@@ -248,7 +261,11 @@ def test_without_a_limit_on_the_drop_nothing_is_finished_before() -> None:
 def test_what_is_finished_in_the_middle_of_a_search_moves_its_aim() -> None:
     """Of the recipe little was mended; of the first that the search found, nearly all."""
     problem: Problem = replace(
-        toy().problem, budget=Budget(drop=1.0), before=BEFORE, evaluate=lambda policy: evaluation(99, 4.0, 900)
+        toy().problem,
+        budget=Budget(drop=1.0),
+        before=BEFORE,
+        costs=as_trained,
+        evaluate=lambda policy: evaluation(99, 4.0, 900),
     )
     left = {99: 2.0, 2: 0.1}
     order: list[int] = []
@@ -273,7 +290,11 @@ def test_nothing_is_finished_that_is_by_far_harder_to_mend_than_what_was_seen() 
     """However well the recipe was mended: what nobody has seen yet is not believed."""
     hopeless, good = evaluation(1, drop=20.0, size_bytes=600), evaluation(2, drop=9.0, size_bytes=700)
     problem: Problem = replace(
-        toy().problem, budget=Budget(drop=1.0), before=BEFORE, evaluate=lambda policy: evaluation(99, 8.0, 900)
+        toy().problem,
+        budget=Budget(drop=1.0),
+        before=BEFORE,
+        costs=as_trained,
+        evaluate=lambda policy: evaluation(99, 8.0, 900),
     )
     order: list[int] = []
 
@@ -291,7 +312,9 @@ def test_what_is_mended_to_the_last_lets_more_be_hoped_for_each_time() -> None:
     """Seen on a network: ten times the limit lost nothing, three times, and the search ended with its limit unspent."""
     drops = [30.0, 80.0, 110.0, 150.0, 200.0]
     recipe, ladder = evaluation(99, 12.0, 900), [evaluation(round(d), d, 900 - round(d / 10)) for d in drops]
-    problem: Problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, evaluate=lambda _: recipe)
+    problem: Problem = replace(
+        toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained, evaluate=lambda _: recipe
+    )
     by_policy = {each.policy.digest(): each for each in (recipe, *ladder)}
     order: list[int] = []
 
@@ -313,7 +336,12 @@ def test_a_step_further_is_taken_only_while_another_may_follow_it() -> None:
     recipe, seen = evaluation(99, 12.0, 900), [evaluation(11, 11.0, 880), evaluation(17, 17.0, 800)]
     for most, finished_next in ((2, 11), (3, 17)):
         problem: Problem = replace(
-            toy().problem, budget=Budget(drop=1.0), before=BEFORE, score_error=9.0, evaluate=lambda _: recipe
+            toy().problem,
+            budget=Budget(drop=1.0),
+            before=BEFORE,
+            costs=as_trained,
+            score_error=9.0,
+            evaluate=lambda _: recipe,
         )
         order: list[int] = []
 
@@ -334,7 +362,9 @@ def test_search_and_finishing_take_turns_only_where_there_is_a_drop_to_learn_abo
 
 
 def test_what_was_finished_before_is_a_finalist_that_costs_nothing() -> None:
-    problem: Problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, evaluate=lambda _: LADDER[4])
+    problem: Problem = replace(
+        toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained, evaluate=lambda _: LADDER[4]
+    )
     ends = {5: replace(LADDER[4], figures=replace(LADDER[4].figures, drop=0.9))}
     order: list[int] = []
 

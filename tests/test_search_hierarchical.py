@@ -223,7 +223,7 @@ def test_it_comes_near_the_best_policy_there_is() -> None:
 
 def test_it_uses_what_fine_tuning_mends_of_large_files() -> None:
     """The optimum of drops as they are evaluated is 0.63 away."""
-    problem = replace(toy().problem, unmended_bytes=MENDED.unmended_bytes)
+    problem = replace(toy().problem, unmended_capacity_bytes=MENDED.unmended_capacity_bytes)
     evaluations = Evaluations(problem, EVALUATIONS)
     search(problem, evaluations, seed=0)
     assert MENDED.gap(evaluations.seen) < 0.15

@@ -88,15 +88,15 @@ BEST_COST = -3.613907
 
 @dataclass(frozen=True)
 class Mended:
-    """The toy where fine-tuning will leave less of a drop the larger the file is."""
+    """The toy where fine-tuning will leave less of a drop the larger the file is: as if weights held all of its bytes."""
 
-    unmended_bytes: float
+    unmended_capacity_bytes: float
     best_cost: float
     """Of the best policy of which no more than DROP_MAX is left."""
 
     def gap(self, seen: Sequence[Evaluation]) -> float:
         """Of the best of these to that one, as a logarithm of bytes times milliseconds."""
-        problem = replace(toy().problem, unmended_bytes=self.unmended_bytes)
+        problem = replace(toy().problem, unmended_capacity_bytes=self.unmended_capacity_bytes)
         held = np.flatnonzero(problem.left_of(seen) <= DROP_MAX)
         costs = toy().cost(np.stack([problem.row(seen[i].policy) for i in held]))
         return float(costs.min() - self.best_cost)
@@ -179,7 +179,7 @@ def toy(budget: Budget | None = None, *, int8_macs_per_ms: float = INT8_MACS_PER
             memory_bytes=round(prices.memory[0]),
             drop=drop,
         )
-        return Evaluation(policy, figures, score=90.0 - drop)
+        return Evaluation(policy, figures, score=90.0 - drop, capacity_bytes=float(prices.size_bytes[0]))
 
     return Toy(replace(problem, evaluate=evaluate))
 
@@ -221,7 +221,7 @@ def _costs(rows: Rows, *, int8_macs_per_ms: float) -> Prices:
         latency_ms += np.where(in_int8 != computed, PLACES[name] * comes / CONVERTED_PER_MS, 0.0)
         computed = in_int8
         memory_bytes = np.maximum(memory_bytes, PLACES[name] * (comes + goes) * np.where(in_int8, 1, 4))
-    return Prices(size_bytes, latency_ms, memory_bytes)
+    return Prices(size_bytes, latency_ms, memory_bytes, capacity_bytes=size_bytes)
 
 
 def _drop(problem: Problem, rows: Rows) -> np.ndarray:

@@ -92,7 +92,7 @@ class DropModel:
 
     def damage_left(self, problem: Problem, rows: Rows) -> np.ndarray:
         """The damage that would drop by as much as fine-tuning is told to leave, (policies,), in nats."""
-        parts = problem.part_left(problem.costs(rows).size_bytes)
+        parts = problem.part_left(problem.costs(rows))
         return np.asarray(self.damage(problem, rows) * parts ** (1 / self.power))
 
     def drop(self, problem: Problem, rows: Rows) -> np.ndarray:
@@ -215,7 +215,7 @@ def most_wanted(evaluations: Evaluations, rows: Rows, model: DropModel, turn: in
     if turn % 2 and (found := widest(evaluations, rows, model)) is not None:
         return found
     goal, prices = goal_of(problem), problem.costs(rows)
-    left = problem.left(model.drop(problem, rows), prices.size_bytes)
+    left = problem.left(model.drop(problem, rows), prices)
     part = left / (PARTS[turn // 2 % len(PARTS)] * goal.drop_max)
     price = cost(goal, prices) + MISSED_DROP * np.maximum(0.0, part - 1) + TIE * part
     return np.asarray(rows[price.argmin()])
@@ -286,7 +286,7 @@ def follow(problem: Problem, evaluations: Evaluations, trace: Trace) -> None:
         model = fit(problem, evaluations.seen)
         doubted = replace(model, group_weight=model.group_weight * DOUBTS[empty])
         rows = affordable(problem, trace(doubted, leaning(goal, lean)))
-        expected = problem.left(model.drop(problem, rows), problem.costs(rows).size_bytes) if before else None
+        expected = problem.left(model.drop(problem, rows), problem.costs(rows)) if before else None
         close_in(evaluations, rows, goal.drop_max, expected, STEPS if before else COLD_STEPS)
         for _ in range(WIDENING):
             found = widest(evaluations, unseen(evaluations, rows), fit(problem, evaluations.seen))

@@ -1,17 +1,18 @@
 """From evaluations to one policy: the best few are made real in full, and what is seen of them decides.
 
 An evaluation trains for seconds, a finished policy for epochs, so its drop is smaller: by half on one network, by all
-of it on another, and by more the larger the file.  So search and finishing take turns.  One recipe is finished before
+of it on another, and by more the more its weights can hold.  So search and finishing take turns.  One recipe is finished before
 the search begins, and says which drops are mended; after FIRST_PART of the evaluations the best policy that they led to
 is finished, which corrects that, and the search goes on with what is known then.
 
-What finishing leaves is told by hardness: a drop times the square of how many times smaller the file is than the
-original's.
+What finishing leaves is told by hardness: a drop times the square of how many times less the weights can hold than the
+original's.  Not the bytes of the file: a weight that is stored in more bits than it needs learns nothing better.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from hirelc_deploy.budget import Budget, excess, judge, met
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.search.additive import recipe_ladder
 from hirelc_deploy.search.goal import Goal
-from hirelc_deploy.search.problem import MENDED_BY_SIZE, Problem
+from hirelc_deploy.search.problem import MENDED_BY_CAPACITY, Problem, prices_of
 from hirelc_deploy.search.space import Choice, Evaluation
 
 FINALISTS = 5
@@ -37,7 +38,7 @@ FIRST_PART = 2 / 3
 FURTHER = 3.0
 """How many times as hard as what was seen to be mended a policy may be: what is left tells little of what more would
 leave, since mending ends abruptly.  Where nothing has failed yet it may be so hard, as long as another can be finished
-to step back.  A file of two thirds the bytes, with a third more drop, is three times as hard."""
+to step back.  Two thirds of the weights, with a third more drop, are three times as hard."""
 
 POWER, POWERS = 1.25, (0.75, 4.0)
 """What is left grows with this power of hardness, as long as one policy is known, and between these with more."""
@@ -57,12 +58,12 @@ class Mending:
     power: float
 
     @classmethod
-    def seen_in(cls, pairs: Sequence[Pair], limit: float, score_error: float, original_bytes: int) -> "Mending | None":
+    def seen_in(cls, pairs: Sequence[Pair], limit: float, score_error: float, original: float) -> "Mending | None":
         """As far as it was seen, drops below half of what a score can tell counting as that half; None where no
-        evaluation dropped by more."""
+        evaluation dropped by more.  `original` is what the original's weights can hold, in bytes."""
         # never above what is safe: what held is shown to hold
         least = max(min(score_error / 2, LEAST_SAFE * limit), limit / 20)
-        seen = tuple((hardness(e, original_bytes), max(after.drop, least)) for e, after in pairs if e.drop > least)
+        seen = tuple((hardness(e, original), max(after.drop, least)) for e, after in pairs if e.drop > least)
         if not seen:
             return None
         before, after = np.log(seen).T
@@ -82,11 +83,11 @@ class Mending:
         return float(before * (left / after) ** (1 / self.power))
 
 
-def hardness(evaluation: Evaluation, original_bytes: int) -> float:
-    """How hard an evaluation's drop is to mend, in the score's unit: what the drop of a file as large as the original
-    would be that is as hard."""
-    assert evaluation.figures.size_bytes
-    return float(evaluation.drop * (original_bytes / evaluation.figures.size_bytes) ** MENDED_BY_SIZE)
+def hardness(evaluation: Evaluation, original: float) -> float:
+    """How hard an evaluation's drop is to mend, in the score's unit: what the drop would be that is as hard where weights
+    can hold as many bytes as the `original`'s."""
+    assert evaluation.capacity_bytes
+    return float(evaluation.drop * (original / evaluation.capacity_bytes) ** MENDED_BY_CAPACITY)
 
 
 UNSEEN = 2.0
@@ -111,7 +112,6 @@ class Finishing:
         self._note = note
         self._pairs: dict[str, Pair] = {}
         self._goal = Goal.of(problem.budget, problem.before)
-        self._original_bytes = int(self._goal.size_bytes_before)
         limit = problem.budget.drop
         errors = math.hypot(problem.score_error, problem.test_error)
         self._safe = math.inf if limit is None else _safe(limit, errors)
@@ -136,7 +136,8 @@ class Finishing:
         if not self._is_limited or mending is None:
             return self._problem
         hardest = max(self._hardest(limit, mending), self._further)
-        return replace(self._problem, unmended_bytes=self._original_bytes * (limit / hardest) ** (1 / MENDED_BY_SIZE))
+        unmended = self._original * (limit / hardest) ** (1 / MENDED_BY_CAPACITY)
+        return replace(self._problem, unmended_capacity_bytes=unmended)
 
     def one(self, seen: Sequence[Evaluation]) -> bool:
         """Finish what is most worth it among those that were evaluated; False where nothing is, or no more may be."""
@@ -166,14 +167,18 @@ class Finishing:
         limit = self._problem.budget.drop
         return limit is not None and limit > 0
 
+    @cached_property
+    def _original(self) -> float:
+        """What the original's weights can hold, in bytes."""
+        return float(self._problem.costs(self._problem.as_trained[None]).capacity[0])
+
     @property
     def _mending(self) -> Mending | None:
-        return Mending.seen_in(
-            list(self._pairs.values()), self._goal.drop_max, self._problem.score_error, self._original_bytes
-        )
+        seen, score_error = list(self._pairs.values()), self._problem.score_error
+        return Mending.seen_in(seen, self._goal.drop_max, score_error, self._original)
 
     def _hardness(self, evaluation: Evaluation) -> float:
-        return hardness(evaluation, self._original_bytes)
+        return hardness(evaluation, self._original)
 
     def _hardest(self, left: float, mending: Mending) -> float:
         """The hardness of which so much is left, as far as it is believed."""
@@ -209,10 +214,10 @@ class Finishing:
         if self._is_limited:
             limit, size_bytes = self._goal.drop_max, before.figures.size_bytes
             assert size_bytes
-            allowed = limit / self.aim.part_left(np.array([size_bytes]))[0]
+            allowed = limit / self.aim.part_left(prices_of([before]))[0]
             self._note(
                 f"fine-tuning leaves {after.drop:.2f} of a drop of {before.drop:.2f} in {size_bytes / 1e3:.1f} KB: "
-                f"where {limit:g} is allowed, an evaluation of such a file may have {allowed:.2f}"
+                f"where {limit:g} is allowed, an evaluation with as many weights may have {allowed:.2f}"
             )
 
     def _next(self, seen: Sequence[Evaluation]) -> Evaluation | None:

@@ -21,7 +21,7 @@ def places_of(problem: Problem, drops: np.ndarray, prices: Prices) -> np.ndarray
     assert before.size_bytes
     assert before.latency_ms
     sizes, latencies = prices.size_bytes / before.size_bytes, prices.latency_ms / before.latency_ms
-    return np.stack([problem.left(drops, prices.size_bytes), np.log(sizes), np.log(latencies)], axis=1)
+    return np.stack([problem.left(drops, prices), np.log(sizes), np.log(latencies)], axis=1)
 
 
 def points(problem: Problem, evaluations: Sequence[Evaluation]) -> np.ndarray:

@@ -185,7 +185,7 @@ class _Search:
         prices = self._problem.costs(rows)
         if not self._parts.latency:
             prices = replace(prices, latency_ms=np.full(len(rows), self._goal.latency_ms_before))
-        left = self._problem.left(self._drop(rows), prices.size_bytes)
+        left = self._problem.left(self._drop(rows), prices)
         return goals.goal(self._goal).reward(left, prices, self._multipliers)
 
     def _drop(self, rows: Rows) -> np.ndarray:
@@ -316,7 +316,7 @@ class _Search:
             drop = told.members[self._random.integers(len(told.members))] if self._is_doubted else told.mean
             expected = places_of(problem, drop, prices)[open_]
             added = None if turn % FOR_THE_GOAL == 0 else most_added(expected, places, self._reference)
-            left = problem.left(drop, prices.size_bytes)
+            left = problem.left(drop, prices)
             best = int(self._goal.reward(left, prices, HARD)[open_].argmax()) if added is None else added[0]
             found.append(int(fresh[open_[best]]))
             places = np.vstack([places, expected[best]])

@@ -16,8 +16,8 @@ from hirelc_deploy.budget import Budget, Figures
 from hirelc_deploy.policy import Policy, Precision
 from hirelc_deploy.search.space import Evaluation
 
-MENDED_BY_SIZE = 2.0
-"""Fine-tuning leaves less of an evaluation's drop in a larger file, by this power of its bytes (docs/findings.md)."""
+MENDED_BY_CAPACITY = 2.0
+"""Fine-tuning leaves less of an evaluation's drop the more its weights can hold, by this power (docs/findings.md)."""
 
 Rows = np.ndarray
 """Policies, (policies, variables): positions in the variables' options."""
@@ -72,6 +72,15 @@ class Prices:
     latency_ms: np.ndarray
     memory_bytes: np.ndarray | None = None
     """Only where it is limited, and a law tells it."""
+    capacity_bytes: np.ndarray | None = None
+    """What weights can hold; None where nothing is fine-tuned afterwards."""
+
+    @property
+    def capacity(self) -> np.ndarray:
+        """Bytes.  ValueError where nobody told them."""
+        if self.capacity_bytes is None:
+            raise ValueError("what the weights of these policies can hold was not told")
+        return self.capacity_bytes
 
     @property
     def memory(self) -> np.ndarray:
@@ -87,7 +96,12 @@ def prices_of(evaluations: Sequence[Evaluation]) -> Prices:
         np.array([getattr(e.figures, name) for e in evaluations], float)
         for name in ("size_bytes", "latency_ms", "memory_bytes")
     )
-    return Prices(size_bytes, latency_ms, None if np.isnan(memory_bytes).any() else memory_bytes)
+    capacity_bytes = np.array([each.capacity_bytes for each in evaluations], float)
+    return Prices(size_bytes, latency_ms, _known(memory_bytes), _known(capacity_bytes))
+
+
+def _known(values: np.ndarray) -> np.ndarray | None:
+    return None if np.isnan(values).any() else values
 
 
 class Costs(Protocol):
@@ -141,8 +155,8 @@ class Problem:
     """Standard error of one score on the search split, in the score's unit."""
     test_error: float = 0.0
     """The same on the test split, which nothing but its size is known of."""
-    unmended_bytes: float = math.inf
-    """What is evaluated and fine-tuned afterwards keeps all of its drop if its file is no larger than this."""
+    unmended_capacity_bytes: float = math.inf
+    """Weights that can hold no more than this keep all of an evaluation's drop when they are fine-tuned in full."""
 
     @cached_property
     def position(self) -> Mapping[str, int]:
@@ -161,7 +175,7 @@ class Problem:
 
     def row(self, policy: Policy) -> np.ndarray:
         """A policy as a row.  What it leaves out stays as trained; ValueError for what no variable offers."""
-        return np.array([self._option(variable, policy) for variable in self.variables])
+        return row_of(self.variables, policy)
 
     def policy(self, row: Sequence[int] | np.ndarray) -> Policy:
         """A row as a policy."""
@@ -181,18 +195,20 @@ class Problem:
         """Additive: what single options do to the outputs, (policies, variables), in nats."""
         return np.stack([self.sensitivity.damage[v.name][rows[:, i]] for i, v in enumerate(self.variables)], axis=1)
 
-    def left(self, drops: np.ndarray, size_bytes: np.ndarray) -> np.ndarray:
+    def left(self, drops: np.ndarray, prices: Prices) -> np.ndarray:
         """What fine-tuning is told to leave of drops of evaluations, (policies,): what limits are held against."""
-        return drops * self.part_left(size_bytes)
+        return drops * self.part_left(prices)
 
-    def part_left(self, size_bytes: np.ndarray) -> np.ndarray:
-        """Of drops, in files of so many bytes, (policies,)."""
-        found: np.ndarray = np.minimum(1.0, (self.unmended_bytes / size_bytes) ** MENDED_BY_SIZE)
+    def part_left(self, prices: Prices) -> np.ndarray:
+        """Of any drop, (policies,)."""
+        if math.isinf(self.unmended_capacity_bytes):
+            return np.ones(len(prices.size_bytes))
+        found: np.ndarray = np.minimum(1.0, (self.unmended_capacity_bytes / prices.capacity) ** MENDED_BY_CAPACITY)
         return found
 
     def left_of(self, evaluations: Sequence[Evaluation]) -> np.ndarray:
         """The same of policies that were evaluated, (evaluations,)."""
-        return self.left(np.array([each.drop for each in evaluations], float), prices_of(evaluations).size_bytes)
+        return self.left(np.array([each.drop for each in evaluations], float), prices_of(evaluations))
 
     @cached_property
     def _tied(self) -> dict[int, tuple[int, ...]]:
@@ -204,12 +220,18 @@ class Problem:
                     found[i] = others
         return found
 
-    def _option(self, variable: Variable, policy: Policy) -> int:
-        if isinstance(variable, LayerVariable):
-            precision = policy.precisions.get(variable.name)
-            return variable.as_trained if precision is None else variable.options.index(precision)
-        count = policy.keep.get(variable.in_policy)
-        return variable.as_trained if count is None else variable.options.index(count)
+
+def row_of(variables: Sequence[Variable], policy: Policy) -> np.ndarray:
+    """What a policy decides, (variables,).  What it leaves out stays as trained; ValueError for what is not offered."""
+    return np.array([_option(variable, policy) for variable in variables])
+
+
+def _option(variable: Variable, policy: Policy) -> int:
+    if isinstance(variable, LayerVariable):
+        precision = policy.precisions.get(variable.name)
+        return variable.as_trained if precision is None else variable.options.index(precision)
+    count = policy.keep.get(variable.in_policy)
+    return variable.as_trained if count is None else variable.options.index(count)
 
 
 def policy_of(variables: Sequence[Variable], row: Sequence[int] | np.ndarray) -> Policy:

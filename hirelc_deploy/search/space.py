@@ -38,6 +38,8 @@ class Evaluation:
     """Size and latency as predicted, the drop as seen on the search split."""
     score: float
     """In the task's unit."""
+    capacity_bytes: float | None = None
+    """What its weights can hold (`cost.weights.CAPACITY_BITS`); None where nothing is fine-tuned afterwards."""
 
     @property
     def drop(self) -> float:
