@@ -1,20 +1,23 @@
 """What fine-tuning in full leaves of an evaluation's drop, over finished policies: python benchmarks/mending.py
 
 Reads the finished policies of the searches' manifests in benchmarks/results (and of those that are named), adds them to
-benchmarks/results/mending.json, and says there how well what was left is told by the drop alone, by bytes alone, and by
-hardness, the drop times a power of how much smaller the file is.  Each is a line in logarithms with one slope for all
-networks and a constant for each; errors are of every policy held out in turn, of networks with three at least.
+benchmarks/results/mending.json, and says there how well what was left is told by the drop alone, by bytes alone, by
+what weights can hold alone, and by hardness, the drop times a power of how much less that is than the original's.  Each
+is a line in logarithms with one slope for all networks and a constant for each; errors are of every policy held out in
+turn, of networks with three at least.  Manifests say what weights can hold since 2026-11-29; in others bytes stand for
+it.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from _bench import RESULTS, save
 
-from hirelc_deploy.search.problem import MENDED_BY_SIZE
+from hirelc_deploy.search.problem import MENDED_BY_CAPACITY
 
 RESULT = RESULTS / "mending.json"
 
@@ -24,7 +27,9 @@ LEAST_LEFT = 0.1
 LEAST_POLICIES = 3
 """Of a network: the constant takes one."""
 
-Row = dict[str, float | str]
+POWERS = (1.0, MENDED_BY_CAPACITY, 3.0)
+
+Row = dict[str, Any]
 
 
 def finished_in(manifest: Path) -> list[Row]:
@@ -35,6 +40,7 @@ def finished_in(manifest: Path) -> list[Row]:
         {
             "network": found["model"]["spec"].rpartition(":")[2],
             "size_bytes": each["size_bytes"],
+            "capacity_bytes": each.get("capacity_bytes"),
             "drop_points": each["drop_points"],
             "left_points": each["finished_drop_points"],
         }
@@ -55,20 +61,19 @@ def held_out_error(networks: Sequence[str], told: np.ndarray, left: np.ndarray) 
     return float(np.sqrt(np.mean(np.square(errors))))
 
 
-def judged(rows: Sequence[Row]) -> dict[str, float]:
-    """The error by what is told from."""
-    names = [str(row["network"]) for row in rows]
+def judged(rows: Sequence[Row], of: str) -> dict[str, float]:
+    """The error by what is told from; `of` is the field that says what weights can hold."""
+    names = [row["network"] for row in rows]
     kept = [row for row, name in zip(rows, names, strict=True) if names.count(name) >= LEAST_POLICIES]
-    networks = [str(row["network"]) for row in kept]
-    size, drop, left = (
-        np.log(np.maximum([float(row[key]) for row in kept], LEAST_LEFT))
-        for key in ("size_bytes", "drop_points", "left_points")
+    if not kept:
+        return {"policies": 0}
+    networks = [row["network"] for row in kept]
+    holds, drop, left = (
+        np.log(np.maximum([row[key] for row in kept], LEAST_LEFT)) for key in (of, "drop_points", "left_points")
     )
-    powers = (1.0, MENDED_BY_SIZE, 3.0, 4.0)
-    told = {"drop": drop, "bytes": size} | {f"drop x smaller ^ {power:g}": drop - power * size for power in powers}
-    return {"policies": len(kept)} | {
-        name: round(held_out_error(networks, each, left), 3) for name, each in told.items()
-    }
+    told = {"drop": drop, of: holds} | {f"drop / {of} ^ {power:g}": drop - power * holds for power in POWERS}
+    errors = {name: round(held_out_error(networks, each, left), 3) for name, each in told.items()}
+    return {"policies": len(kept), **errors}
 
 
 def main() -> None:
@@ -80,10 +85,12 @@ def main() -> None:
         if row not in rows:
             rows.append(row)
     rows.sort(key=lambda row: (row["network"], row["size_bytes"], row["drop_points"]))
-    errors = judged(rows)
+    errors = {
+        "by bytes": judged(rows, "size_bytes"),
+        "by what weights can hold": judged([row for row in rows if row["capacity_bytes"]], "capacity_bytes"),
+    }
     save({"error": errors, "finished": rows}, RESULT)
-    for name, error in errors.items():
-        print(f"{name}: {error:g}")
+    print(json.dumps(errors, indent=1))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ BEST_COST = -3.613907
 
 @dataclass(frozen=True)
 class Mended:
-    """The toy where fine-tuning will leave less of a drop the larger the file is: as if weights held all of its bytes."""
+    """The toy where fine-tuning will leave less of a drop the larger the file is, as if weights held all its bytes."""
 
     unmended_capacity_bytes: float
     best_cost: float

@@ -15,8 +15,8 @@ from hirelc_deploy.policy import Precision
 BITS_A_BYTE = 8
 
 CAPACITY_BITS = 4
-"""A weight holds as many bits of what training teaches as it is stored in, and no more than these: with four and trained
-for it a network loses next to nothing, so what is stored in more is not the better for it."""
+"""A weight holds as many bits of what training teaches as it is stored in, and no more than these: trained for four
+bits a network loses next to nothing, so what is stored in more is not the better for it."""
 
 Kind = tuple[object, ...]
 """What overheads go by."""

@@ -1,9 +1,9 @@
 """From evaluations to one policy: the best few are made real in full, and what is seen of them decides.
 
 An evaluation trains for seconds, a finished policy for epochs, so its drop is smaller: by half on one network, by all
-of it on another, and by more the more its weights can hold.  So search and finishing take turns.  One recipe is finished before
-the search begins, and says which drops are mended; after FIRST_PART of the evaluations the best policy that they led to
-is finished, which corrects that, and the search goes on with what is known then.
+of it on another, and by more the more its weights can hold.  So search and finishing take turns.  One recipe is
+finished before the search begins, and says which drops are mended; after FIRST_PART of the evaluations the best policy
+that they led to is finished, which corrects that, and the search goes on with what is known then.
 
 What finishing leaves is told by hardness: a drop times the square of how many times less the weights can hold than the
 original's.  Not the bytes of the file: a weight that is stored in more bits than it needs learns nothing better.
@@ -84,8 +84,8 @@ class Mending:
 
 
 def hardness(evaluation: Evaluation, original: float) -> float:
-    """How hard an evaluation's drop is to mend, in the score's unit: what the drop would be that is as hard where weights
-    can hold as many bytes as the `original`'s."""
+    """How hard an evaluation's drop is to mend: what drop, in the score's unit, would be as hard where weights can hold
+    as much as the `original`'s, in bytes."""
     assert evaluation.capacity_bytes
     return float(evaluation.drop * (original / evaluation.capacity_bytes) ** MENDED_BY_CAPACITY)
 
