@@ -64,12 +64,11 @@ def choose(
         return recipes.search(bench.space, budget, bench.predict, complete, evaluations=settings.evaluations)
     limit = settings.evaluations or EVALUATIONS
     with tensorboard.logged(settings.tensorboard) as log:
-        finishing = Finishing(posing.problem(), complete, note=console.note)
-        finishing.recipe()
+        problem = posing.problem()
+        finishing = Finishing(problem, complete, note=console.note)
         with console.progress("searching", limit) as advance:
-            seen = Evaluations(
-                finishing.aim, 0, lambda each: advance(describe(each, bench.task.unit)), console.note, log
-            )
+            seen = Evaluations(problem, limit, lambda each: advance(describe(each, bench.task.unit)), console.note, log)
+            finishing.recipe(seen)
             for part in finishing.parts:
                 seen.go_on(finishing.aim, round(part * limit))
                 with suppress(Spent):

@@ -9,8 +9,9 @@ from toy_search import toy
 
 from hirelc_deploy.budget import Budget, Figures
 from hirelc_deploy.policy import Policy
-from hirelc_deploy.search.finish import FINALISTS, Finishing, Mending, hardness
-from hirelc_deploy.search.problem import Prices, Problem, Rows, prices_of
+from hirelc_deploy.search.additive import recipe_ladder
+from hirelc_deploy.search.finish import FINALISTS, FIRST_HARDNESS, RECIPES, Finishing, Mending, hardness
+from hirelc_deploy.search.problem import Evaluations, Prices, Problem, Rows, prices_of
 from hirelc_deploy.search.space import Choice, Evaluation
 
 BEFORE = Figures(latency_ms=10.0, speedup=1.0, size_bytes=1000, drop=0.0)
@@ -179,7 +180,7 @@ def aim(
         return evaluation(0, after, 500)
 
     finishing = Finishing(problem, complete, most=most)
-    finishing.recipe()
+    finishing.recipe(Evaluations(problem, 3))
     return allowed(finishing.aim, 500), len(order)
 
 
@@ -198,7 +199,7 @@ def test_the_smaller_the_file_the_less_an_evaluation_may_drop() -> None:
         evaluate=lambda _: evaluation(0, 8.0, 385),
     )
     finishing = Finishing(problem, lambda _: evaluation(0, 0.1, 385))
-    finishing.recipe()
+    finishing.recipe(Evaluations(problem, 3))
     aim = finishing.aim
     assert allowed(aim, 385) == pytest.approx(24.0), "three times as hard as what was mended"
     assert allowed(aim, 308) == pytest.approx(24.0 * (308 / 385) ** 2)
@@ -253,6 +254,31 @@ def test_a_recipe_that_loses_nothing_teaches_nothing() -> None:
     assert aim(Budget(drop=1.0), 0.1, 0.0, score_error=1.0) == (1.0, 1)
 
 
+def test_the_first_recipe_is_one_that_is_hard_enough_to_teach_something() -> None:
+    """Found by halving, with evaluations that count."""
+    problem = toy().problem
+    ladder = [problem.evaluate(policy) for policy in recipe_ladder(problem)]
+    original = problem.costs(problem.as_trained[None]).capacity[0]
+    far = [abs(np.log(max(hardness(each, original), 1e-6) / FIRST_HARDNESS)) for each in ladder]
+    for most, spent in ((12, RECIPES), (3, 1)):
+        evaluations, order = Evaluations(problem, most), list[Policy]()
+
+        def complete(policy: Policy, order: list[Policy] = order) -> Evaluation:
+            order.append(policy)
+            return problem.evaluate(policy)
+
+        Finishing(problem, complete).recipe(evaluations)
+        assert len(evaluations.seen) == spent
+        assert {each.policy.digest() for each in evaluations.seen} <= {each.policy.digest() for each in ladder}
+        (finished,) = order
+        place = [each.policy for each in ladder].index(finished)
+        if most == 12:
+            assert far[place] < np.log(2), "of some thirty, from nothing to a million"
+            assert far[place] == min(far[[each.policy for each in ladder].index(e.policy)] for e in evaluations.seen)
+        else:
+            assert place == (len(ladder) - 1) // 2, "one alone is the middle"
+
+
 def test_without_a_limit_on_the_drop_nothing_is_finished_before() -> None:
     assert aim(Budget(size_bytes=500), 4.0, 1.0) == (None, 0)
     assert aim(Budget(drop=0.0), 4.0, 1.0) == (0.0, 0)
@@ -275,7 +301,7 @@ def test_what_is_finished_in_the_middle_of_a_search_moves_its_aim() -> None:
         return evaluation(policy.keep["g"], left[policy.keep["g"]], 500)
 
     finishing = Finishing(problem, complete)
-    finishing.recipe()
+    finishing.recipe(Evaluations(problem, 3))
     before = allowed(finishing.aim, 900)
     assert before == pytest.approx(4.0 * 0.5**0.8)
     assert finishing.one(LADDER[:5])
@@ -303,7 +329,7 @@ def test_nothing_is_finished_that_is_by_far_harder_to_mend_than_what_was_seen() 
         return evaluation(policy.keep["g"], 0.0, 900)
 
     finishing = Finishing(problem, complete)
-    finishing.recipe()
+    finishing.recipe(Evaluations(problem, 3))
     assert finishing.one([hopeless, good])
     assert order == [99, 2]
 
@@ -325,7 +351,7 @@ def test_what_is_mended_to_the_last_lets_more_be_hoped_for_each_time() -> None:
         return replace(before, figures=replace(before.figures, drop=0.0 if before.drop <= 120.0 else before.drop))
 
     finishing = Finishing(problem, complete, most=6)
-    finishing.recipe()
+    finishing.recipe(Evaluations(problem, 3))
     choice = finishing.choice(ladder)
     assert order == [99, 30, 80, 200, 110, 150], "up to three times as hard each time, until it was too far"
     assert choice.best.policy.keep["g"] == 110
@@ -350,7 +376,7 @@ def test_a_step_further_is_taken_only_while_another_may_follow_it() -> None:
             return evaluation(policy.keep["g"], 0.2, 900)
 
         finishing = Finishing(problem, complete, most=most)
-        finishing.recipe()
+        finishing.recipe(Evaluations(problem, 3))
         assert allowed(finishing.aim, 900) == pytest.approx(36.0), "three times as hard as what was mended"
         assert finishing.one(seen)
         assert order == [99, finished_next]
@@ -373,7 +399,7 @@ def test_what_was_finished_before_is_a_finalist_that_costs_nothing() -> None:
         return ends.get(policy.keep["g"], LADDER[policy.keep["g"] - 1])  # nothing is mended of the others
 
     finishing = Finishing(problem, complete)
-    finishing.recipe()
+    finishing.recipe(Evaluations(problem, 3))
     choice = finishing.choice(LADDER[:4])
     assert choice.best is ends[5]
     assert LADDER[4] in choice.evaluations

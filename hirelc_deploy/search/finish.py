@@ -20,7 +20,7 @@ from hirelc_deploy.budget import Budget, excess, judge, met
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.search.additive import recipe_ladder
 from hirelc_deploy.search.goal import Goal
-from hirelc_deploy.search.problem import MENDED_BY_CAPACITY, Problem, prices_of
+from hirelc_deploy.search.problem import MENDED_BY_CAPACITY, Evaluations, Problem, prices_of
 from hirelc_deploy.search.space import Choice, Evaluation
 
 FINALISTS = 5
@@ -42,6 +42,8 @@ to step back.  Two thirds of the weights, with a third more drop, are three time
 
 POWER, POWERS = 1.25, (0.75, 4.0)
 """What is left grows with this power of hardness, as long as one policy is known, and between these with more."""
+
+TINY = 1e-6
 
 Pair = tuple[Evaluation, Evaluation]
 """A policy as it was evaluated, and as it was finished."""
@@ -93,6 +95,11 @@ def hardness(evaluation: Evaluation, original: float) -> float:
 UNSEEN = 2.0
 """Drops of evaluations, as parts of what is safe, that are hoped to be mended before anything was seen."""
 
+FIRST_HARDNESS, RECIPES = 100.0, 4
+"""Of the recipe that is finished first, as a multiple of the limit on the drop: on three networks 100 to 700 limits
+were mended, and what is far milder would teach nothing.  It is looked for with so many evaluations, and at most a third
+of all."""
+
 
 class Finishing:
     """The policies of one search that are made real in full, and what that teaches."""
@@ -122,11 +129,21 @@ class Finishing:
         about it, and so one turn."""
         return (FIRST_PART, 1.0) if self._is_limited else (1.0,)
 
-    def recipe(self) -> None:
-        """Finish the recipe in the middle of those worth trying, where there is a limit on the drop."""
-        if self._is_limited:
-            ladder = recipe_ladder(self._problem)
-            self._finish(self._problem.evaluate(ladder[(len(ladder) - 1) // 2]))
+    def recipe(self, evaluations: Evaluations) -> None:
+        """Where there is a limit on the drop, finish one of the recipes worth trying: that which comes nearest to
+        FIRST_HARDNESS, found by halving."""
+        if not self._is_limited:
+            return
+        wanted = FIRST_HARDNESS * self._goal.drop_max
+        ladder = recipe_ladder(self._problem)
+        mild, harsh = 0, len(ladder) - 1
+        seen: list[Evaluation] = []
+        while mild <= harsh and len(seen) < max(1, min(RECIPES, evaluations.limit // 3)):
+            middle = (mild + harsh) // 2
+            seen.append(evaluations.of(ladder[middle]))
+            mild, harsh = (middle + 1, harsh) if self._hardness(seen[-1]) <= wanted else (mild, middle - 1)
+        # from the last: of those that drop by nothing it is the harshest
+        self._finish(min(reversed(seen), key=lambda each: abs(math.log(max(self._hardness(each), TINY) / wanted))))
 
     @property
     def aim(self) -> Problem:
