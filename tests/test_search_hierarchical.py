@@ -31,6 +31,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hierarchical, "HIGH_STEPS", 1024)
     monkeypatch.setattr(hierarchical, "LOW_STEPS", 4096)
     monkeypatch.setattr(hierarchical, "PROPOSALS", 96)
+    monkeypatch.setattr("hirelc_deploy.search.surrogate.STEPS", 100)
 
 
 def goals(count: int) -> Goals:
