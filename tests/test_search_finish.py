@@ -245,7 +245,7 @@ def test_where_mending_ends_abruptly_what_was_nearly_seen_tells() -> None:
 
 
 def test_what_was_seen_to_hold_is_aimed_at_however_coarse_the_score_is() -> None:
-    found, _ = aim(Budget(drop=1.0), 4.0, 0.3, score_error=2.0)
+    found, _ = aim(Budget(drop=1.0), 4.0, 0.2, score_error=2.0)
     assert found is not None
     assert found >= 4.0
 
@@ -360,7 +360,7 @@ def test_what_is_mended_to_the_last_lets_more_be_hoped_for_each_time() -> None:
 def test_a_step_further_is_taken_only_while_another_may_follow_it() -> None:
     """Of 12 points as much is left as is safe, so that more is told to leave too much."""
     recipe, seen = evaluation(99, 12.0, 900), [evaluation(11, 11.0, 880), evaluation(17, 17.0, 800)]
-    for most, finished_next in ((2, 11), (3, 17)):
+    for most, finished_next, drop in ((2, 11, 12.0), (3, 17, 36.0)):
         problem: Problem = replace(
             toy().problem,
             budget=Budget(drop=1.0),
@@ -377,7 +377,7 @@ def test_a_step_further_is_taken_only_while_another_may_follow_it() -> None:
 
         finishing = Finishing(problem, complete, most=most)
         finishing.recipe(Evaluations(problem, 3))
-        assert allowed(finishing.aim, 900) == pytest.approx(36.0), "three times as hard as what was mended"
+        assert allowed(finishing.aim, 900) == pytest.approx(drop), "what was mended, or three times as hard"
         assert finishing.one(seen)
         assert order == [99, finished_next]
 

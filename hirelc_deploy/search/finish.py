@@ -147,12 +147,13 @@ class Finishing:
 
     @property
     def aim(self) -> Problem:
-        """The problem with what is known of mending: drops of evaluations as they will be left.  Where what was
-        finished has lost nothing that a score can tell, they are taken as they are."""
+        """The problem with what is known of mending: drops of evaluations as they will be left, and the limit where it
+        may be relied on.  Where what was finished has lost nothing that a score can tell, drops are taken as they are.
+        """
         limit, mending = self._goal.drop_max, self._mending
         if not self._is_limited or mending is None:
             return self._problem
-        hardest = max(self._hardest(limit, mending), self._further)
+        hardest = max(self._hardest(self._safe, mending), self._further)
         unmended = self._original * (limit / hardest) ** (1 / MENDED_BY_CAPACITY)
         return replace(self._problem, unmended_capacity_bytes=unmended)
 

@@ -9,6 +9,7 @@
 Agents play for goals that vary about the user's own, so that one search finds a front and not one point of it.
 """
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,8 +36,9 @@ RECIPES = 2
 A_CYCLE = 4
 """Evaluations between two rounds of learning."""
 
-FOR_THE_GOAL = 4
-"""Every so manieth evaluation is picked for the user's goal alone, the others for the front about it."""
+FOR_THE_GOAL, FINISHED_FOR_THE_GOAL = 4, 2
+"""Every so manieth evaluation is picked for the user's goal alone, the others for the front about it: without, and with
+fine-tuning that follows and makes few of them real."""
 
 MENDING = 40
 """Single changes that are tried on every proposal when an evaluation has moved the surrogate."""
@@ -312,10 +314,11 @@ class _Search:
             return []
         prices, told = problem.costs(rows[fresh]), self._surrogate(rows[fresh])
         places, open_, found = points(problem, seen), np.arange(len(fresh)), []
+        every = FOR_THE_GOAL if math.isinf(problem.unmended_capacity_bytes) else FINISHED_FOR_THE_GOAL
         for turn in range(len(seen), len(seen) + min(count, len(fresh))):
             drop = told.members[self._random.integers(len(told.members))] if self._is_doubted else told.mean
             expected = places_of(problem, drop, prices)[open_]
-            added = None if turn % FOR_THE_GOAL == 0 else most_added(expected, places, self._reference)
+            added = None if turn % every == 0 else most_added(expected, places, self._reference)
             left = problem.left(drop, prices)
             best = int(self._goal.reward(left, prices, HARD)[open_].argmax()) if added is None else added[0]
             found.append(int(fresh[open_[best]]))
