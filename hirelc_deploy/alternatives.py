@@ -47,7 +47,7 @@ def _record(each: Evaluation, choice: Choice) -> FrontRecord | None:
         latency_ms=latency_ms,
         speedup=each.figures.speedup,
         drop_points=each.drop,
-        capacity_bytes=each.capacity_bytes,
+        hardness_points=choice.hardness.get(each.policy.digest()),
         finished_drop_points=next((end.drop for end in choice.finished if _alike(end.policy, each.policy)), None),
     )
 

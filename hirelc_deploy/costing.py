@@ -13,7 +13,7 @@ from hirelc_deploy.cost.size import SizePredictor
 from hirelc_deploy.cost.weights import Positions
 from hirelc_deploy.offers import Offers
 from hirelc_deploy.policy import Policy, Precision
-from hirelc_deploy.search.problem import GroupVariable, LayerVariable, Prices, Rows, Variable, policy_of, row_of
+from hirelc_deploy.search.problem import GroupVariable, LayerVariable, Prices, Rows, Variable, policy_of
 
 if TYPE_CHECKING:
     from hirelc_deploy.cost.predictor import Predictor
@@ -72,11 +72,6 @@ class Costing:
     def sizes(self) -> SizePredictor:
         exact = self._samples_told["size_bytes"]
         return SizePredictor(self._graph, *options_of(self._offers.variables), self._sampled, exact)
-
-    def capacity_bytes(self, policy: Policy) -> float:
-        """What the policy's weights can hold."""
-        variables = self._offers.variables
-        return float(self.sizes.capacity_bytes(positions(variables, row_of(variables, policy)[None]))[0])
 
     # -- memory ----------------------------------------------------------------------------------------------
 
@@ -179,7 +174,7 @@ class TableCosts:
         chosen = positions(self._variables, rows)
         size_bytes = self._sizes(chosen)
         memory_bytes = None if self._memory is None else self._memory(size_bytes, chosen, decisions)
-        return Prices(size_bytes, self._predictor.of(decisions).ms, memory_bytes, self._sizes.capacity_bytes(chosen))
+        return Prices(size_bytes, self._predictor.of(decisions).ms, memory_bytes)
 
 
 def options_of(variables: Sequence[Variable]) -> tuple[dict[str, Sequence[Precision]], dict[str, Sequence[int]]]:

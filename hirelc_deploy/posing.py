@@ -96,4 +96,4 @@ class Posing:
             memory_bytes=self._costing.memory_bytes(policy),
             drop=bench.scoring.drop(score),
         )
-        return Evaluation(policy, figures, score, self._costing.capacity_bytes(policy))
+        return Evaluation(policy, figures, score)

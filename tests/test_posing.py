@@ -85,23 +85,6 @@ def test_sizes_are_near_those_of_files(posed: tuple[Posing, Problem]) -> None:
     assert np.abs(off).max() < 0.3
 
 
-def test_weights_hold_four_bits_each_or_what_they_are_stored_in(posed: tuple[Posing, Problem]) -> None:
-    """Whatever the file makes of them; weights of two layers that are one are there once."""
-    posing, problem = posed
-    graph = posing._bench.graph
-    layers = {graph.aliases.get(layer.weight, layer.weight): layer for layer in graph.layers}
-    for policy in map(problem.policy, [problem.as_trained, *some_rows(problem)]):
-        cut = posing._bench.trainer.cut(policy)
-        elements = {name: parameter.numel() for name, parameter in cut.named_parameters()}
-        bits = {name: policy.precisions[layer.name].storage.bits for name, layer in layers.items()}
-        # a layer whose branch went has none
-        expected = sum(elements.get(name, 0) * min(bits[name], 4) / 8 for name in layers)
-        told = problem.costs(problem.row(policy)[None]).capacity[0]
-        assert told == pytest.approx(expected)
-    evaluation = posing.evaluate(policy)
-    assert evaluation.capacity_bytes == pytest.approx(expected)
-
-
 def test_latencies_are_the_predictors(posed: tuple[Posing, Problem]) -> None:
     posing, problem = posed
     rows = some_rows(problem)

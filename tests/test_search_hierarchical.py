@@ -222,9 +222,9 @@ def test_it_comes_near_the_best_policy_there_is() -> None:
     assert len(evaluations.seen) <= EVALUATIONS
 
 
-def test_it_uses_what_fine_tuning_mends_of_large_files() -> None:
-    """The optimum of drops as they are evaluated is 0.63 away."""
-    problem = replace(toy().problem, unmended_capacity_bytes=MENDED.unmended_capacity_bytes)
+def test_it_uses_what_fine_tuning_mends_of_rounding() -> None:
+    """The optimum of drops as they are evaluated is 0.90 away."""
+    problem = MENDED.problem()
     evaluations = Evaluations(problem, EVALUATIONS)
     search(problem, evaluations, seed=0)
     assert MENDED.gap(evaluations.seen) < 0.15

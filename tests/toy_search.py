@@ -16,6 +16,7 @@ import numpy as np
 
 from hirelc_deploy.budget import Budget, Figures, met
 from hirelc_deploy.policy import FP32, INT8, Compute, PerChannel, Policy, Precision, Storage
+from hirelc_deploy.search.additive import UNFITTED
 from hirelc_deploy.search.problem import (
     GroupVariable,
     LayerFacts,
@@ -88,21 +89,25 @@ BEST_COST = -3.613907
 
 @dataclass(frozen=True)
 class Mended:
-    """The toy where fine-tuning will leave less of a drop the larger the file is, as if weights held all its bytes."""
+    """The toy where fine-tuning will leave nothing of what rounding has caused, and a part of what pruning has."""
 
-    unmended_capacity_bytes: float
+    part: float
     best_cost: float
     """Of the best policy of which no more than DROP_MAX is left."""
 
+    def problem(self) -> Problem:
+        a_toy = toy().problem
+        return replace(a_toy, part_left=lambda rows: self.part * UNFITTED.pruned_part(a_toy, rows))
+
     def gap(self, seen: Sequence[Evaluation]) -> float:
         """Of the best of these to that one, as a logarithm of bytes times milliseconds."""
-        problem = replace(toy().problem, unmended_capacity_bytes=self.unmended_capacity_bytes)
+        problem = self.problem()
         held = np.flatnonzero(problem.left_of(seen) <= DROP_MAX)
         costs = toy().cost(np.stack([problem.row(seen[i].policy) for i in held]))
         return float(costs.min() - self.best_cost)
 
 
-MENDED = Mended(30_000, -4.246147)
+MENDED = Mended(1.0, -4.517873)
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ def toy(budget: Budget | None = None, *, int8_macs_per_ms: float = INT8_MACS_PER
             memory_bytes=round(prices.memory[0]),
             drop=drop,
         )
-        return Evaluation(policy, figures, score=90.0 - drop, capacity_bytes=float(prices.size_bytes[0]))
+        return Evaluation(policy, figures, score=90.0 - drop)
 
     return Toy(replace(problem, evaluate=evaluate))
 
@@ -221,7 +226,7 @@ def _costs(rows: Rows, *, int8_macs_per_ms: float) -> Prices:
         latency_ms += np.where(in_int8 != computed, PLACES[name] * comes / CONVERTED_PER_MS, 0.0)
         computed = in_int8
         memory_bytes = np.maximum(memory_bytes, PLACES[name] * (comes + goes) * np.where(in_int8, 1, 4))
-    return Prices(size_bytes, latency_ms, memory_bytes, capacity_bytes=size_bytes)
+    return Prices(size_bytes, latency_ms, memory_bytes)
 
 
 def _drop(problem: Problem, rows: Rows) -> np.ndarray:

@@ -46,10 +46,6 @@ class SizePredictor:
             found += each[chosen.counts[group]]
         return found
 
-    def capacity_bytes(self, chosen: Positions) -> np.ndarray:
-        """What the weights of policies can hold, (policies,), whatever they are stored in."""
-        return np.asarray(np.sum([weight.capacity_bytes(chosen) for weight in self._weights], axis=0), float)
-
     def _fit(self, chosen: Positions, exact: np.ndarray) -> float:
         payload = np.sum([weight.bytes_of(chosen) for weight in self._weights], axis=0)
         kinds = kinds_of(self._weights)

@@ -14,10 +14,6 @@ from hirelc_deploy.policy import Precision
 
 BITS_A_BYTE = 8
 
-CAPACITY_BITS = 4
-"""A weight holds as many bits of what training teaches as it is stored in, and no more than these: trained for four
-bits a network loses next to nothing, so what is stored in more is not the better for it."""
-
 Kind = tuple[object, ...]
 """What overheads go by."""
 
@@ -70,12 +66,6 @@ class Weight:
         _, rows, columns = self._places(chosen)
         channels, read = (extent.sizes for extent in self._extents)
         found: np.ndarray = self.there(chosen) * channels[rows] * read[columns]
-        return found
-
-    def capacity_bytes(self, chosen: Positions) -> np.ndarray:
-        """What the weight can hold, (policies,): see CAPACITY_BITS."""
-        bits = np.array([min(option.storage.bits, CAPACITY_BITS) for option in self._options])
-        found: np.ndarray = self.elements(chosen) * bits[chosen.options[self._name]] / BITS_A_BYTE
         return found
 
     def table(self, by_kind: Mapping[Kind, float]) -> np.ndarray:

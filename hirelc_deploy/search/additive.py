@@ -92,8 +92,14 @@ class DropModel:
 
     def damage_left(self, problem: Problem, rows: Rows) -> np.ndarray:
         """The damage that would drop by as much as fine-tuning is told to leave, (policies,), in nats."""
-        parts = problem.part_left(problem.costs(rows))
-        return np.asarray(self.damage(problem, rows) * parts ** (1 / self.power))
+        damage = self.damage(problem, rows)
+        return damage if problem.part_left is None else damage * problem.part_left(rows) ** (1 / self.power)
+
+    def pruned_part(self, problem: Problem, rows: Rows) -> np.ndarray:
+        """Of the damage, what comes of units that are gone, (policies,); all of it where there is none."""
+        of_layers, of_groups = (damages(problem, rows) * np.array([1.0, self.group_weight])).T
+        total = of_layers + of_groups
+        return np.divide(of_groups, total, out=np.ones(len(rows)), where=total > 0)
 
     def drop(self, problem: Problem, rows: Rows) -> np.ndarray:
         """(policies,), in the score's unit."""
@@ -215,7 +221,7 @@ def most_wanted(evaluations: Evaluations, rows: Rows, model: DropModel, turn: in
     if turn % 2 and (found := widest(evaluations, rows, model)) is not None:
         return found
     goal, prices = goal_of(problem), problem.costs(rows)
-    left = problem.left(model.drop(problem, rows), prices)
+    left = problem.left(model.drop(problem, rows), rows)
     part = left / (PARTS[turn // 2 % len(PARTS)] * goal.drop_max)
     price = cost(goal, prices) + MISSED_DROP * np.maximum(0.0, part - 1) + TIE * part
     return np.asarray(rows[price.argmin()])
@@ -225,8 +231,8 @@ def widest(evaluations: Evaluations, rows: Rows, model: DropModel) -> np.ndarray
     """The row that adds most hypervolume to what was seen, (variables,), as far as a model knows; None if none does."""
     problem = evaluations.problem
     corner = reference(goal_of(problem))
-    seen = points(problem, evaluations.seen)
-    found = most_added(places_of(problem, model.drop(problem, rows), problem.costs(rows)), seen, corner)
+    seen, left = points(problem, evaluations.seen), problem.left(model.drop(problem, rows), rows)
+    found = most_added(places_of(left, problem.costs(rows), problem.before), seen, corner)
     return None if found is None or found[1] <= LEAST_GAIN * hypervolume(seen, corner) else np.asarray(rows[found[0]])
 
 
@@ -286,7 +292,7 @@ def follow(problem: Problem, evaluations: Evaluations, trace: Trace) -> None:
         model = fit(problem, evaluations.seen)
         doubted = replace(model, group_weight=model.group_weight * DOUBTS[empty])
         rows = affordable(problem, trace(doubted, leaning(goal, lean)))
-        expected = problem.left(model.drop(problem, rows), problem.costs(rows)) if before else None
+        expected = problem.left(model.drop(problem, rows), rows) if before else None
         close_in(evaluations, rows, goal.drop_max, expected, STEPS if before else COLD_STEPS)
         for _ in range(WIDENING):
             found = widest(evaluations, unseen(evaluations, rows), fit(problem, evaluations.seen))

@@ -1,26 +1,25 @@
 """From evaluations to one policy: the best few are made real in full, and what is seen of them decides.
 
 An evaluation trains for seconds, a finished policy for epochs, so its drop is smaller: by half on one network, by all
-of it on another, and by more the more its weights can hold.  So search and finishing take turns.  One recipe is
-finished before the search begins, and says which drops are mended; after FIRST_PART of the evaluations the best policy
-that they led to is finished, which corrects that, and the search goes on with what is known then.
+of it on another.  So search and finishing take turns.  One recipe is finished before the search begins, and says which
+drops are mended; after FIRST_PART of the evaluations the best policy that they led to is finished, which corrects that,
+and the search goes on with what is known then.
 
-What finishing leaves is told by hardness: a drop times the square of how many times less the weights can hold than the
-original's.  Not the bytes of the file: a weight that is stored in more bits than it needs learns nothing better.
+What finishing leaves is told by hardness: of a drop all that removed units have caused, and ROUNDED of what rounding
+has, since weights that are still there learn to be round, and those that are gone teach nobody what they did.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 
 from hirelc_deploy.budget import Budget, excess, judge, met
 from hirelc_deploy.policy import Policy
-from hirelc_deploy.search.additive import recipe_ladder
+from hirelc_deploy.search.additive import UNFITTED, DropModel, fit, recipe_ladder
 from hirelc_deploy.search.goal import Goal
-from hirelc_deploy.search.problem import MENDED_BY_CAPACITY, Evaluations, Problem, prices_of
+from hirelc_deploy.search.problem import Evaluations, Problem, Rows
 from hirelc_deploy.search.space import Choice, Evaluation
 
 FINALISTS = 5
@@ -35,12 +34,15 @@ and 1.28 of these errors hold nine times of ten."""
 FIRST_PART = 2 / 3
 """Of the evaluations, before what they led to is finished and the rest is spent by what that has shown."""
 
-FURTHER = 3.0
-"""How many times as hard as what was seen to be mended a policy may be: what is left tells little of what more would
-leave, since mending ends abruptly.  Where nothing has failed yet it may be so hard, as long as another can be finished
-to step back.  Two thirds of the weights, with a third more drop, are three times as hard."""
+ROUNDED = 1 / 4
+"""Part of the drop that rounding has caused which is hard to mend (docs/findings.md)."""
 
-POWER, POWERS = 1.25, (0.75, 4.0)
+MOST_TIMES, FURTHER = 10.0, 1.5
+"""How hard a policy may be at most, in limits on the drop and times the hardest that was seen to be mended: what is
+left tells little of what more would leave, since mending ends abruptly.  Where nothing has failed yet it may be so much
+harder than what was mended, as long as another can be finished to step back."""
+
+POWER, POWERS = 2.5, (1.0, 4.0)
 """What is left grows with this power of hardness, as long as one policy is known, and between these with more."""
 
 TINY = 1e-6
@@ -60,12 +62,14 @@ class Mending:
     power: float
 
     @classmethod
-    def seen_in(cls, pairs: Sequence[Pair], limit: float, score_error: float, original: float) -> "Mending | None":
+    def seen_in(
+        cls, pairs: Sequence[Pair], limit: float, score_error: float, hardness: Callable[[Evaluation], float]
+    ) -> "Mending | None":
         """As far as it was seen, drops below half of what a score can tell counting as that half; None where no
-        evaluation dropped by more.  `original` is what the original's weights can hold, in bytes."""
+        evaluation dropped by more."""
         # never above what is safe: what held is shown to hold
         least = max(min(score_error / 2, LEAST_SAFE * limit), limit / 20)
-        seen = tuple((hardness(e, original), max(after.drop, least)) for e, after in pairs if e.drop > least)
+        seen = tuple((hardness(e), max(after.drop, least)) for e, after in pairs if e.drop > least)
         if not seen:
             return None
         before, after = np.log(seen).T
@@ -85,20 +89,12 @@ class Mending:
         return float(before * (left / after) ** (1 / self.power))
 
 
-def hardness(evaluation: Evaluation, original: float) -> float:
-    """How hard an evaluation's drop is to mend: what drop, in the score's unit, would be as hard where weights can hold
-    as much as the `original`'s, in bytes."""
-    assert evaluation.capacity_bytes
-    return float(evaluation.drop * (original / evaluation.capacity_bytes) ** MENDED_BY_CAPACITY)
-
-
 UNSEEN = 2.0
 """Drops of evaluations, as parts of what is safe, that are hoped to be mended before anything was seen."""
 
-FIRST_HARDNESS, RECIPES = 100.0, 4
-"""Of the recipe that is finished first, as a multiple of the limit on the drop: on three networks 100 to 700 limits
-were mended, and what is far milder would teach nothing.  It is looked for with so many evaluations, and at most a third
-of all."""
+FIRST_HARDNESS, RECIPES = 6.0, 4
+"""Of the recipe that is finished first, in limits on the drop: on three networks so much was mended, and what is far
+milder would teach nothing.  It is looked for with so many evaluations, and at most a third of all."""
 
 
 class Finishing:
@@ -118,6 +114,7 @@ class Finishing:
         self._most = most
         self._note = note
         self._pairs: dict[str, Pair] = {}
+        self._model: DropModel = UNFITTED
         self._goal = Goal.of(problem.budget, problem.before)
         limit = problem.budget.drop
         errors = math.hypot(problem.score_error, problem.test_error)
@@ -141,26 +138,27 @@ class Finishing:
         while mild <= harsh and len(seen) < max(1, min(RECIPES, evaluations.limit // 3)):
             middle = (mild + harsh) // 2
             seen.append(evaluations.of(ladder[middle]))
+            self._learn(evaluations.seen)
             mild, harsh = (middle + 1, harsh) if self._hardness(seen[-1]) <= wanted else (mild, middle - 1)
         # from the last: of those that drop by nothing it is the harshest
         self._finish(min(reversed(seen), key=lambda each: abs(math.log(max(self._hardness(each), TINY) / wanted))))
 
-    @property
-    def aim(self) -> Problem:
+    def aim(self, seen: Sequence[Evaluation]) -> Problem:
         """The problem with what is known of mending: drops of evaluations as they will be left, and the limit where it
         may be relied on.  Where what was finished has lost nothing that a score can tell, drops are taken as they are.
         """
+        self._learn(seen)
         limit, mending = self._goal.drop_max, self._mending
         if not self._is_limited or mending is None:
             return self._problem
-        hardest = max(self._hardest(self._safe, mending), self._further)
-        unmended = self._original * (limit / hardest) ** (1 / MENDED_BY_CAPACITY)
-        return replace(self._problem, unmended_capacity_bytes=unmended)
+        hard_part, part = self._hard_part, limit / self._told(mending)
+        return replace(self._problem, part_left=lambda rows: np.minimum(1.0, part * hard_part(rows)))
 
     def one(self, seen: Sequence[Evaluation]) -> bool:
         """Finish what is most worth it among those that were evaluated; False where nothing is, or no more may be."""
         if len(self._pairs) >= self._most:
             return False
+        self._learn(seen)
         wanted = self._next([*self._apart_from(seen), *seen])
         if wanted is not None:
             self._finish(wanted)
@@ -178,30 +176,40 @@ class Finishing:
             pass
         ends = [after for _, after in self._pairs.values()]
         best = min(ends, key=lambda each: _rank(each, self._goal, self._problem.budget, self._safe))
-        return Choice(best, (*self._apart_from(seen), *seen), tuple(ends))
+        known = (*self._apart_from(seen), *seen)
+        hardness = {each.policy.digest(): self._hardness(each) for each in known}
+        return Choice(best, known, tuple(ends), hardness)
 
     @property
     def _is_limited(self) -> bool:
         limit = self._problem.budget.drop
         return limit is not None and limit > 0
 
-    @cached_property
-    def _original(self) -> float:
-        """What the original's weights can hold, in bytes."""
-        return float(self._problem.costs(self._problem.as_trained[None]).capacity[0])
-
     @property
     def _mending(self) -> Mending | None:
         seen, score_error = list(self._pairs.values()), self._problem.score_error
-        return Mending.seen_in(seen, self._goal.drop_max, score_error, self._original)
+        return Mending.seen_in(seen, self._goal.drop_max, score_error, self._hardness)
 
     def _hardness(self, evaluation: Evaluation) -> float:
-        return hardness(evaluation, self._original)
+        return evaluation.drop * float(self._hard_part(self._problem.rows([evaluation]))[0])
+
+    @property
+    def _hard_part(self) -> Callable[[Rows], np.ndarray]:
+        """Of drops, (policies,), as far as what was evaluated tells how much pruning has in them."""
+        problem, model = self._problem, self._model
+        return lambda rows: ROUNDED + (1 - ROUNDED) * model.pruned_part(problem, rows)
+
+    def _learn(self, seen: Sequence[Evaluation]) -> None:
+        """How much of a drop comes of pruning, and how much of rounding."""
+        self._model = fit(self._problem, seen)
 
     def _hardest(self, left: float, mending: Mending) -> float:
         """The hardness of which so much is left, as far as it is believed."""
-        mended = self._mended(left)
-        return min(mending.hardest(left), FURTHER * mended if mended else math.inf)
+        return min(mending.hardest(left), max(MOST_TIMES * self._goal.drop_max, FURTHER * self._mended(left)))
+
+    def _told(self, mending: Mending) -> float:
+        """The hardness that is told to leave what is safe, or a step further that is worth trying."""
+        return max(self._hardest(self._safe, mending), self._further)
 
     @property
     def _further(self) -> float:
@@ -230,12 +238,11 @@ class Finishing:
         after = self._complete(before.policy)
         self._pairs[before.policy.digest()] = (before, after)
         if self._is_limited:
-            limit, size_bytes = self._goal.drop_max, before.figures.size_bytes
-            assert size_bytes
-            allowed = limit / self.aim.part_left(prices_of([before]))[0]
+            hard = self._hardness(before)
+            told = "" if self._mending is None else f": {self._told(self._mending):.2f} may be"
             self._note(
-                f"fine-tuning leaves {after.drop:.2f} of a drop of {before.drop:.2f} in {size_bytes / 1e3:.1f} KB: "
-                f"where {limit:g} is allowed, an evaluation with as many weights may have {allowed:.2f}"
+                f"fine-tuning leaves {after.drop:.2f} of a drop of {before.drop:.2f}, of which {hard:.2f} are hard to "
+                f"mend{told}"
             )
 
     def _next(self, seen: Sequence[Evaluation]) -> Evaluation | None:
@@ -266,7 +273,7 @@ class Finishing:
         mending, rounding = self._mending, 1 + 1e-9
         if mending is None:
             return evaluation.drop <= rounding * UNSEEN * self._safe
-        told = max(self._hardest(self._safe, mending), self._further)
+        told = self._told(mending)
         return evaluation.drop <= rounding * self._safe or self._hardness(evaluation) <= rounding * told
 
 

@@ -10,23 +10,22 @@ import numpy as np
 from pymoo.indicators.hv import HV
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
+from hirelc_deploy.budget import Figures
 from hirelc_deploy.search.problem import Prices, Problem, prices_of
 from hirelc_deploy.search.space import Evaluation
 
 
-def places_of(problem: Problem, drops: np.ndarray, prices: Prices) -> np.ndarray:
-    """(policies, 3): what will be left of drops of evaluations, in the score's unit; logs of bytes and of milliseconds
-    against the original's."""
-    before = problem.before
+def places_of(drops: np.ndarray, prices: Prices, before: Figures) -> np.ndarray:
+    """(policies, 3): drop in the score's unit, log of bytes and of milliseconds against the original's."""
     assert before.size_bytes
     assert before.latency_ms
     sizes, latencies = prices.size_bytes / before.size_bytes, prices.latency_ms / before.latency_ms
-    return np.stack([problem.left(drops, prices), np.log(sizes), np.log(latencies)], axis=1)
+    return np.stack([drops, np.log(sizes), np.log(latencies)], axis=1)
 
 
 def points(problem: Problem, evaluations: Sequence[Evaluation]) -> np.ndarray:
-    """The places of evaluations, (evaluations, 3)."""
-    return places_of(problem, np.array([each.drop for each in evaluations], float), prices_of(evaluations))
+    """The places of evaluations, (evaluations, 3), by what is told to be left of their drops."""
+    return places_of(problem.left_of(evaluations), prices_of(evaluations), problem.before)
 
 
 def front(places: np.ndarray) -> np.ndarray:

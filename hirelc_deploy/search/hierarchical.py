@@ -9,7 +9,6 @@
 Agents play for goals that vary about the user's own, so that one search finds a front and not one point of it.
 """
 
-import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -187,7 +186,7 @@ class _Search:
         prices = self._problem.costs(rows)
         if not self._parts.latency:
             prices = replace(prices, latency_ms=np.full(len(rows), self._goal.latency_ms_before))
-        left = self._problem.left(self._drop(rows), prices)
+        left = self._problem.left(self._drop(rows), rows)
         return goals.goal(self._goal).reward(left, prices, self._multipliers)
 
     def _drop(self, rows: Rows) -> np.ndarray:
@@ -314,12 +313,12 @@ class _Search:
             return []
         prices, told = problem.costs(rows[fresh]), self._surrogate(rows[fresh])
         places, open_, found = points(problem, seen), np.arange(len(fresh)), []
-        every = FOR_THE_GOAL if math.isinf(problem.unmended_capacity_bytes) else FINISHED_FOR_THE_GOAL
+        every = FOR_THE_GOAL if problem.part_left is None else FINISHED_FOR_THE_GOAL
         for turn in range(len(seen), len(seen) + min(count, len(fresh))):
             drop = told.members[self._random.integers(len(told.members))] if self._is_doubted else told.mean
-            expected = places_of(problem, drop, prices)[open_]
+            left = problem.left(drop, rows[fresh])
+            expected = places_of(left, prices, problem.before)[open_]
             added = None if turn % every == 0 else most_added(expected, places, self._reference)
-            left = problem.left(drop, prices)
             best = int(self._goal.reward(left, prices, HARD)[open_].argmax()) if added is None else added[0]
             found.append(int(fresh[open_[best]]))
             places = np.vstack([places, expected[best]])

@@ -4,7 +4,6 @@ A policy is a row of whole numbers, one a variable: which of its options a layer
 methods work on, thousands at a time; only what is really evaluated becomes a `Policy`.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,9 +14,6 @@ import numpy as np
 from hirelc_deploy.budget import Budget, Figures
 from hirelc_deploy.policy import Policy, Precision
 from hirelc_deploy.search.space import Evaluation
-
-MENDED_BY_CAPACITY = 2.0
-"""Fine-tuning leaves less of an evaluation's drop the more its weights can hold, by this power (docs/findings.md)."""
 
 Rows = np.ndarray
 """Policies, (policies, variables): positions in the variables' options."""
@@ -72,15 +68,6 @@ class Prices:
     latency_ms: np.ndarray
     memory_bytes: np.ndarray | None = None
     """Only where it is limited, and a law tells it."""
-    capacity_bytes: np.ndarray | None = None
-    """What weights can hold; None where nothing is fine-tuned afterwards."""
-
-    @property
-    def capacity(self) -> np.ndarray:
-        """Bytes.  ValueError where nobody told them."""
-        if self.capacity_bytes is None:
-            raise ValueError("what the weights of these policies can hold was not told")
-        return self.capacity_bytes
 
     @property
     def memory(self) -> np.ndarray:
@@ -96,12 +83,7 @@ def prices_of(evaluations: Sequence[Evaluation]) -> Prices:
         np.array([getattr(e.figures, name) for e in evaluations], float)
         for name in ("size_bytes", "latency_ms", "memory_bytes")
     )
-    capacity_bytes = np.array([each.capacity_bytes for each in evaluations], float)
-    return Prices(size_bytes, latency_ms, _known(memory_bytes), _known(capacity_bytes))
-
-
-def _known(values: np.ndarray) -> np.ndarray | None:
-    return None if np.isnan(values).any() else values
+    return Prices(size_bytes, latency_ms, None if np.isnan(memory_bytes).any() else memory_bytes)
 
 
 class Costs(Protocol):
@@ -155,8 +137,9 @@ class Problem:
     """Standard error of one score on the search split, in the score's unit."""
     test_error: float = 0.0
     """The same on the test split, which nothing but its size is known of."""
-    unmended_capacity_bytes: float = math.inf
-    """Weights that can hold no more than this keep all of an evaluation's drop when they are fine-tuned in full."""
+    part_left: Callable[[Rows], np.ndarray] | None = None
+    """Of an evaluation's drop when the policy is fine-tuned in full, as far as told, (policies,); None where what
+    is evaluated is what counts."""
 
     @cached_property
     def position(self) -> Mapping[str, int]:
@@ -195,20 +178,18 @@ class Problem:
         """Additive: what single options do to the outputs, (policies, variables), in nats."""
         return np.stack([self.sensitivity.damage[v.name][rows[:, i]] for i, v in enumerate(self.variables)], axis=1)
 
-    def left(self, drops: np.ndarray, prices: Prices) -> np.ndarray:
+    def left(self, drops: np.ndarray, rows: Rows) -> np.ndarray:
         """What fine-tuning is told to leave of drops of evaluations, (policies,): what limits are held against."""
-        return drops * self.part_left(prices)
-
-    def part_left(self, prices: Prices) -> np.ndarray:
-        """Of any drop, (policies,)."""
-        if math.isinf(self.unmended_capacity_bytes):
-            return np.ones(len(prices.size_bytes))
-        found: np.ndarray = np.minimum(1.0, (self.unmended_capacity_bytes / prices.capacity) ** MENDED_BY_CAPACITY)
-        return found
+        return drops if self.part_left is None else drops * self.part_left(rows)
 
     def left_of(self, evaluations: Sequence[Evaluation]) -> np.ndarray:
         """The same of policies that were evaluated, (evaluations,)."""
-        return self.left(np.array([each.drop for each in evaluations], float), prices_of(evaluations))
+        drops = np.array([each.drop for each in evaluations], float)
+        return self.left(drops, self.rows(evaluations)) if len(drops) else drops
+
+    def rows(self, evaluations: Sequence[Evaluation]) -> Rows:
+        """The policies that were evaluated, (evaluations, variables)."""
+        return np.array([self.row(each.policy) for each in evaluations])
 
     @cached_property
     def _tied(self) -> dict[int, tuple[int, ...]]:

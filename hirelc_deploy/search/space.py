@@ -1,7 +1,7 @@
 """What can be decided, and what a decision is known to give."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hirelc_deploy.budget import Figures
 from hirelc_deploy.policy import Compute, Policy, Precision
@@ -38,8 +38,6 @@ class Evaluation:
     """Size and latency as predicted, the drop as seen on the search split."""
     score: float
     """In the task's unit."""
-    capacity_bytes: float | None = None
-    """What its weights can hold (`cost.weights.CAPACITY_BITS`); None where nothing is fine-tuned afterwards."""
 
     @property
     def drop(self) -> float:
@@ -56,3 +54,5 @@ class Choice:
     evaluations: tuple[Evaluation, ...]
     finished: tuple[Evaluation, ...] = ()
     """Those that were fine-tuned in full, the best among them."""
+    hardness: Mapping[str, float] = field(default_factory=dict)
+    """Of evaluations, by their policy's digest: how much of a drop is hard to mend, as far as that was told."""

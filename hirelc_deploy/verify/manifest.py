@@ -198,9 +198,8 @@ class FrontRecord(Record):
     """Of its evaluation, on the search split."""
     finished_drop_points: Figure | None
     """The same once it was fine-tuned in full; None where it was not."""
-    capacity_bytes: Figure | None = None
-    """What its weights can hold, four bits each at most: the more, the less fine-tuning leaves of a drop.  None where
-    nothing is fine-tuned."""
+    hardness_points: Figure | None = None
+    """What of the evaluation's drop is hard to mend; None where nothing is fine-tuned."""
 
 
 class SearchRecord(Record):
