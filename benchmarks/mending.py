@@ -2,10 +2,9 @@
 
 Reads the finished policies of the searches' manifests in benchmarks/results (and of those that are named), adds them to
 benchmarks/results/mending.json, and says there how well what was left is told by the drop alone, by bytes alone, by
-what weights can hold alone, and by hardness, the drop times a power of how much less that is than the original's.  Each
-is a line in logarithms with one slope for all networks and a constant for each; errors are of every policy held out in
-turn, of networks with three at least.  Manifests say what weights can hold since 2026-11-29; in others bytes stand for
-it.
+both, and by hardness: what pruning has in the drop and a part of what rounding has (`search/finish.py`).  Each is a
+line in logarithms with one slope for all networks and a constant for each; errors are of every policy held out in turn,
+of networks with three at least.  Manifests tell hardness since 2026-11-29.
 """
 
 import argparse
@@ -17,8 +16,6 @@ from typing import Any
 import numpy as np
 from _bench import RESULTS, save
 
-from hirelc_deploy.search.problem import MENDED_BY_CAPACITY
-
 RESULT = RESULTS / "mending.json"
 
 LEAST_LEFT = 0.1
@@ -26,8 +23,6 @@ LEAST_LEFT = 0.1
 
 LEAST_POLICIES = 3
 """Of a network: the constant takes one."""
-
-POWERS = (1.0, MENDED_BY_CAPACITY, 3.0)
 
 Row = dict[str, Any]
 
@@ -40,8 +35,8 @@ def finished_in(manifest: Path) -> list[Row]:
         {
             "network": found["model"]["spec"].rpartition(":")[2],
             "size_bytes": each["size_bytes"],
-            "capacity_bytes": each.get("capacity_bytes"),
             "drop_points": each["drop_points"],
+            "hardness_points": each.get("hardness_points"),
             "left_points": each["finished_drop_points"],
         }
         for each in front
@@ -61,17 +56,17 @@ def held_out_error(networks: Sequence[str], told: np.ndarray, left: np.ndarray) 
     return float(np.sqrt(np.mean(np.square(errors))))
 
 
-def judged(rows: Sequence[Row], of: str) -> dict[str, float]:
-    """The error by what is told from; `of` is the field that says what weights can hold."""
+def judged(rows: Sequence[Row], fields: Sequence[str]) -> dict[str, float]:
+    """The error by what is told from: each of the fields, and all of them together."""
     names = [row["network"] for row in rows]
     kept = [row for row, name in zip(rows, names, strict=True) if names.count(name) >= LEAST_POLICIES]
     if not kept:
         return {"policies": 0}
     networks = [row["network"] for row in kept]
-    holds, drop, left = (
-        np.log(np.maximum([row[key] for row in kept], LEAST_LEFT)) for key in (of, "drop_points", "left_points")
-    )
-    told = {"drop": drop, of: holds} | {f"drop / {of} ^ {power:g}": drop - power * holds for power in POWERS}
+    columns = {key: np.log(np.maximum([row[key] for row in kept], LEAST_LEFT)) for key in (*fields, "left_points")}
+    left = columns.pop("left_points")
+    told = {key: column[:, None] for key, column in columns.items()}
+    told["all of these"] = np.column_stack(list(columns.values()))
     errors = {name: round(held_out_error(networks, each, left), 3) for name, each in told.items()}
     return {"policies": len(kept), **errors}
 
@@ -86,8 +81,11 @@ def main() -> None:
             rows.append(row)
     rows.sort(key=lambda row: (row["network"], row["size_bytes"], row["drop_points"]))
     errors = {
-        "by bytes": judged(rows, "size_bytes"),
-        "by what weights can hold": judged([row for row in rows if row["capacity_bytes"]], "capacity_bytes"),
+        "all": judged(rows, ("drop_points", "size_bytes")),
+        "with their hardness": judged(
+            [row for row in rows if row["hardness_points"] is not None],
+            ("drop_points", "size_bytes", "hardness_points"),
+        ),
     }
     save({"error": errors, "finished": rows}, RESULT)
     print(json.dumps(errors, indent=1))

@@ -85,8 +85,8 @@ def test_a_method_comes_close_to_the_optimum(method: str, seed: int) -> None:
 
 @pytest.mark.parametrize(("method", "most"), [("greedy", 0.2), ("knapsack", 0.35), ("evolution", 0.2)])
 def test_a_method_uses_what_fine_tuning_mends_of_rounding(method: str, most: float) -> None:
-    """The optimum is another one then, with five times the drop that is allowed in the end: fewer bits and more channels.
-    The optimum of drops as they are evaluated is 0.90 away."""
+    """The optimum is another one then, with five times the drop that is allowed in the end: fewer bits and more
+    channels.  The optimum of drops as they are evaluated is 0.90 away."""
     problem = MENDED.problem()
     spent = Evaluations(problem, EVALUATIONS)
     with suppress(Spent):
