@@ -138,8 +138,8 @@ class Problem:
     test_error: float = 0.0
     """The same on the test split, which nothing but its size is known of."""
     part_left: Callable[[Rows], np.ndarray] | None = None
-    """Of an evaluation's drop when the policy is fine-tuned in full, as far as told, (policies,); None where what
-    is evaluated is what counts."""
+    """Of an evaluation's drop, once the policy is fine-tuned in full, as far as that is told, (policies,); None where
+    what is evaluated is what counts."""
 
     @cached_property
     def position(self) -> Mapping[str, int]:
@@ -158,7 +158,7 @@ class Problem:
 
     def row(self, policy: Policy) -> np.ndarray:
         """A policy as a row.  What it leaves out stays as trained; ValueError for what no variable offers."""
-        return row_of(self.variables, policy)
+        return np.array([self._option(variable, policy) for variable in self.variables])
 
     def policy(self, row: Sequence[int] | np.ndarray) -> Policy:
         """A row as a policy."""
@@ -201,18 +201,12 @@ class Problem:
                     found[i] = others
         return found
 
-
-def row_of(variables: Sequence[Variable], policy: Policy) -> np.ndarray:
-    """What a policy decides, (variables,).  What it leaves out stays as trained; ValueError for what is not offered."""
-    return np.array([_option(variable, policy) for variable in variables])
-
-
-def _option(variable: Variable, policy: Policy) -> int:
-    if isinstance(variable, LayerVariable):
-        precision = policy.precisions.get(variable.name)
-        return variable.as_trained if precision is None else variable.options.index(precision)
-    count = policy.keep.get(variable.in_policy)
-    return variable.as_trained if count is None else variable.options.index(count)
+    def _option(self, variable: Variable, policy: Policy) -> int:
+        if isinstance(variable, LayerVariable):
+            precision = policy.precisions.get(variable.name)
+            return variable.as_trained if precision is None else variable.options.index(precision)
+        count = policy.keep.get(variable.in_policy)
+        return variable.as_trained if count is None else variable.options.index(count)
 
 
 def policy_of(variables: Sequence[Variable], row: Sequence[int] | np.ndarray) -> Policy:
