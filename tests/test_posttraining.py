@@ -225,6 +225,7 @@ def test_some_columns_are_columns_of_the_same_places_each_time(layer: nn.Module)
 
 
 def test_corrected_layers_write_the_means_of_the_original() -> None:
+    torch.manual_seed(0)
     original = jitter(nn.Sequential(nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Conv2d(12, 6, 3, bias=False), nn.Flatten(2)))
     original.append(nn.Linear(36, 5)).eval()
     x = correlated((8, 10, 10), 96, 1)

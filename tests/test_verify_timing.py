@@ -115,7 +115,7 @@ def test_a_device_is_told_the_pause_that_is_made_here(threads: int, monkeypatch:
 
 def test_a_small_model_runs_often_enough_in_a_visit_for_any_clock() -> None:
     seen = interleave({"small": Busy(10), "large": Busy(200_000)}, INPUTS, rounds=3)
-    assert all(sum(visit.wall_ms) > 0.5 for visit in seen["small"].visits)
+    assert all(len(visit.wall_ms) > 4 for visit in seen["small"].visits)
     assert all(len(visit.wall_ms) == 1 for visit in seen["large"].visits)
 
 
