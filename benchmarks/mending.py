@@ -2,9 +2,9 @@
 
 Reads the finished policies of the searches' manifests in benchmarks/results (and of those that are named), adds them to
 benchmarks/results/mending.json, and says there how well what was left is told by the drop alone, by bytes alone, by
-both, and by hardness: what pruning has in the drop and a part of what rounding has (`search/finish.py`).  Each is a
+both, and by hardness, the drop times a power of how many times smaller the file is (`search/finish.py`).  Each is a
 line in logarithms with one slope for all networks and a constant for each; errors are of every policy held out in turn,
-of networks with three at least.  Manifests tell hardness since 2026-11-29.
+of networks with three at least.  The result file also has policies that only the logs of searches told of.
 """
 
 import argparse
@@ -16,7 +16,11 @@ from typing import Any
 import numpy as np
 from _bench import RESULTS, save
 
+from hirelc_deploy.search.finish import SMALLER
+
 RESULT = RESULTS / "mending.json"
+
+POWERS = (0.25, SMALLER, 1.0, 2.0)
 
 LEAST_LEFT = 0.1
 """In points: less is not told apart by a few thousand images."""
@@ -36,7 +40,6 @@ def finished_in(manifest: Path) -> list[Row]:
             "network": found["model"]["spec"].rpartition(":")[2],
             "size_bytes": each["size_bytes"],
             "drop_points": each["drop_points"],
-            "hardness_points": each.get("hardness_points"),
             "left_points": each["finished_drop_points"],
         }
         for each in front
@@ -56,17 +59,17 @@ def held_out_error(networks: Sequence[str], told: np.ndarray, left: np.ndarray) 
     return float(np.sqrt(np.mean(np.square(errors))))
 
 
-def judged(rows: Sequence[Row], fields: Sequence[str]) -> dict[str, float]:
-    """The error by what is told from: each of the fields, and all of them together."""
+def judged(rows: Sequence[Row]) -> dict[str, float]:
+    """The error by what is told from."""
     names = [row["network"] for row in rows]
     kept = [row for row, name in zip(rows, names, strict=True) if names.count(name) >= LEAST_POLICIES]
-    if not kept:
-        return {"policies": 0}
     networks = [row["network"] for row in kept]
-    columns = {key: np.log(np.maximum([row[key] for row in kept], LEAST_LEFT)) for key in (*fields, "left_points")}
-    left = columns.pop("left_points")
-    told = {key: column[:, None] for key, column in columns.items()}
-    told["all of these"] = np.column_stack(list(columns.values()))
+    size, drop, left = (
+        np.log(np.maximum([row[key] for row in kept], LEAST_LEFT))
+        for key in ("size_bytes", "drop_points", "left_points")
+    )
+    told = {"drop": drop, "bytes": size, "both": np.column_stack([drop, size])}
+    told |= {f"drop x smaller ^ {power:g}": drop - power * size for power in POWERS}
     errors = {name: round(held_out_error(networks, each, left), 3) for name, each in told.items()}
     return {"policies": len(kept), **errors}
 
@@ -80,13 +83,7 @@ def main() -> None:
         if row not in rows:
             rows.append(row)
     rows.sort(key=lambda row: (row["network"], row["size_bytes"], row["drop_points"]))
-    errors = {
-        "all": judged(rows, ("drop_points", "size_bytes")),
-        "with their hardness": judged(
-            [row for row in rows if row["hardness_points"] is not None],
-            ("drop_points", "size_bytes", "hardness_points"),
-        ),
-    }
+    errors = judged(rows)
     save({"error": errors, "finished": rows}, RESULT)
     print(json.dumps(errors, indent=1))
 

@@ -70,7 +70,7 @@ def choose(
             seen = Evaluations(problem, limit, lambda each: advance(describe(each, bench.task.unit)), console.note, log)
             finishing.recipe(seen)
             for part in finishing.parts:
-                seen.go_on(finishing.aim(seen.seen), round(part * limit))
+                seen.go_on(finishing.aim, round(part * limit))
                 with suppress(Spent):
                     methods.load(name)(seen.problem, seen, seed=settings.seed)
                 if part < 1:

@@ -10,15 +10,20 @@ from toy_search import toy
 from hirelc_deploy.budget import Budget, Figures
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.search.additive import recipe_ladder
-from hirelc_deploy.search.finish import FINALISTS, FIRST_HARDNESS, RECIPES, ROUNDED, Finishing, Mending
-from hirelc_deploy.search.problem import Evaluations, GroupVariable, Problem
+from hirelc_deploy.search.finish import FINALISTS, FIRST_HARDNESS, RECIPES, Finishing, Mending
+from hirelc_deploy.search.problem import Evaluations, Prices, Problem, Rows
 from hirelc_deploy.search.space import Choice, Evaluation
 
 BEFORE = Figures(latency_ms=10.0, speedup=1.0, size_bytes=1000, drop=0.0)
 
 
+def as_trained(rows: Rows) -> Prices:
+    """Of the network that is compressed here, whatever the rows say."""
+    return Prices(np.full(len(rows), 1000.0), np.full(len(rows), 10.0))
+
+
 def evaluation(number: int, drop: float, size_bytes: int, latency_ms: float = 1.0) -> Evaluation:
-    """Told apart by what they keep, of which the toy knows nothing: all of a drop is hard to mend."""
+    """Told apart by what they keep."""
     figures = Figures(latency_ms=latency_ms, speedup=10.0 / latency_ms, size_bytes=size_bytes, drop=drop)
     return Evaluation(Policy({}, {"g": number}), figures, 90.0 - drop)
 
@@ -27,7 +32,7 @@ def finished(
     budget: Budget, seen: Sequence[Evaluation], gain: float, *, score_error: float = 0.0
 ) -> tuple[Choice, list[int]]:
     """The choice where fine-tuning leaves such a part of every drop, and what was finished, in order."""
-    problem: Problem = replace(toy().problem, budget=budget, before=BEFORE, score_error=score_error)
+    problem: Problem = replace(toy().problem, budget=budget, before=BEFORE, costs=as_trained, score_error=score_error)
     order: list[int] = []
     by_policy = {each.policy.digest(): each for each in seen}
 
@@ -52,7 +57,8 @@ def test_the_cheapest_that_holds_the_drop_is_taken() -> None:
 
 @pytest.mark.parametrize(("gain", "best"), [(0.25, 8), (1.0, 2)])
 def test_what_is_finished_corrects_what_is_expected(gain: float, best: int) -> None:
-    choice, order = finished(Budget(drop=1.0), LADDER, gain)
+    ladder = [evaluation(i, drop=0.5 * i, size_bytes=1000 - 20 * i) for i in range(1, 9)]
+    choice, order = finished(Budget(drop=1.0), ladder, gain)
     assert choice.best.policy.keep["g"] == best
     assert len(order) <= FINALISTS
     assert len(set(order)) == len(order)
@@ -76,13 +82,13 @@ def test_one_that_holds_the_limit_by_a_margin_comes_before_one_that_just_does() 
 def test_between_what_held_and_what_did_not_all_that_is_cheaper_is_tried() -> None:
     """Splits that can tell nothing: what holds counts as holding just so, which tells of nothing beyond it."""
     drops = {1: (5.0, 0.0), 2: (6.0, 0.1), 3: (6.5, 0.3), 4: (7.0, 0.4)}
-    seen = [evaluation(i, drop=before, size_bytes=1000 - 100 * i) for i, (before, _) in drops.items()]
+    seen = [evaluation(i, drop=before, size_bytes=1000 - 10 * i) for i, (before, _) in drops.items()]
 
     def complete(policy: Policy) -> Evaluation:
         number = policy.keep["g"]
-        return evaluation(number, drops[number][1], 1000 - 100 * number)
+        return evaluation(number, drops[number][1], 1000 - 10 * number)
 
-    problem = replace(toy().problem, budget=Budget(drop=0.5), before=BEFORE, score_error=9.0)
+    problem = replace(toy().problem, budget=Budget(drop=0.5), before=BEFORE, costs=as_trained, score_error=9.0)
     finishing = Finishing(problem, complete)
     finishing.one(seen[:1])
     finishing.one(seen[3:])
@@ -103,7 +109,7 @@ def test_files_that_were_timed_at_different_times_are_compared_by_their_speed_up
     first, second = evaluation(1, drop=0.5, size_bytes=600, latency_ms=1.0), evaluation(2, drop=0.5, size_bytes=500)
     slow = replace(second, figures=replace(second.figures, latency_ms=2.0, speedup=10.0))
     choice = Finishing(
-        replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE),
+        replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained),
         lambda policy: {1: first, 2: slow}[policy.keep["g"]],
         most=2,
     )
@@ -148,43 +154,69 @@ def test_few_evaluations_are_enough(count: int) -> None:
     assert len(order) <= count
 
 
-def allowed(problem: Problem, row: np.ndarray | None = None) -> float | None:
-    """The drop that an evaluation may have, of a row or where all of it is hard to mend."""
+def allowed(problem: Problem) -> float | None:
+    """The drop that an evaluation of a file like the original's may have."""
     limit = problem.budget.drop
     if limit is None or problem.part_left is None:
         return limit
-    return limit / float(problem.part_left((problem.as_trained if row is None else row)[None])[0])
+    return limit / float(problem.part_left(problem.as_trained[None])[0])
 
 
 def aim(
     budget: Budget, before: float, after: float, *, score_error: float = 0.0, most: int = FINALISTS
 ) -> tuple[float | None, int]:
-    """The drop that evaluations may have, where the first recipe's is seen to shrink so; how many were finished."""
+    """The drop that evaluations may have, where the first recipe's file is as large as the original's and its drop is
+    seen to shrink so; how many were finished."""
     problem = replace(
         toy().problem,
         budget=budget,
+        before=BEFORE,
+        costs=as_trained,
         score_error=score_error,
-        evaluate=lambda policy: evaluation(0, before, 500),
+        evaluate=lambda policy: evaluation(0, before, 1000),
     )
     order: list[Policy] = []
 
     def complete(policy: Policy) -> Evaluation:
         order.append(policy)
-        return evaluation(0, after, 500)
+        return evaluation(0, after, 1000)
 
     finishing = Finishing(problem, complete, most=most)
     evaluations = Evaluations(problem, 3)
     finishing.recipe(evaluations)
-    return allowed(finishing.aim(evaluations.seen)), len(order)
+    return allowed(finishing.aim), len(order)
 
 
 def test_evaluations_may_drop_by_what_fine_tuning_mends() -> None:
     found, _ = aim(Budget(drop=1.0), before=4.0, after=0.25)
-    assert found == pytest.approx(4.0 * 4**0.4), "0.25 grows to 1.0 with the power of 2.5 of an evaluation's drop"
+    assert found == pytest.approx(4.0 * 4 ** (1 / 1.5)), "0.25 grows to 1.0 with the power of 1.5 of hardness"
+
+
+def test_the_smaller_the_file_the_less_an_evaluation_may_drop() -> None:
+    """By the square root of how much smaller it is, and never less than the limit itself."""
+    problem = replace(
+        toy().problem,
+        budget=Budget(drop=1.0),
+        before=BEFORE,
+        costs=lambda rows: Prices(np.maximum(rows[:, 0], 1.0), np.ones(len(rows))),
+        evaluate=lambda _: evaluation(0, 4.0, 250),
+    )
+    finishing = Finishing(problem, lambda _: evaluation(0, 0.25, 250), most=2)
+    finishing.recipe(Evaluations(problem, 3))
+    part_left = finishing.aim.part_left
+    assert part_left is not None
+    sizes = np.array([[1000], [250], [90], [1]])
+    as_large = 4.0 * 4 ** (1 / 1.5)
+    assert 1.0 / part_left(sizes) == pytest.approx([as_large * 2, as_large, as_large * (90 / 250) ** 0.5, 1.0])
+    left = finishing.aim.left(np.array([10.0]), sizes[1:2])
+    assert left == pytest.approx([10.0 / as_large])
+    hardness = finishing.choice([evaluation(1, 3.0, 250)]).hardness
+    assert hardness[evaluation(1, 3.0, 250).policy.digest()] == pytest.approx(6.0)
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "expected"), [(5.0, 5.0, 2.63), (0.5, 2.0, 1.0), (4.0, -0.3, 10.0), (8.0, -0.3, 12.0)]
+    ("before", "after", "expected"),
+    [(5.0, 5.0, 1.71), (0.5, 2.0, 1.0), (4.0, -0.3, 29.47), (8.0, -0.3, 50.0), (40.0, -0.3, 60.0)],
 )
 def test_the_aim_is_never_stricter_than_the_limit_and_never_far_beyond_it_or_what_was_mended(
     before: float, after: float, expected: float
@@ -199,7 +231,7 @@ def test_drops_that_a_score_cannot_tell_count_as_half_of_what_it_can() -> None:
         Mending.seen_in([(before, after)], limit=1.0, score_error=error, hardness=lambda each: each.drop)
         for after, error in ((well, 0.5), (exactly, 0.0))
     ]
-    assert told[0] == told[1] == Mending(((4.0, 0.25),), 2.5)
+    assert told[0] == told[1] == Mending(((4.0, 0.25),), 1.5)
 
 
 def test_where_mending_ends_abruptly_what_was_nearly_seen_tells() -> None:
@@ -219,27 +251,6 @@ def test_what_was_seen_to_hold_is_aimed_at_however_coarse_the_score_is() -> None
 
 def test_a_recipe_that_loses_nothing_teaches_nothing() -> None:
     assert aim(Budget(drop=1.0), 0.1, 0.0, score_error=1.0) == (1.0, 1)
-
-
-def test_what_rounding_has_caused_is_mended_better_than_what_pruning_has() -> None:
-    """Drops alike, in one policy all layers rounded, in the other all groups narrow."""
-    problem = toy().problem
-    of_groups = np.array([isinstance(variable, GroupVariable) for variable in problem.variables])
-    rounded = np.where(of_groups, problem.as_trained, 3)
-    pruned = np.where(of_groups, 2, problem.as_trained)
-    problem = replace(problem, evaluate=lambda policy: replace(evaluation(0, 8.0, 500), policy=policy))
-    seen = [problem.evaluate(problem.policy(row)) for row in (rounded, pruned)]
-    finishing = Finishing(problem, lambda policy: replace(evaluation(0, 0.5, 500), policy=policy))
-    evaluations = Evaluations(problem, 3)
-    finishing.recipe(evaluations)
-    aim = finishing.aim([*evaluations.seen, *seen])
-    by_rounding, by_pruning = allowed(aim, rounded), allowed(aim, pruned)
-    assert by_rounding is not None
-    assert by_pruning is not None
-    assert by_rounding == pytest.approx(by_pruning / ROUNDED)
-    assert aim.left_of(seen) == pytest.approx([8.0 / by_rounding, 8.0 / by_pruning])
-    hardness = finishing.choice(seen).hardness
-    assert [hardness[each.policy.digest()] for each in seen] == pytest.approx([8.0 * ROUNDED, 8.0])
 
 
 def test_the_first_recipe_is_one_that_is_hard_enough_to_teach_something() -> None:
@@ -275,7 +286,11 @@ def test_without_a_limit_on_the_drop_nothing_is_finished_before() -> None:
 def test_what_is_finished_in_the_middle_of_a_search_moves_its_aim() -> None:
     """Of the recipe little was mended; of the first that the search found, nearly all."""
     problem: Problem = replace(
-        toy().problem, budget=Budget(drop=1.0), before=BEFORE, evaluate=lambda policy: evaluation(99, 4.0, 900)
+        toy().problem,
+        budget=Budget(drop=1.0),
+        before=BEFORE,
+        costs=as_trained,
+        evaluate=lambda policy: evaluation(99, 4.0, 900),
     )
     left = {99: 2.0, 5: 0.1}
     order: list[int] = []
@@ -286,11 +301,11 @@ def test_what_is_finished_in_the_middle_of_a_search_moves_its_aim() -> None:
 
     finishing = Finishing(problem, complete)
     finishing.recipe(Evaluations(problem, 3))
-    before = allowed(finishing.aim([]))
-    assert before == pytest.approx(4.0 * 0.5**0.4)
-    assert finishing.one(LADDER[:5])
+    before = allowed(finishing.aim)
+    assert before == pytest.approx(4.0 / 0.9**0.5 * 0.5 ** (1 / 1.5))
+    assert finishing.one([evaluation(i, drop=0.5 * i, size_bytes=1000 - 20 * i) for i in range(1, 6)])
     assert order == [99, 5], "2.5 is the most that is told to be mended, and the cheapest"
-    after = allowed(finishing.aim([]))
+    after = allowed(finishing.aim)
     assert before is not None
     assert after is not None
     assert after > before
@@ -300,7 +315,11 @@ def test_nothing_is_finished_that_drops_by_far_more_than_the_limit() -> None:
     """However well the recipe was mended: what nobody has seen yet is not believed."""
     hopeless, good = evaluation(1, drop=20.0, size_bytes=100), evaluation(2, drop=9.0, size_bytes=300)
     problem: Problem = replace(
-        toy().problem, budget=Budget(drop=1.0), before=BEFORE, evaluate=lambda policy: evaluation(99, 8.0, 900)
+        toy().problem,
+        budget=Budget(drop=1.0),
+        before=BEFORE,
+        costs=as_trained,
+        evaluate=lambda policy: evaluation(99, 8.0, 900),
     )
     order: list[int] = []
 
@@ -316,41 +335,48 @@ def test_nothing_is_finished_that_drops_by_far_more_than_the_limit() -> None:
 
 def test_what_is_mended_to_the_last_lets_more_be_hoped_for_each_time() -> None:
     """Seen on a network: ten times the limit lost nothing, three times, and the search ended with its limit unspent."""
-    drops = [12.0, 18.0, 27.0, 40.0, 60.0, 50.0, 46.0]
-    recipe, ladder = evaluation(99, 12.0, 900), [evaluation(round(d), d, 900 - round(10 * d)) for d in drops]
-    problem: Problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, evaluate=lambda _: recipe)
+    drops = [170.0, 250.0, 370.0, 540.0, 460.0]
+    recipe, ladder = evaluation(99, 120.0, 900), [evaluation(round(d), d, 900 - round(d / 10)) for d in drops]
+    problem: Problem = replace(
+        toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained, evaluate=lambda _: recipe
+    )
     by_policy = {each.policy.digest(): each for each in (recipe, *ladder)}
     order: list[int] = []
 
     def complete(policy: Policy) -> Evaluation:
-        """Nothing is left of 48 points, and all of more."""
+        """Nothing is left of 480 points, and all of more."""
         order.append(policy.keep["g"])
         before = by_policy[policy.digest()]
-        return replace(before, figures=replace(before.figures, drop=0.0 if before.drop <= 48.0 else before.drop))
+        return replace(before, figures=replace(before.figures, drop=0.0 if before.drop <= 480.0 else before.drop))
 
     finishing = Finishing(problem, complete, most=6)
     finishing.recipe(Evaluations(problem, 3))
     choice = finishing.choice(ladder)
-    assert order == [99, 18, 27, 40, 60, 46], "half as much again each time, until it was too far"
-    assert choice.best.policy.keep["g"] == 46
+    assert order == [99, 170, 250, 370, 540, 460], "half as much again each time, until it was too far"
+    assert choice.best.policy.keep["g"] == 460
 
 
 def test_a_step_further_is_taken_only_while_another_may_follow_it() -> None:
     """Of 12 points as much is left as is safe, so that more is told to leave too much."""
-    recipe, seen = evaluation(99, 12.0, 900), [evaluation(11, 11.0, 400), evaluation(17, 17.0, 300)]
-    for most, finished_next, drop in ((2, 11, 12.0), (3, 17, 18.0)):
+    recipe, seen = evaluation(99, 12.0, 900), [evaluation(11, 11.0, 880), evaluation(17, 17.0, 850)]
+    for most, finished_next, drop in ((2, 11, 12.0 / 0.9**0.5), (3, 17, 18.0 / 0.9**0.5)):
         problem: Problem = replace(
-            toy().problem, budget=Budget(drop=1.0), before=BEFORE, score_error=9.0, evaluate=lambda _: recipe
+            toy().problem,
+            budget=Budget(drop=1.0),
+            before=BEFORE,
+            costs=as_trained,
+            score_error=9.0,
+            evaluate=lambda _: recipe,
         )
         order: list[int] = []
 
         def complete(policy: Policy, order: list[int] = order) -> Evaluation:
             order.append(policy.keep["g"])
-            return evaluation(policy.keep["g"], 0.2, 500)
+            return evaluation(policy.keep["g"], 0.2, 900)
 
         finishing = Finishing(problem, complete, most=most)
         finishing.recipe(Evaluations(problem, 3))
-        assert allowed(finishing.aim([])) == pytest.approx(drop), "what was mended, or half as much again"
+        assert allowed(finishing.aim) == pytest.approx(drop), "what was mended, or half as much again"
         assert finishing.one(seen)
         assert order == [99, finished_next]
 
@@ -361,7 +387,9 @@ def test_search_and_finishing_take_turns_only_where_there_is_a_drop_to_learn_abo
 
 
 def test_what_was_finished_before_is_a_finalist_that_costs_nothing() -> None:
-    problem: Problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, evaluate=lambda _: LADDER[4])
+    problem: Problem = replace(
+        toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained, evaluate=lambda _: LADDER[4]
+    )
     ends = {5: replace(LADDER[4], figures=replace(LADDER[4].figures, drop=0.9))}
     order: list[int] = []
 

@@ -83,10 +83,10 @@ def test_a_method_comes_close_to_the_optimum(method: str, seed: int) -> None:
     assert gap(seen(method, seed)) <= GAPS[method]
 
 
-@pytest.mark.parametrize(("method", "most"), [("greedy", 0.2), ("knapsack", 0.35), ("evolution", 0.2)])
-def test_a_method_uses_what_fine_tuning_mends_of_rounding(method: str, most: float) -> None:
-    """The optimum is another one then, with five times the drop that is allowed in the end: fewer bits and more
-    channels.  The optimum of drops as they are evaluated is 0.90 away."""
+@pytest.mark.parametrize(("method", "most"), [("greedy", 0.35), ("knapsack", 0.4), ("evolution", 0.2)])
+def test_a_method_uses_what_fine_tuning_mends(method: str, most: float) -> None:
+    """The optimum is another one then, with nearly three times the drop that is allowed in the end.  That of drops as
+    they are evaluated is 1.33 away."""
     problem = MENDED.problem()
     spent = Evaluations(problem, EVALUATIONS)
     with suppress(Spent):

@@ -16,7 +16,6 @@ import numpy as np
 
 from hirelc_deploy.budget import Budget, Figures, met
 from hirelc_deploy.policy import FP32, INT8, Compute, PerChannel, Policy, Precision, Storage
-from hirelc_deploy.search.additive import UNFITTED
 from hirelc_deploy.search.problem import (
     GroupVariable,
     LayerFacts,
@@ -89,15 +88,20 @@ BEST_COST = -3.613907
 
 @dataclass(frozen=True)
 class Mended:
-    """The toy where fine-tuning will leave nothing of what rounding has caused, and a part of what pruning has."""
+    """The toy where fine-tuning will leave less of a drop the larger the file is."""
 
-    part: float
+    unmended_bytes: float
+    """A file that keeps all of its drop; of one four times as large half is left."""
     best_cost: float
     """Of the best policy of which no more than DROP_MAX is left."""
 
     def problem(self) -> Problem:
         a_toy = toy().problem
-        return replace(a_toy, part_left=lambda rows: self.part * UNFITTED.pruned_part(a_toy, rows))
+
+        def part_left(rows: Rows) -> np.ndarray:
+            return np.minimum(1.0, np.sqrt(self.unmended_bytes / a_toy.costs(rows).size_bytes))
+
+        return replace(a_toy, part_left=part_left)
 
     def gap(self, seen: Sequence[Evaluation]) -> float:
         """Of the best of these to that one, as a logarithm of bytes times milliseconds."""
@@ -107,7 +111,7 @@ class Mended:
         return float(costs.min() - self.best_cost)
 
 
-MENDED = Mended(1.0, -4.517873)
+MENDED = Mended(4_000, -4.942318)
 
 
 @dataclass(frozen=True)

@@ -95,12 +95,6 @@ class DropModel:
         damage = self.damage(problem, rows)
         return damage if problem.part_left is None else damage * problem.part_left(rows) ** (1 / self.power)
 
-    def pruned_part(self, problem: Problem, rows: Rows) -> np.ndarray:
-        """Of the damage, what comes of units that are gone, (policies,); all of it where there is none."""
-        of_layers, of_groups = (damages(problem, rows) * np.array([1.0, self.group_weight])).T
-        total = of_layers + of_groups
-        return np.divide(of_groups, total, out=np.ones(len(rows)), where=total > 0)
-
     def drop(self, problem: Problem, rows: Rows) -> np.ndarray:
         """(policies,), in the score's unit."""
         found = self.uncorrected(damages(problem, rows))

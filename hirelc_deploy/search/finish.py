@@ -5,8 +5,8 @@ of it on another.  So search and finishing take turns.  One recipe is finished b
 drops are mended; after FIRST_PART of the evaluations the best policy that they led to is finished, which corrects that,
 and the search goes on with what is known then.
 
-What finishing leaves is told by hardness: of a drop all that removed units have caused, and ROUNDED of what rounding
-has, since weights that are still there learn to be round, and those that are gone teach nobody what they did.
+What finishing leaves is told by hardness: a drop times the square root of how many times smaller the file is than the
+original's (SMALLER).
 """
 
 import math
@@ -17,9 +17,9 @@ import numpy as np
 
 from hirelc_deploy.budget import Budget, excess, judge, met
 from hirelc_deploy.policy import Policy
-from hirelc_deploy.search.additive import UNFITTED, DropModel, fit, recipe_ladder
+from hirelc_deploy.search.additive import recipe_ladder
 from hirelc_deploy.search.goal import Goal
-from hirelc_deploy.search.problem import Evaluations, Problem, Rows
+from hirelc_deploy.search.problem import Evaluations, Problem
 from hirelc_deploy.search.space import Choice, Evaluation
 
 FINALISTS = 5
@@ -34,15 +34,16 @@ and 1.28 of these errors hold nine times of ten."""
 FIRST_PART = 2 / 3
 """Of the evaluations, before what they led to is finished and the rest is spent by what that has shown."""
 
-ROUNDED = 1 / 4
-"""Part of the drop that rounding has caused which is hard to mend (docs/findings.md)."""
+SMALLER = 0.5
+"""Power of how many times smaller a file is in how hard its drop is to mend: what told best what was left of some fifty
+policies of three networks (docs/findings.md).  With more, files are made large for nothing else."""
 
-MOST_TIMES, FURTHER = 10.0, 1.5
+MOST_TIMES, FURTHER = 50.0, 1.5
 """How hard a policy may be at most, in limits on the drop and times the hardest that was seen to be mended: what is
 left tells little of what more would leave, since mending ends abruptly.  Where nothing has failed yet it may be so much
 harder than what was mended, as long as another can be finished to step back."""
 
-POWER, POWERS = 2.5, (1.0, 4.0)
+POWER, POWERS = 1.5, (1.0, 4.0)
 """What is left grows with this power of hardness, as long as one policy is known, and between these with more."""
 
 TINY = 1e-6
@@ -92,7 +93,7 @@ class Mending:
 UNSEEN = 2.0
 """Drops of evaluations, as parts of what is safe, that are hoped to be mended before anything was seen."""
 
-FIRST_HARDNESS, RECIPES = 6.0, 4
+FIRST_HARDNESS, RECIPES = 40.0, 4
 """Of the recipe that is finished first, in limits on the drop: on three networks so much was mended, and what is far
 milder would teach nothing.  It is looked for with so many evaluations, and at most a third of all."""
 
@@ -114,7 +115,6 @@ class Finishing:
         self._most = most
         self._note = note
         self._pairs: dict[str, Pair] = {}
-        self._model: DropModel = UNFITTED
         self._goal = Goal.of(problem.budget, problem.before)
         limit = problem.budget.drop
         errors = math.hypot(problem.score_error, problem.test_error)
@@ -138,27 +138,27 @@ class Finishing:
         while mild <= harsh and len(seen) < max(1, min(RECIPES, evaluations.limit // 3)):
             middle = (mild + harsh) // 2
             seen.append(evaluations.of(ladder[middle]))
-            self._learn(evaluations.seen)
             mild, harsh = (middle + 1, harsh) if self._hardness(seen[-1]) <= wanted else (mild, middle - 1)
         # from the last: of those that drop by nothing it is the harshest
         self._finish(min(reversed(seen), key=lambda each: abs(math.log(max(self._hardness(each), TINY) / wanted))))
 
-    def aim(self, seen: Sequence[Evaluation]) -> Problem:
+    @property
+    def aim(self) -> Problem:
         """The problem with what is known of mending: drops of evaluations as they will be left, and the limit where it
         may be relied on.  Where what was finished has lost nothing that a score can tell, drops are taken as they are.
         """
-        self._learn(seen)
         limit, mending = self._goal.drop_max, self._mending
         if not self._is_limited or mending is None:
             return self._problem
-        hard_part, part = self._hard_part, limit / self._told(mending)
-        return replace(self._problem, part_left=lambda rows: np.minimum(1.0, part * hard_part(rows)))
+        part, costs = limit / self._told(mending), self._problem.costs
+        return replace(
+            self._problem, part_left=lambda rows: np.minimum(1.0, part * self._times(costs(rows).size_bytes))
+        )
 
     def one(self, seen: Sequence[Evaluation]) -> bool:
         """Finish what is most worth it among those that were evaluated; False where nothing is, or no more may be."""
         if len(self._pairs) >= self._most:
             return False
-        self._learn(seen)
         wanted = self._next([*self._apart_from(seen), *seen])
         if wanted is not None:
             self._finish(wanted)
@@ -191,17 +191,13 @@ class Finishing:
         return Mending.seen_in(seen, self._goal.drop_max, score_error, self._hardness)
 
     def _hardness(self, evaluation: Evaluation) -> float:
-        return evaluation.drop * float(self._hard_part(self._problem.rows([evaluation]))[0])
+        assert evaluation.figures.size_bytes
+        return evaluation.drop * float(self._times(np.array([evaluation.figures.size_bytes]))[0])
 
-    @property
-    def _hard_part(self) -> Callable[[Rows], np.ndarray]:
-        """Of drops, (policies,), as far as what was evaluated tells how much pruning has in them."""
-        problem, model = self._problem, self._model
-        return lambda rows: ROUNDED + (1 - ROUNDED) * model.pruned_part(problem, rows)
-
-    def _learn(self, seen: Sequence[Evaluation]) -> None:
-        """How much of a drop comes of pruning, and how much of rounding."""
-        self._model = fit(self._problem, seen)
+    def _times(self, size_bytes: np.ndarray) -> np.ndarray:
+        """By how much drops are harder to mend in files of so many bytes than in one like the original's, (files,)."""
+        found: np.ndarray = (self._goal.size_bytes_before / size_bytes) ** SMALLER
+        return found
 
     def _hardest(self, left: float, mending: Mending) -> float:
         """The hardness of which so much is left, as far as it is believed."""
@@ -239,10 +235,10 @@ class Finishing:
         self._pairs[before.policy.digest()] = (before, after)
         if self._is_limited:
             hard = self._hardness(before)
-            told = "" if self._mending is None else f": {self._told(self._mending):.2f} may be"
+            told = "" if self._mending is None else f": {self._told(self._mending):.1f} may be"
             self._note(
-                f"fine-tuning leaves {after.drop:.2f} of a drop of {before.drop:.2f}, of which {hard:.2f} are hard to "
-                f"mend{told}"
+                f"fine-tuning leaves {after.drop:.2f} of a drop of {before.drop:.2f}, as hard to mend as {hard:.1f} in "
+                f"a file like the original's{told}"
             )
 
     def _next(self, seen: Sequence[Evaluation]) -> Evaluation | None:

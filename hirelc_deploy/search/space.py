@@ -55,4 +55,4 @@ class Choice:
     finished: tuple[Evaluation, ...] = ()
     """Those that were fine-tuned in full, the best among them."""
     hardness: Mapping[str, float] = field(default_factory=dict)
-    """Of evaluations, by their policy's digest: how much of a drop is hard to mend, as far as that was told."""
+    """Of evaluations, by their policy's digest: how hard a drop is to mend."""

@@ -199,7 +199,7 @@ class FrontRecord(Record):
     finished_drop_points: Figure | None
     """The same once it was fine-tuned in full; None where it was not."""
     hardness_points: Figure | None = None
-    """What of the evaluation's drop is hard to mend; None where nothing is fine-tuned."""
+    """How hard the evaluation's drop is to mend: as what drop of a file like the original's.  None without a search."""
 
 
 class SearchRecord(Record):
