@@ -113,10 +113,12 @@ def test_a_device_is_told_the_pause_that_is_made_here(threads: int, monkeypatch:
     assert told[0]["pause_s"] == (timing_module.SETTLE_S if threads > 1 else 0.0)
 
 
-def test_a_small_model_runs_often_enough_in_a_visit_for_any_clock() -> None:
+def test_a_small_model_runs_often_enough_in_a_visit_for_any_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as VISIT_MS by the milliseconds that the runs before have told, here by the number of loops."""
+    monkeypatch.setattr(timing_module, "_warm_up", lambda session, *_: session.loops / 1000)
     seen = interleave({"small": Busy(10), "large": Busy(200_000)}, INPUTS, rounds=3)
-    assert all(len(visit.wall_ms) > 4 for visit in seen["small"].visits)
-    assert all(len(visit.wall_ms) == 1 for visit in seen["large"].visits)
+    assert [len(visit.wall_ms) for visit in seen["small"].visits] == [timing_module.VISIT_MS / 0.01] * 3
+    assert [len(visit.wall_ms) for visit in seen["large"].visits] == [1] * 3
 
 
 def test_the_time_that_is_given_is_spent_and_not_much_more() -> None:
