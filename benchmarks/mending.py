@@ -77,7 +77,7 @@ def judged(rows: Sequence[Row]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("manifests", nargs="*", type=Path, help="others than those in benchmarks/results")
-    manifests = [*sorted(RESULTS.glob("export_*.json")), *parser.parse_args().manifests]
+    manifests = [*sorted(RESULTS.glob("export_*_hierarchical*.json")), *parser.parse_args().manifests]
     rows: list[Row] = json.loads(RESULT.read_text(encoding="utf-8"))["finished"] if RESULT.exists() else []
     for row in (row for manifest in manifests for row in finished_in(manifest)):
         if row not in rows:
