@@ -17,6 +17,7 @@ import numpy as np
 from _bench import RESULTS, save
 
 from hirelc_deploy.search.finish import SMALLER
+from hirelc_deploy.verify.manifest import Manifest
 
 RESULT = RESULTS / "mending.json"
 
@@ -33,17 +34,16 @@ Row = dict[str, Any]
 
 def finished_in(manifest: Path) -> list[Row]:
     """The policies of one search that were fine-tuned in full."""
-    found = json.loads(manifest.read_text(encoding="utf-8"))
-    front = (found.get("search") or {}).get("front", [])
+    found = Manifest.model_validate_json(manifest.read_text(encoding="utf-8"))
     return [
         {
-            "network": found["model"]["spec"].rpartition(":")[2],
-            "size_bytes": each["size_bytes"],
-            "drop_points": each["drop_points"],
-            "left_points": each["finished_drop_points"],
+            "network": found.model.spec.rpartition(":")[2],
+            "size_bytes": each.size_bytes,
+            "drop_points": each.drop_points,
+            "left_points": each.finished_drop_points,
         }
-        for each in front
-        if each["finished_drop_points"] is not None
+        for each in found.search.front
+        if each.finished_drop_points is not None
     ]
 
 

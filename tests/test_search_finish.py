@@ -159,7 +159,7 @@ def allowed(problem: Problem) -> float | None:
     limit = problem.budget.drop
     if limit is None or problem.part_left is None:
         return limit
-    return limit / float(problem.part_left(problem.as_trained[None])[0])
+    return limit / float(problem.part_left(problem.costs(problem.as_trained[None]))[0])
 
 
 def aim(
@@ -198,17 +198,17 @@ def test_the_smaller_the_file_the_less_an_evaluation_may_drop() -> None:
         toy().problem,
         budget=Budget(drop=1.0),
         before=BEFORE,
-        costs=lambda rows: Prices(np.maximum(rows[:, 0], 1.0), np.ones(len(rows))),
+        costs=as_trained,
         evaluate=lambda _: evaluation(0, 4.0, 250),
     )
     finishing = Finishing(problem, lambda _: evaluation(0, 0.25, 250), most=2)
     finishing.recipe(Evaluations(problem, 3))
     part_left = finishing.aim.part_left
     assert part_left is not None
-    sizes = np.array([[1000], [250], [90], [1]])
+    sizes = Prices(np.array([1000.0, 250.0, 90.0, 1.0]), np.ones(4))
     as_large = 4.0 * 4 ** (1 / 1.5)
     assert 1.0 / part_left(sizes) == pytest.approx([as_large * 2, as_large, as_large * (90 / 250) ** 0.5, 1.0])
-    left = finishing.aim.left(np.array([10.0]), sizes[1:2])
+    left = finishing.aim.left_of([evaluation(1, 10.0, 250)])
     assert left == pytest.approx([10.0 / as_large])
     hardness = finishing.choice([evaluation(1, 3.0, 250)]).hardness
     assert hardness[evaluation(1, 3.0, 250).policy.digest()] == pytest.approx(6.0)

@@ -96,12 +96,10 @@ class Mended:
     """Of the best policy of which no more than DROP_MAX is left."""
 
     def problem(self) -> Problem:
-        a_toy = toy().problem
+        def part_left(prices: Prices) -> np.ndarray:
+            return np.minimum(1.0, np.sqrt(self.unmended_bytes / prices.size_bytes))
 
-        def part_left(rows: Rows) -> np.ndarray:
-            return np.minimum(1.0, np.sqrt(self.unmended_bytes / a_toy.costs(rows).size_bytes))
-
-        return replace(a_toy, part_left=part_left)
+        return replace(toy().problem, part_left=part_left)
 
     def gap(self, seen: Sequence[Evaluation]) -> float:
         """Of the best of these to that one, as a logarithm of bytes times milliseconds."""

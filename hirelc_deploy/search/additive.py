@@ -93,7 +93,9 @@ class DropModel:
     def damage_left(self, problem: Problem, rows: Rows) -> np.ndarray:
         """The damage that would drop by as much as fine-tuning is told to leave, (policies,), in nats."""
         damage = self.damage(problem, rows)
-        return damage if problem.part_left is None else damage * problem.part_left(rows) ** (1 / self.power)
+        if problem.part_left is None:
+            return damage
+        return np.asarray(damage * problem.part_left(problem.costs(rows)) ** (1 / self.power))
 
     def drop(self, problem: Problem, rows: Rows) -> np.ndarray:
         """(policies,), in the score's unit."""
@@ -215,7 +217,7 @@ def most_wanted(evaluations: Evaluations, rows: Rows, model: DropModel, turn: in
     if turn % 2 and (found := widest(evaluations, rows, model)) is not None:
         return found
     goal, prices = goal_of(problem), problem.costs(rows)
-    left = problem.left(model.drop(problem, rows), rows)
+    left = problem.left(model.drop(problem, rows), prices)
     part = left / (PARTS[turn // 2 % len(PARTS)] * goal.drop_max)
     price = cost(goal, prices) + MISSED_DROP * np.maximum(0.0, part - 1) + TIE * part
     return np.asarray(rows[price.argmin()])
@@ -225,8 +227,9 @@ def widest(evaluations: Evaluations, rows: Rows, model: DropModel) -> np.ndarray
     """The row that adds most hypervolume to what was seen, (variables,), as far as a model knows; None if none does."""
     problem = evaluations.problem
     corner = reference(goal_of(problem))
-    seen, left = points(problem, evaluations.seen), problem.left(model.drop(problem, rows), rows)
-    found = most_added(places_of(left, problem.costs(rows), problem.before), seen, corner)
+    seen, prices = points(problem, evaluations.seen), problem.costs(rows)
+    left = problem.left(model.drop(problem, rows), prices)
+    found = most_added(places_of(left, prices, problem.before), seen, corner)
     return None if found is None or found[1] <= LEAST_GAIN * hypervolume(seen, corner) else np.asarray(rows[found[0]])
 
 
@@ -242,6 +245,19 @@ def recipe_ladder(problem: Problem) -> list[Policy]:
     prices = problem.costs(good)
     cost = np.log(prices.size_bytes) + np.log(prices.latency_ms)
     return [problem.policy(row) for row in good[np.argsort(-cost)]]
+
+
+def halved_ladder(evaluations: Evaluations, most: int, is_mild: Callable[[Evaluation], bool]) -> list[Evaluation]:
+    """Recipes about where that ladder ceases to be mild, by halving: at most so many, and at most a third of all
+    evaluations, but one.  Raises Spent."""
+    ladder = recipe_ladder(evaluations.problem)
+    mild, harsh = 0, len(ladder) - 1
+    found: list[Evaluation] = []
+    while mild <= harsh and len(found) < max(1, min(most, evaluations.limit // 3)):
+        middle = (mild + harsh) // 2
+        found.append(evaluations.of(ladder[middle]))
+        mild, harsh = (middle + 1, harsh) if is_mild(found[-1]) else (mild, middle - 1)
+    return found
 
 
 def draw(problem: Problem, count: int, generator: np.random.Generator) -> Rows:
@@ -286,7 +302,7 @@ def follow(problem: Problem, evaluations: Evaluations, trace: Trace) -> None:
         model = fit(problem, evaluations.seen)
         doubted = replace(model, group_weight=model.group_weight * DOUBTS[empty])
         rows = affordable(problem, trace(doubted, leaning(goal, lean)))
-        expected = problem.left(model.drop(problem, rows), rows) if before else None
+        expected = problem.left(model.drop(problem, rows), problem.costs(rows)) if before else None
         close_in(evaluations, rows, goal.drop_max, expected, STEPS if before else COLD_STEPS)
         for _ in range(WIDENING):
             found = widest(evaluations, unseen(evaluations, rows), fit(problem, evaluations.seen))

@@ -17,7 +17,7 @@ import numpy as np
 
 from hirelc_deploy.budget import Budget, excess, judge, met
 from hirelc_deploy.policy import Policy
-from hirelc_deploy.search.additive import recipe_ladder
+from hirelc_deploy.search.additive import halved_ladder
 from hirelc_deploy.search.goal import Goal
 from hirelc_deploy.search.problem import Evaluations, Problem
 from hirelc_deploy.search.space import Choice, Evaluation
@@ -132,13 +132,7 @@ class Finishing:
         if not self._is_limited:
             return
         wanted = FIRST_HARDNESS * self._goal.drop_max
-        ladder = recipe_ladder(self._problem)
-        mild, harsh = 0, len(ladder) - 1
-        seen: list[Evaluation] = []
-        while mild <= harsh and len(seen) < max(1, min(RECIPES, evaluations.limit // 3)):
-            middle = (mild + harsh) // 2
-            seen.append(evaluations.of(ladder[middle]))
-            mild, harsh = (middle + 1, harsh) if self._hardness(seen[-1]) <= wanted else (mild, middle - 1)
+        seen = halved_ladder(evaluations, RECIPES, lambda each: self._hardness(each) <= wanted)
         # from the last: of those that drop by nothing it is the harshest
         self._finish(min(reversed(seen), key=lambda each: abs(math.log(max(self._hardness(each), TINY) / wanted))))
 
@@ -150,10 +144,8 @@ class Finishing:
         limit, mending = self._goal.drop_max, self._mending
         if not self._is_limited or mending is None:
             return self._problem
-        part, costs = limit / self._told(mending), self._problem.costs
-        return replace(
-            self._problem, part_left=lambda rows: np.minimum(1.0, part * self._times(costs(rows).size_bytes))
-        )
+        part = limit / self._told(mending)
+        return replace(self._problem, part_left=lambda prices: np.minimum(1.0, part * self._times(prices.size_bytes)))
 
     def one(self, seen: Sequence[Evaluation]) -> bool:
         """Finish what is most worth it among those that were evaluated; False where nothing is, or no more may be."""

@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from hirelc_deploy.search.additive import recipe_ladder, recipes
+from hirelc_deploy.search.additive import halved_ladder, recipes
 from hirelc_deploy.search.agents import Agent, HighGame, LowGame, OwnGame
 from hirelc_deploy.search.board import Board, Games, Goals
 from hirelc_deploy.search.council import Council
@@ -186,7 +186,7 @@ class _Search:
         prices = self._problem.costs(rows)
         if not self._parts.latency:
             prices = replace(prices, latency_ms=np.full(len(rows), self._goal.latency_ms_before))
-        left = self._problem.left(self._drop(rows), rows)
+        left = self._problem.left(self._drop(rows), prices)
         return goals.goal(self._goal).reward(left, prices, self._multipliers)
 
     def _drop(self, rows: Rows) -> np.ndarray:
@@ -316,7 +316,7 @@ class _Search:
         every = FOR_THE_GOAL if problem.part_left is None else FINISHED_FOR_THE_GOAL
         for turn in range(len(seen), len(seen) + min(count, len(fresh))):
             drop = told.members[self._random.integers(len(told.members))] if self._is_doubted else told.mean
-            left = problem.left(drop, rows[fresh])
+            left = problem.left(drop, prices)
             expected = places_of(left, prices, problem.before)[open_]
             added = None if turn % every == 0 else most_added(expected, places, self._reference)
             best = int(self._goal.reward(left, prices, HARD)[open_].argmax()) if added is None else added[0]
@@ -329,17 +329,8 @@ class _Search:
 
     def _evaluate_recipes(self) -> None:
         """Where the recipes reach the drop that is allowed, by halving: where the surrogate has to be good."""
-        ladder = recipe_ladder(self._problem)
-        mild, harsh = 0, len(ladder) - 1
-        for _ in range(max(1, min(RECIPES, self._evaluations.limit // 3))):
-            if mild > harsh:
-                return
-            middle = (mild + harsh) // 2
-            evaluation = self._evaluations.of(ladder[middle])
-            if self._problem.left_of([evaluation])[0] <= self._goal.drop_max:
-                mild = middle + 1
-            else:
-                harsh = middle - 1
+        most = self._goal.drop_max
+        halved_ladder(self._evaluations, RECIPES, lambda each: bool(self._problem.left_of([each])[0] <= most))
 
     def _learn_from(self, seen: list[Evaluation], told: np.ndarray, origins: list[int | None]) -> None:
         correlation = self._surrogate.judge(told, seen)

@@ -137,7 +137,7 @@ class Problem:
     """Standard error of one score on the search split, in the score's unit."""
     test_error: float = 0.0
     """The same on the test split, which nothing but its size is known of."""
-    part_left: Callable[[Rows], np.ndarray] | None = None
+    part_left: Callable[[Prices], np.ndarray] | None = None
     """Of an evaluation's drop, once the policy is fine-tuned in full, as far as that is told, (policies,); None where
     what is evaluated is what counts."""
 
@@ -178,18 +178,13 @@ class Problem:
         """Additive: what single options do to the outputs, (policies, variables), in nats."""
         return np.stack([self.sensitivity.damage[v.name][rows[:, i]] for i, v in enumerate(self.variables)], axis=1)
 
-    def left(self, drops: np.ndarray, rows: Rows) -> np.ndarray:
+    def left(self, drops: np.ndarray, prices: Prices) -> np.ndarray:
         """What fine-tuning is told to leave of drops of evaluations, (policies,): what limits are held against."""
-        return drops if self.part_left is None else drops * self.part_left(rows)
+        return drops if self.part_left is None else drops * self.part_left(prices)
 
     def left_of(self, evaluations: Sequence[Evaluation]) -> np.ndarray:
         """The same of policies that were evaluated, (evaluations,)."""
-        drops = np.array([each.drop for each in evaluations], float)
-        return self.left(drops, self.rows(evaluations)) if len(drops) else drops
-
-    def rows(self, evaluations: Sequence[Evaluation]) -> Rows:
-        """The policies that were evaluated, (evaluations, variables)."""
-        return np.array([self.row(each.policy) for each in evaluations])
+        return self.left(np.array([each.drop for each in evaluations], float), prices_of(evaluations))
 
     @cached_property
     def _tied(self) -> dict[int, tuple[int, ...]]:
