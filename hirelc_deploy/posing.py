@@ -35,6 +35,8 @@ class Posing:
     def problem(self) -> Problem:
         """Measures what is not known yet."""
         bench, graph, variables = self._bench, self._bench.graph, self._offers.variables
+        # of the scores that are held against the limit
+        error = partial(bench.scoring.error, drop=self._budget.drop or 0.0)
         return Problem(
             variables=variables,
             blocks={block.name: block.layers for block in graph.blocks},
@@ -49,8 +51,8 @@ class Posing:
             at_once=bench.run.step("search/at once", lambda: bench.engine.at_once),
             recipes=self._offers.recipes(self.predictor),
             advisers={"modelopt": partial(modelopt.policies, bench, variables)},
-            score_error=bench.scoring.error(bench.task.search.examples),
-            test_error=bench.scoring.error(bench.task.test.examples),
+            score_error=error(bench.task.search.examples),
+            test_error=error(bench.task.test.examples),
         )
 
     @property

@@ -34,12 +34,13 @@ class Scoring:
         """Of a score, against the original's; a positive one is worse, whatever the direction of the score."""
         return self._task.drop(self.original, score)
 
-    def error(self, examples: int) -> float:
-        """Standard error of the original's score on so many examples.
+    def error(self, examples: int, *, drop: float = 0.0) -> float:
+        """Standard error, on so many examples, of a score that is worse than the original's by a `drop`.
 
-        Of a share in percent it is known; of other scores it is taken as nothing.
+        Of a share in percent it is known; of other scores it is taken as nothing.  A network that is all but perfect
+        scores with next to no error, and one that may lose two points more with a larger one.
         """
-        share = self.original / 100
+        share = (self.original - self._task.drop(drop, 0.0)) / 100
         return 100 * math.sqrt(share * (1 - share) / examples) if self._task.unit == "%" and 0 <= share <= 1 else 0.0
 
     def outputs(self, model: nn.Module) -> accuracy.Outputs:
