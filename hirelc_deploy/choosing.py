@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 EVALUATIONS = 32
 """Of a search, where no number was given."""
 
+TIMED = 6
+"""Policies whose files are timed after each part of a search."""
+
 
 def asked_for(settings: ExportSettings) -> Policy | Recipe | None:
     """What is to be built without a search, as far as it can be read before the network is known."""
@@ -73,6 +76,11 @@ def choose(
                 seen.go_on(finishing.aim, round(part * limit))
                 with suppress(Spent):
                     methods.load(name)(seen.problem, seen, seed=settings.seed)
+                # a search goes where predictions are too hopeful: so what it found is timed, and all told anew
+                found = [each.policy for each in finishing.promising(seen.seen, TIMED)]
+                problem = posing.timed(problem, found)
+                seen.reprice(posing.repriced)
+                finishing.reprice(problem, posing.repriced)
                 if part < 1:
                     finishing.one(seen.seen)
     return finishing.choice(seen.seen)

@@ -1,7 +1,7 @@
 """What policies cost on a network's target: bytes and milliseconds, a table look-up each."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,14 +22,29 @@ if TYPE_CHECKING:
 SIZE_SAMPLES = 160
 """Files whose size is told exactly; the additive prediction is fitted to them."""
 
+DIGITS = 12
+"""Of a policy's digest, to tell a run's policies apart."""
+
 
 class Costing:
     """Of one workbench's network; what no table has is measured where this machine is the target."""
 
-    def __init__(self, bench: "Workbench", offers: Offers, *, limits_memory: bool = False) -> None:
-        """Memory is told only where it has a limit: it takes files to know what a network needs."""
+    def __init__(
+        self,
+        bench: "Workbench",
+        offers: Offers,
+        *,
+        limits_memory: bool = False,
+        timed: tuple[tuple[Policy, ...], ...] = (),
+    ) -> None:
+        """Memory is told only where it has a limit: it takes files to know what a network needs.
+
+        `timed` are policies whose files correct the latencies beside those of recipes; policies that stand together are
+        timed side by side.
+        """
         self._bench = bench
         self._limits_memory = limits_memory
+        self._timed = timed
         self._graph = bench.graph
         self._offers = offers
 
@@ -44,13 +59,23 @@ class Costing:
         told = bench.pricing.told_by(bench.latencies.network, known)
         if not bench.pricing.is_device or told.unknown:
             return told
-        policies = self._offers.timed_policies()
-        times_ms: list[float] | None = bench.run.step("search/times", lambda: bench.latencies.times_ms(policies))
-        if times_ms is None:
-            return told
-        pairs = zip(policies, times_ms, strict=True)
-        own = [told.artifact(policy, latency_ms) for policy, latency_ms in pairs]
+        batches: dict[str, Sequence[Policy]] = {"search/times": self._offers.timed_policies()}
+        for batch in self._timed:
+            batches["/".join(["search/times", *(policy.digest()[:DIGITS] for policy in batch)])] = batch
+        own = []
+        for step, policies in batches.items():
+            times_ms: list[float] | None = bench.run.step(step, partial(bench.latencies.times_ms, policies))
+            if times_ms is not None:
+                pairs = zip(policies, times_ms, strict=True)
+                own += [told.artifact(policy, latency_ms) for policy, latency_ms in pairs]
         return bench.pricing.told_by(bench.latencies.network, known, own)
+
+    def corrected_by(self, policies: Sequence[Policy]) -> "Costing":
+        """The same, corrected by these policies' files as well, which are timed where this machine is the target."""
+        new = tuple(policy for policy in policies if not any(policy in batch for batch in self._timed))
+        if not new or not self._bench.pricing.is_device:
+            return self
+        return Costing(self._bench, self._offers, limits_memory=self._limits_memory, timed=(*self._timed, new))
 
     @cached_property
     def before(self) -> Figures:

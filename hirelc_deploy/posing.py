@@ -60,6 +60,31 @@ class Posing:
         """Latencies of all policies."""
         return self._costing.predictor
 
+    # -- what was learned of latencies -----------------------------------------------------------------------
+
+    def timed(self, problem: Problem, policies: Sequence[Policy]) -> Problem:
+        """The problem with latencies as the files of these policies correct them, which are timed now.
+
+        A search goes where the tables are too hopeful, so that what it finds has to be timed; `repriced` tells its
+        evaluations anew.  Where the target is another machine nothing can be learned, and the problem is the same.
+        """
+        corrected = self._costing.corrected_by(policies)
+        if corrected is self._costing:
+            return problem
+        self._costing = corrected
+        return replace(problem, before=corrected.before, costs=corrected.costs)
+
+    def repriced(self, evaluation: Evaluation) -> Evaluation:
+        """The same evaluation with its latency as it is told by now."""
+        ms, speedup = self._latency(evaluation.policy)
+        return replace(evaluation, figures=replace(evaluation.figures, latency_ms=ms, speedup=speedup))
+
+    def _latency(self, policy: Policy) -> tuple[float, float]:
+        """Milliseconds, and the speed-up."""
+        ms, before = float(self.predictor.foretell([policy]).ms[0]), self._costing.before.latency_ms
+        assert before is not None
+        return ms, before / ms
+
     # -- the order of a policy's steps -----------------------------------------------------------------------
 
     def ordered(self, policy: Policy) -> Policy:
@@ -88,12 +113,10 @@ class Posing:
         """Made real on a copy, shortly trained and scored on the search split (`Workbench.recovered_scores`)."""
         bench, policy = self._bench, self.ordered(policy)
         (score,) = bench.recovered_scores([policy])
-        before = self._costing.before
-        ms = float(self.predictor.foretell([policy]).ms[0])
-        assert before.latency_ms is not None
+        ms, speedup = self._latency(policy)
         figures = Figures(
             latency_ms=ms,
-            speedup=before.latency_ms / ms,
+            speedup=speedup,
             size_bytes=bench.files.predicted_bytes(policy),
             memory_bytes=self._costing.memory_bytes(policy),
             drop=bench.scoring.drop(score),

@@ -10,7 +10,7 @@ from exporting import hasten
 from test_workbench import NETWORKS, silent, task, traced
 
 from hirelc_deploy import costing, effects
-from hirelc_deploy.budget import Budget
+from hirelc_deploy.budget import Budget, Figures
 from hirelc_deploy.choices import completed
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.compress.posttraining import PostTraining
@@ -20,6 +20,7 @@ from hirelc_deploy.posing import Posing
 from hirelc_deploy.profiles import load_target
 from hirelc_deploy.rundir import RunFolder
 from hirelc_deploy.search.problem import GroupVariable, LayerVariable, Problem
+from hirelc_deploy.search.space import Evaluation
 from hirelc_deploy.workbench import Workbench
 
 hasten()
@@ -90,6 +91,31 @@ def test_latencies_are_the_predictors(posed: tuple[Posing, Problem]) -> None:
     rows = some_rows(problem)
     told = posing.predictor.foretell([problem.policy(row) for row in rows]).ms
     assert problem.costs(rows).latency_ms == pytest.approx(told)
+
+
+def test_files_that_are_timed_correct_what_is_told_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a search's policies take half as long again as was told: so do their like, and the recipes do not."""
+    with posed_under("convolutions", Budget(drop=1.0), tmp_path) as posing:
+        problem, latencies = posing.problem(), posing._bench.latencies
+        policies = [narrowest(problem, "int4"), narrowest(problem, "int2")]
+        alike = np.stack([problem.row(policy) for policy in policies])
+        told_ms = problem.costs(alike).latency_ms
+        evaluation = Evaluation(policies[0], Figures(latency_ms=told_ms[0], speedup=1.0, size_bytes=9, drop=1.0), 90.0)
+        monkeypatch.setattr(latencies, "times_ms", lambda policies: (1.5 * told_ms[: len(policies)]).tolist())
+
+        corrected = posing.timed(problem, policies)
+        slower = corrected.costs(alike).latency_ms / told_ms
+        whole_ms = corrected.costs(problem.as_trained[None]).latency_ms[0]
+        assert (slower > 1.1).all()
+        assert corrected.before.latency_ms == pytest.approx(whole_ms)
+        anew = posing.repriced(evaluation)
+        assert anew.figures.latency_ms == pytest.approx(slower[0] * told_ms[0])
+        assert anew.figures.speedup == pytest.approx(whole_ms / anew.figures.latency_ms)
+        assert (anew.figures.size_bytes, anew.drop, anew.score) == (9, 1.0, 90.0)
+
+        assert posing.timed(corrected, policies[:1]) is corrected, "it is known already"
+        monkeypatch.setattr(posing._bench.pricing, "is_device", False)
+        assert posing.timed(corrected, [Policy({}, {})]) is corrected, "nothing can be timed of a target elsewhere"
 
 
 def test_nothing_is_harmed_where_nothing_changes(posed: tuple[Posing, Problem]) -> None:

@@ -9,7 +9,16 @@ import pytest
 from exporting import digits, export, hasten, policy_of, quick_target, trained_digit_net
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hirelc_deploy import compare as comparing, costing, effects, tensorboard, trainer, verification, workbench
+from hirelc_deploy import (
+    choosing,
+    compare as comparing,
+    costing,
+    effects,
+    tensorboard,
+    trainer,
+    verification,
+    workbench,
+)
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.errors import UserError
 
@@ -58,6 +67,16 @@ def test_a_search_ends_in_a_judged_artifact(searched: verification.Outcome) -> N
     assert {check.name for check in manifest.checks} >= {"drop"}
     assert manifest.predicted.latency_ms is not None
     assert manifest.predicted.size_bytes == manifest.artifact.size_bytes
+
+
+def test_files_of_what_a_search_finds_are_timed_after_each_part_of_it(searched: verification.Outcome) -> None:
+    """And so what it believes in the end is corrected by them."""
+    journal = (searched.folder / "run" / "journal.jsonl").read_text(encoding="utf-8")
+    steps = [json.loads(line)["entry"].get("step", "") for line in journal.splitlines()]
+    batches = [step.split("/")[2:] for step in steps if step.startswith("search/times")]
+    assert batches[0] == [], "recipes, before anything was evaluated"
+    assert len(batches) >= 2
+    assert all(1 <= len(batch) <= choosing.TIMED for batch in batches[1:])
 
 
 def test_what_else_was_found_can_be_built(searched: verification.Outcome, tmp_path: Path, target: str) -> None:

@@ -22,8 +22,8 @@ def as_trained(rows: Rows) -> Prices:
     return Prices(np.full(len(rows), 1000.0), np.full(len(rows), 10.0))
 
 
-def evaluation(number: int, drop: float, size_bytes: int, latency_ms: float = 1.0) -> Evaluation:
-    """Told apart by what they keep."""
+def evaluation(number: int, drop: float, size_bytes: int, latency_ms: float = 10.0) -> Evaluation:
+    """Told apart by what they keep; as fast as the original."""
     figures = Figures(latency_ms=latency_ms, speedup=10.0 / latency_ms, size_bytes=size_bytes, drop=drop)
     return Evaluation(Policy({}, {"g": number}), figures, 90.0 - drop)
 
@@ -106,8 +106,8 @@ def test_a_drop_within_its_limit_is_not_traded_for_bytes() -> None:
 
 def test_files_that_were_timed_at_different_times_are_compared_by_their_speed_up() -> None:
     """The same files, the second timed when the machine was half as fast: milliseconds would choose the first."""
-    first, second = evaluation(1, drop=0.5, size_bytes=600, latency_ms=1.0), evaluation(2, drop=0.5, size_bytes=500)
-    slow = replace(second, figures=replace(second.figures, latency_ms=2.0, speedup=10.0))
+    first, second = evaluation(1, drop=0.5, size_bytes=600), evaluation(2, drop=0.5, size_bytes=500)
+    slow = replace(second, figures=replace(second.figures, latency_ms=20.0, speedup=1.0))
     choice = Finishing(
         replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained),
         lambda policy: {1: first, 2: slow}[policy.keep["g"]],
@@ -135,8 +135,8 @@ def test_where_nothing_holds_the_mildest_is_taken() -> None:
 
 
 def test_other_limits_come_first() -> None:
-    slow = evaluation(9, drop=0.1, size_bytes=50, latency_ms=9.0)
-    choice, _ = finished(Budget(drop=1.0, latency_ms=2.0), [*LADDER, slow], gain=0.5)
+    slow = evaluation(9, drop=0.1, size_bytes=50, latency_ms=90.0)
+    choice, _ = finished(Budget(drop=1.0, latency_ms=20.0), [*LADDER, slow], gain=0.5)
     assert choice.best.policy.keep["g"] == 4
 
 
@@ -192,31 +192,39 @@ def test_evaluations_may_drop_by_what_fine_tuning_mends() -> None:
     assert found == pytest.approx(4.0 * 4 ** (1 / 1.5)), "0.25 grows to 1.0 with the power of 1.5 of hardness"
 
 
-def test_the_smaller_the_file_the_less_an_evaluation_may_drop() -> None:
-    """By the square root of how much smaller it is, and never less than the limit itself."""
-    problem = replace(
-        toy().problem,
-        budget=Budget(drop=1.0),
-        before=BEFORE,
-        costs=as_trained,
-        evaluate=lambda _: evaluation(0, 4.0, 250),
-    )
-    finishing = Finishing(problem, lambda _: evaluation(0, 0.25, 250), most=2)
-    finishing.recipe(Evaluations(problem, 3))
-    part_left = finishing.aim.part_left
-    assert part_left is not None
-    sizes = Prices(np.array([1000.0, 250.0, 90.0, 1.0]), np.ones(4))
-    as_large = 4.0 * 4 ** (1 / 1.5)
-    assert 1.0 / part_left(sizes) == pytest.approx([as_large * 2, as_large, as_large * (90 / 250) ** 0.5, 1.0])
-    left = finishing.aim.left_of([evaluation(1, 10.0, 250)])
-    assert left == pytest.approx([10.0 / as_large])
-    hardness = finishing.choice([evaluation(1, 3.0, 250)]).hardness
-    assert hardness[evaluation(1, 3.0, 250).policy.digest()] == pytest.approx(6.0)
+def test_the_smaller_and_faster_the_file_the_less_an_evaluation_may_drop() -> None:
+    """By the square root of both, and never less than the limit itself."""
+    small, fast = evaluation(0, 4.0, 250), evaluation(0, 4.0, 1000, latency_ms=2.5)
+    for recipe in (small, fast):
+        problem = replace(
+            toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained, evaluate=lambda _, r=recipe: r
+        )
+        finishing = Finishing(problem, lambda _, r=recipe: replace(r, figures=replace(r.figures, drop=0.25)), most=2)
+        finishing.recipe(Evaluations(problem, 3))
+        part_left = finishing.aim.part_left
+        assert part_left is not None
+        prices = Prices(np.array([1000.0, 250.0, 90.0, 1.0, 250.0]), np.array([10.0, 10.0, 10.0, 10.0, 2.5]))
+        as_large = 4.0 * 4 ** (1 / 1.5)
+        allowed_drops = [as_large * 2, as_large, as_large * (90 / 250) ** 0.5, 1.0, as_large / 2]
+        assert 1.0 / part_left(prices) == pytest.approx(allowed_drops)
+        left = finishing.aim.left_of([replace(recipe, figures=replace(recipe.figures, drop=10.0))])
+        assert left == pytest.approx([10.0 / as_large])
+        another = replace(evaluation(1, 3.0, 1), figures=replace(recipe.figures, drop=3.0))
+        assert finishing.choice([another]).hardness[another.policy.digest()] == pytest.approx(6.0)
+
+
+def test_how_fast_a_file_is_goes_by_its_speed_up_if_that_was_seen() -> None:
+    """Milliseconds of two hours are those of two machines."""
+    measured = evaluation(1, 3.0, 1000, latency_ms=5.0)
+    slow = replace(measured, figures=replace(measured.figures, latency_ms=7.0, speedup=4.0))
+    problem: Problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained)
+    hardness = Finishing(problem, lambda _: measured).choice([slow]).hardness
+    assert hardness[slow.policy.digest()] == pytest.approx(6.0)
 
 
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
-    [(5.0, 5.0, 1.71), (0.5, 2.0, 1.0), (4.0, -0.3, 29.47), (8.0, -0.3, 50.0), (40.0, -0.3, 60.0)],
+    [(5.0, 5.0, 1.71), (0.5, 2.0, 1.0), (4.0, -0.3, 29.47), (30.0, -0.3, 120.0), (100.0, -0.3, 150.0)],
 )
 def test_the_aim_is_never_stricter_than_the_limit_and_never_far_beyond_it_or_what_was_mended(
     before: float, after: float, expected: float
@@ -379,6 +387,33 @@ def test_a_step_further_is_taken_only_while_another_may_follow_it() -> None:
         assert allowed(finishing.aim) == pytest.approx(drop), "what was mended, or half as much again"
         assert finishing.one(seen)
         assert order == [99, finished_next]
+
+
+def test_prices_that_were_told_anew_decide_what_is_finished_next() -> None:
+    """Of two small files the first was told to be the faster one; its file was timed, and is not."""
+    problem: Problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained)
+    first, second = evaluation(1, 0.5, 500, latency_ms=2.0), evaluation(2, 0.5, 500, latency_ms=3.0)
+    finishing = Finishing(problem, lambda policy: {1: first, 2: second}[policy.keep["g"]])
+    assert finishing.promising([first, second], 9) == [first, second]
+    assert finishing.promising([first, second], 1) == [first]
+
+    def told(each: Evaluation) -> Evaluation:
+        slower = 2.0 if each.policy == first.policy else 1.0
+        ms = slower * (each.figures.latency_ms or 0)
+        return replace(each, figures=replace(each.figures, latency_ms=ms, speedup=10.0 / ms))
+
+    seen = Evaluations(replace(problem, evaluate=lambda policy: {1: first, 2: second}[policy.keep["g"]]), 2)
+    for each in (first, second):
+        seen.of(each.policy)
+    seen.reprice(told)
+    assert [each.figures.latency_ms for each in seen.seen] == [4.0, 3.0]
+    assert seen.of(first.policy) is seen.seen[0], "and it costs nothing"
+    finishing.reprice(problem, told)
+    assert finishing.promising(seen.seen, 1) == [seen.seen[1]]
+    assert finishing.one(seen.seen)
+    finishing.reprice(problem, told)
+    known = finishing.choice([told(each) for each in seen.seen]).evaluations
+    assert len(known) == 2, "what was finished is told anew as well, and is not taken for another"
 
 
 def test_search_and_finishing_take_turns_only_where_there_is_a_drop_to_learn_about() -> None:

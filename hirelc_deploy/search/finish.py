@@ -5,8 +5,8 @@ of it on another.  So search and finishing take turns.  One recipe is finished b
 drops are mended; after FIRST_PART of the evaluations the best policy that they led to is finished, which corrects that,
 and the search goes on with what is known then.
 
-What finishing leaves is told by hardness: a drop times the square root of how many times smaller the file is than the
-original's (SMALLER).
+What finishing leaves is told by hardness: a drop times the square root of how many times smaller and faster the file
+is than the original's (CHEAPER).
 """
 
 import math
@@ -19,7 +19,7 @@ from hirelc_deploy.budget import Budget, excess, judge, met
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.search.additive import halved_ladder
 from hirelc_deploy.search.goal import Goal
-from hirelc_deploy.search.problem import Evaluations, Problem
+from hirelc_deploy.search.problem import Evaluations, Prices, Problem
 from hirelc_deploy.search.space import Choice, Evaluation
 
 FINALISTS = 5
@@ -34,11 +34,13 @@ and 1.28 of these errors hold nine times of ten."""
 FIRST_PART = 2 / 3
 """Of the evaluations, before what they led to is finished and the rest is spent by what that has shown."""
 
-SMALLER = 0.5
-"""Power of how many times smaller a file is in how hard its drop is to mend: what told best what was left of some fifty
-policies of three networks (docs/findings.md).  With more, files are made large for nothing else."""
+CHEAPER = 0.5
+"""Power of how many times smaller and how many times faster a file is in how hard its drop is to mend: what told best
+what was left of some forty finished policies of three networks (docs/findings.md).  One power for both, as both count
+alike in what is minimised: so of two policies that cost as much the milder one is never told to be the harder, and
+nothing is gained by storing more bits or by running slower."""
 
-MOST_TIMES, FURTHER = 50.0, 1.5
+MOST_TIMES, FURTHER = 120.0, 1.5
 """How hard a policy may be at most, in limits on the drop and times the hardest that was seen to be mended: what is
 left tells little of what more would leave, since mending ends abruptly.  Where nothing has failed yet it may be so much
 harder than what was mended, as long as another can be finished to step back."""
@@ -93,7 +95,7 @@ class Mending:
 UNSEEN = 2.0
 """Drops of evaluations, as parts of what is safe, that are hoped to be mended before anything was seen."""
 
-FIRST_HARDNESS, RECIPES = 40.0, 4
+FIRST_HARDNESS, RECIPES = 80.0, 4
 """Of the recipe that is finished first, in limits on the drop: on three networks so much was mended, and what is far
 milder would teach nothing.  It is looked for with so many evaluations, and at most a third of all."""
 
@@ -145,16 +147,26 @@ class Finishing:
         if not self._is_limited or mending is None:
             return self._problem
         part = limit / self._told(mending)
-        return replace(self._problem, part_left=lambda prices: np.minimum(1.0, part * self._times(prices.size_bytes)))
+        return replace(self._problem, part_left=lambda prices: np.minimum(1.0, part * self._times(prices)))
+
+    def promising(self, seen: Sequence[Evaluation], count: int) -> list[Evaluation]:
+        """Those that were evaluated and are most worth finishing, so many at most."""
+        return self._in_order([*self._apart_from(seen), *seen])[:count]
+
+    def reprice(self, problem: Problem, told: Callable[[Evaluation], Evaluation]) -> None:
+        """Go on with the problem as its prices are told by now; `told` says what evaluations are by them."""
+        self._problem = problem
+        self._goal = Goal.of(problem.budget, problem.before)
+        self._pairs = {digest: (told(before), after) for digest, (before, after) in self._pairs.items()}
 
     def one(self, seen: Sequence[Evaluation]) -> bool:
         """Finish what is most worth it among those that were evaluated; False where nothing is, or no more may be."""
         if len(self._pairs) >= self._most:
             return False
-        wanted = self._next([*self._apart_from(seen), *seen])
-        if wanted is not None:
+        worth = self.promising(seen, 1)
+        for wanted in worth:
             self._finish(wanted)
-        return wanted is not None
+        return bool(worth)
 
     def choice(self, seen: Sequence[Evaluation]) -> Choice:
         """The best policy under the budget, of those that are finished.
@@ -183,12 +195,14 @@ class Finishing:
         return Mending.seen_in(seen, self._goal.drop_max, score_error, self._hardness)
 
     def _hardness(self, evaluation: Evaluation) -> float:
-        assert evaluation.figures.size_bytes
-        return evaluation.drop * float(self._times(np.array([evaluation.figures.size_bytes]))[0])
+        size_bytes, latency_ms = _prices(evaluation, self._goal)
+        return evaluation.drop * float(self._times(Prices(np.array([size_bytes]), np.array([latency_ms])))[0])
 
-    def _times(self, size_bytes: np.ndarray) -> np.ndarray:
-        """By how much drops are harder to mend in files of so many bytes than in one like the original's, (files,)."""
-        found: np.ndarray = (self._goal.size_bytes_before / size_bytes) ** SMALLER
+    def _times(self, prices: Prices) -> np.ndarray:
+        """By how much drops are harder to mend in such files than in one like the original's, (files,)."""
+        smaller = self._goal.size_bytes_before / prices.size_bytes
+        faster = self._goal.latency_ms_before / prices.latency_ms
+        found: np.ndarray = (smaller * faster) ** CHEAPER
         return found
 
     def _hardest(self, left: float, mending: Mending) -> float:
@@ -233,14 +247,12 @@ class Finishing:
                 f"a file like the original's{told}"
             )
 
-    def _next(self, seen: Sequence[Evaluation]) -> Evaluation | None:
-        """What is worth finishing now; None if nothing can be better than what is."""
+    def _in_order(self, seen: Sequence[Evaluation]) -> list[Evaluation]:
+        """What is worth finishing now, the most worth first; nothing if nothing can be better than what is."""
         goal, budget = self._goal, self._problem.budget
         open_ = [each for each in seen if each.policy.digest() not in self._pairs]
-        if not open_:
-            return None
         if budget.drop is None:
-            return min(open_, key=lambda each: (excess(budget, each.figures), -_reward(each, goal)))
+            return sorted(open_, key=lambda each: (excess(budget, each.figures), -_reward(each, goal)))
         ends = [after for _, after in self._pairs.values()]
         holding = [after for after in ends if met(budget, after.figures) and after.drop <= self._safe]
         cheapest = min((_cost(each, goal) for each in holding), default=float("inf"))
@@ -250,11 +262,9 @@ class Finishing:
         if holding and not hopeful:  # what fails now costs time alone
             held, failed = self._mended(self._safe), self._failed
             hopeful = [e for e in cheaper if held < self._hardness(e) < failed]
-        if hopeful:
-            return min(hopeful, key=lambda each: (_cost(each, goal), each.drop))
-        if holding:
-            return None
-        return min(open_, key=lambda each: (excess(budget, each.figures), self._hardness(each)))
+        if hopeful or holding:
+            return sorted(hopeful, key=lambda each: (_cost(each, goal), each.drop))
+        return sorted(open_, key=lambda each: (excess(budget, each.figures), self._hardness(each)))
 
     def _is_hopeful(self, evaluation: Evaluation) -> bool:
         """Whether fine-tuning is told to leave of it what is safe, or it is a step that is worth trying."""
@@ -290,7 +300,13 @@ def _reward(evaluation: Evaluation, goal: Goal[float]) -> float:
 
 
 def _cost(evaluation: Evaluation, goal: Goal[float]) -> float:
-    """Logarithm of bytes times milliseconds, as far as they have no limit.
+    """Logarithm of bytes times milliseconds, as far as they have no limit."""
+    size, latency = np.log(_prices(evaluation, goal))
+    return float(goal.size_weight * size + goal.latency_weight * latency)
+
+
+def _prices(evaluation: Evaluation, goal: Goal[float]) -> tuple[float, float]:
+    """Bytes and milliseconds.
 
     Policies are timed an hour apart, when the machine is a faster or a slower one: so milliseconds are those that the
     speed-up leaves of the original's.
@@ -299,5 +315,4 @@ def _cost(evaluation: Evaluation, goal: Goal[float]) -> float:
     latency_ms = goal.latency_ms_before / figures.speedup if figures.speedup else figures.latency_ms
     assert figures.size_bytes
     assert latency_ms
-    size, latency = np.log(figures.size_bytes), np.log(latency_ms)
-    return float(goal.size_weight * size + goal.latency_weight * latency)
+    return figures.size_bytes, latency_ms

@@ -252,6 +252,12 @@ class Evaluations:
         self.problem = problem
         self.limit = limit
 
+    def reprice(self, told: Callable[[Evaluation], Evaluation]) -> None:
+        """What there is, as it is told by now: the same policies and scores at other prices."""
+        anew = {id(each): told(each) for each in self.seen}
+        self._known = {digest: anew[id(each)] for digest, each in self._known.items()}
+        self.seen = [anew[id(each)] for each in self.seen]
+
     def __contains__(self, policy: Policy) -> bool:
         return policy.digest() in self._known
 
