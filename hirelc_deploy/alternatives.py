@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
+from hirelc_deploy.budget import Budget, met
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.rundir import write_atomic
 from hirelc_deploy.search.front import counted, front
 from hirelc_deploy.search.space import Choice, Evaluation
+from hirelc_deploy.verify import text
 from hirelc_deploy.verify.manifest import FrontRecord, Predicted
 
 
@@ -49,7 +51,49 @@ def _record(each: Evaluation, choice: Choice) -> FrontRecord | None:
         drop_points=each.drop,
         hardness_points=choice.hardness.get(each.policy.digest()),
         finished_drop_points=next((end.drop for end in choice.finished if _alike(end.policy, each.policy)), None),
+        recipe=_recipe(each, choice),
     )
+
+
+def against_recipes(choice: Choice, budget: Budget, unit: str) -> str | None:
+    """For people: how the chosen policy does beside the best uniform recipe with the same fine-tuning, on the search
+    split; None where no recipe was finished.  `unit` is that of the score."""
+    chosen = _recipe(choice.best, choice)
+    if chosen is not None:
+        return f"the chosen policy is a uniform recipe ({chosen}): nothing that was finished beside it is better"
+    named = [(name, each) for each in choice.finished if (name := _recipe(each, choice)) is not None]
+    if not named:
+        return None
+    holding = [(name, each) for name, each in named if met(budget, each.figures)]
+    if not holding:
+        name, nearest = min(named, key=lambda one: one[1].drop)
+        return f"no uniform recipe that was finished holds the limits, the nearest being {_told(name, nearest, unit)}"
+    name, best = min(holding, key=lambda one: _product(one[1]))
+    times = _product(best) / _product(choice.best)
+    return (
+        f"with the same fine-tuning the best uniform recipe that holds the limits, {_told(name, best, unit)}, has "
+        f"{times:.2f} times the bytes times milliseconds of the chosen policy (predicted, drops on the search split)"
+    )
+
+
+def _recipe(evaluation: Evaluation, choice: Choice) -> str | None:
+    """The name of the recipe that its policy is."""
+    return next((name for name, policy in choice.recipes.items() if _alike(policy, evaluation.policy)), None)
+
+
+def _product(evaluation: Evaluation) -> float:
+    """Bytes times milliseconds, these as a part of the original's."""
+    assert evaluation.figures.size_bytes
+    assert evaluation.figures.speedup
+    return evaluation.figures.size_bytes / evaluation.figures.speedup
+
+
+def _told(name: str, evaluation: Evaluation, unit: str) -> str:
+    figures = evaluation.figures
+    assert figures.size_bytes
+    assert figures.speedup
+    drop = text.points(evaluation.drop, unit)
+    return f"{name} ({text.size(figures.size_bytes)}, {text.times(figures.speedup)} faster, drop {drop})"
 
 
 def predicted(choice: Choice) -> Predicted:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hirelc_deploy import __version__, choosing, demo as demonstration
-from hirelc_deploy.alternatives import predicted, write_front
+from hirelc_deploy import __version__, choosing, console, demo as demonstration
+from hirelc_deploy.alternatives import against_recipes, predicted, write_front
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import load_runtime
@@ -58,6 +58,9 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             _write(settings.out, {BASELINE_FP16_FILE: halves.data})
         _write(settings.out, {POLICY_FILE: policy.to_json()})
         others = write_front(settings.out / FRONT_FOLDER, choice)
+        beside = against_recipes(choice, budget, task.unit)
+        if beside is not None:
+            console.note(beside)
         inspected = bench.runtime.inspect(settings.out / file, target, exported.tensors)
         seen = _measured(
             run,
@@ -102,6 +105,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             verdict="unverified",
             environment=environment(threads=settings.threads, batch=settings.batch, clock=seen.clock),
             notes=(
+                *([] if beside is None else [beside]),
                 *(f"{left.name}: {left.reason}" for left in network.left_out),
                 *([written.note] if written.note else []),
                 *inspected,

@@ -1,13 +1,15 @@
 """The other policies that a search leaves beside its artifact."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hirelc_deploy.alternatives import write_front
-from hirelc_deploy.budget import Figures
-from hirelc_deploy.policy import Policy
+from hirelc_deploy.alternatives import against_recipes, write_front
+from hirelc_deploy.budget import Budget, Figures
+from hirelc_deploy.policy import QUANTIZE_FIRST, Policy
 from hirelc_deploy.search.space import Choice, Evaluation
 
 
@@ -47,6 +49,53 @@ def test_what_was_finished_is_kept_even_where_another_beats_it(tmp_path: Path) -
 
 def test_luck_does_not_pay_for_a_larger_file(tmp_path: Path) -> None:
     assert kept(tmp_path, evaluated(1, 100, 2.0, 0.0), evaluated(2, 200, 2.0, -0.8)) == [1]
+
+
+def finished(keep: int, size_bytes: int, speedup: float, drop: float) -> Evaluation:
+    figures = Figures(size_bytes=size_bytes, latency_ms=1.0 / speedup, speedup=speedup, drop=drop)
+    return Evaluation(Policy({}, {"group": keep}), figures, score=90.0 - drop)
+
+
+RECIPES = {f"keep={keep}%": Policy({}, {"group": keep}) for keep in (50, 25)}
+
+
+def beside(best: Evaluation, *others: Evaluation, recipes: Mapping[str, Policy] = RECIPES) -> str | None:
+    """What is said of the best of these where a drop of 1.0 is allowed."""
+    return against_recipes(Choice(best, (), (best, *others), recipes=recipes), Budget(drop=1.0), "%")
+
+
+def test_an_export_says_how_it_does_beside_the_best_recipe() -> None:
+    best, recipe, worse = finished(1, 2000, 4.0, 0.5), finished(50, 3000, 2.0, 0.25), finished(25, 1000, 5.0, 1.5)
+    said = beside(best, recipe, worse)
+    assert said is not None
+    assert "keep=50% (3.00 KB, 2.00 × faster, drop 0.25 points)" in said
+    assert "3.00 times the bytes times milliseconds" in said, "3000 / 2.0 and 2000 / 4.0"
+
+
+def test_a_search_that_ends_with_a_recipe_says_so() -> None:
+    """Whatever the order of its steps, which training alone goes by."""
+    recipe = finished(50, 3000, 2.0, 0.25)
+    turned = replace(recipe, policy=replace(recipe.policy, order=QUANTIZE_FIRST))
+    for best in (recipe, turned):
+        assert (beside(best, finished(1, 2000, 4.0, 2.0)) or "").startswith(
+            "the chosen policy is a uniform recipe (keep=50%)"
+        )
+
+
+def test_recipes_that_miss_the_limits_are_no_rivals() -> None:
+    best = finished(1, 2000, 4.0, 0.5)
+    said = beside(best, finished(50, 3000, 2.0, 1.25), finished(25, 1000, 5.0, 1.5))
+    assert said is not None
+    assert "holds the limits" in said
+    assert "keep=50%" in said
+    assert beside(best) is None, "none was finished"
+    assert beside(best, finished(50, 3000, 2.0, 0.25), recipes={}) is None
+
+
+def test_the_front_names_recipes(tmp_path: Path) -> None:
+    one, two = evaluated(50, 100, 2.0, 1.0), evaluated(1, 50, 3.0, 1.0)
+    records = write_front(tmp_path / "front", Choice(one, (one, two), recipes=RECIPES))
+    assert [record.recipe for record in records] == [None, "keep=50%"]
 
 
 def test_without_a_search_or_without_prices_there_is_no_front(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ class Finishing:
         best = min(ends, key=lambda each: _rank(each, self._goal, self._problem.budget, self._safe))
         known = (*self._apart_from(seen), *seen)
         hardness = {each.policy.digest(): self._hardness(each) for each in known}
-        return Choice(best, known, tuple(ends), hardness)
+        return Choice(best, known, tuple(ends), hardness, self._problem.recipes)
 
     @property
     def _is_limited(self) -> bool:

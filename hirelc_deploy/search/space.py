@@ -56,3 +56,5 @@ class Choice:
     """Those that were fine-tuned in full, the best among them."""
     hardness: Mapping[str, float] = field(default_factory=dict)
     """Of evaluations, by their policy's digest: how hard a drop is to mend."""
+    recipes: Mapping[str, Policy] = field(default_factory=dict)
+    """What an engineer would have tried by hand, by name, whether it was evaluated or not."""
