@@ -1,6 +1,7 @@
 """Which policy is built: one that was given, what a recipe comes to, or what a search finds."""
 
 import json
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,10 +66,21 @@ def choose(
     name = method(settings, budget)
     if name == "recipe" and not _can_search(settings, budget):
         return recipes.search(bench.space, budget, bench.predict, complete, evaluations=settings.evaluations)
+    return _searched(settings, bench, posing, name, complete)
+
+
+def _searched(
+    settings: ExportSettings, bench: Workbench, posing: Posing, name: str, complete: Callable[[Policy], Evaluation]
+) -> Choice:
+    """What the method of this name leads to, search and finishing taking turns."""
+
+    def prepare(found: Sequence[Policy]) -> None:
+        bench.compress_ahead([posing.ordered(each) for each in found])
+
     limit = settings.evaluations or EVALUATIONS
     with tensorboard.logged(settings.tensorboard) as log:
         problem = posing.problem()
-        finishing = Finishing(problem, complete, note=console.note)
+        finishing = Finishing(problem, complete, prepare=prepare, note=console.note)
         with console.progress("searching", limit) as advance:
             seen = Evaluations(problem, limit, lambda each: advance(describe(each, bench.task.unit)), console.note, log)
             finishing.recipe(seen)
@@ -82,7 +94,7 @@ def choose(
                 seen.reprice(posing.repriced)
                 finishing.reprice(problem, posing.repriced)
                 if part < 1:
-                    finishing.one(seen.seen)
+                    finishing.some(seen.seen)
     return finishing.choice(seen.seen)
 
 

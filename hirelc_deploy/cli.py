@@ -134,8 +134,8 @@ Workers = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="Processes that make evaluations side by side, one thread each, for hierarchical, random and modelopt; "
-        "the others choose each by the last. 1 (default) has all threads.",
+        help="Processes, one thread each, that fine-tune policies side by side, and make evaluations for hierarchical, "
+        "random and modelopt; the others choose each by the last. 1 (default) has all threads.",
         rich_help_panel=TUNING,
     ),
 ]

@@ -1,4 +1,4 @@
-"""Evaluations side by side, in processes of this machine.
+"""Policies made real side by side, in processes of this machine.
 
 `Engine` is the seam: whatever takes a function and policies and yields what the function says of each, in their order.
 `in_turn` does so in this process, `Pool` in several; a cluster would be a third.
@@ -23,7 +23,7 @@ Work = Callable[[Policy], float]
 
 
 class Engine(Protocol):
-    """Where policies are made real.  Called with the same function every time."""
+    """Where policies are made real."""
 
     @property
     def at_once(self) -> int:
@@ -45,21 +45,24 @@ in_turn = InTurn()
 
 
 class Pool:
-    """Processes that are copies of this one as it was when they were first needed, with one thread each.
+    """Processes that are copies of this one as it was when a function was first called, with one thread each.
 
-    Models and tasks of users need not be made for being sent: they are there already.  Use it in a `with`; the
-    processes end with the block, and also if this process is killed.
+    Models and tasks of users need not be made for being sent: they are there already.  For another function than
+    before they are ended and made anew.  Use it in a `with`; the processes end with the block, and also if this
+    process is killed.
     """
 
     def __init__(self, workers: int) -> None:
         self.at_once = workers
+        self._work: Work | None = None
         self._executor: ProcessPoolExecutor | None = None
 
     def __call__(self, work: Work, policies: Sequence[Policy]) -> Iterator[float]:
         """Raises UserError if a process died, and what `work` raises."""
-        if self._executor is None:
+        if self._executor is None or work != self._work:
+            self._end()
             context = multiprocessing.get_context("fork")
-            self._executor = ProcessPoolExecutor(self.at_once, context, _begin, (work,))
+            self._work, self._executor = work, ProcessPoolExecutor(self.at_once, context, _begin, (work,))
         try:
             yield from self._executor.map(_do, policies)
         except BrokenProcessPool as error:
@@ -74,8 +77,12 @@ class Pool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
+        self._executor = None
 
 
 _work: Work

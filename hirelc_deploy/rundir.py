@@ -87,6 +87,10 @@ class RunFolder:
         """Whether a step is finished."""
         return key in self._steps
 
+    def has_blob(self, key: str) -> bool:
+        """Whether the bytes of a step are there."""
+        return key in self._blobs
+
     def step(self, key: str, compute: Callable[[], Value]) -> Value:
         """The value of a step: replayed where the journal has it, else computed and recorded.
 

@@ -79,6 +79,12 @@ class Trainer:
         self._progress = progress
         self._recoveries: dict[tuple[int, int], Learning] = {}
 
+    def quietly(self) -> "Trainer":
+        """The same for a process beside this one, which shows nothing."""
+        found = copy.copy(self)
+        found._progress = lambda *_: nullcontext(_unseen)
+        return found
+
     # -- without training ------------------------------------------------------------------------------------
 
     @property
@@ -124,7 +130,7 @@ class Trainer:
         epochs = self._fine_tuning.epochs
         if not epochs:
             return self._corrected(pruned, policy)
-        if policy.order == QUANTIZE_FIRST and self._is_smaller(pruned):
+        if policy.order == QUANTIZE_FIRST and self.is_smaller(policy):
             first = replace(self._fine_tuning, epochs=epochs // 2)
             second = replace(self._fine_tuning, epochs=epochs - epochs // 2)
             model, grids = self._quantised_first(policy, name, (first, None), (second, None))
@@ -139,7 +145,7 @@ class Trainer:
         With all channels there, a network that was corrected is near where it should be: it is trained from there, as
         it will be stored.  Once channels are gone there is much to learn, and BatchNorm helps with it.
         """
-        if not self._is_smaller(pruned):
+        if not self.is_smaller(policy):
             model, grids = self._corrected(pruned, policy)
             if grids:
                 grids = self._distilled(model, policy, grids, {}, self._fine_tuning, name)
@@ -208,7 +214,7 @@ class Trainer:
     def _corrected(self, pruned: Pruned, policy: Policy) -> tuple[nn.Module, dict[str, Grid]]:
         """What can be done without training."""
         # with all channels there, statistics are what training has left
-        if self._is_smaller(pruned) and self._post_training.statistics:
+        if self.is_smaller(policy) and self._post_training.statistics:
             reestimate(pruned.model, self._calibration.tensors())
         model = self._folded(pruned.model)
         corrected = post_train(
@@ -236,8 +242,9 @@ class Trainer:
             makers.setdefault(maker, []).append(norm)
         return tuple(f"channels were scaled by {maker}: {', '.join(norms)}" for maker, norms in sorted(makers.items()))
 
-    def _is_smaller(self, pruned: Pruned) -> bool:
-        return any(len(pruned.kept[group.name]) < group.total for group in self._graph.groups)
+    def is_smaller(self, policy: Policy) -> bool:
+        """Whether it takes channels away."""
+        return any(policy.keep.get(group.name, group.total) < group.total for group in self._graph.groups)
 
     def _fitted(self, model: nn.Module, policy: Policy, norms: Pairs) -> dict[str, Grid]:
         layers = [name for name, precision in policy.precisions.items() if not precision.storage.is_float]
@@ -252,7 +259,7 @@ class Trainer:
         """The policy's network after a training of seconds, norms folded, every weight on its grid."""
         pruned = self._pruned(policy)
         once = replace(self._fine_tuning, epochs=1)
-        if not self._is_smaller(pruned):
+        if not self.is_smaller(policy):
             model = pruned.model
             norms = present(self._norms, model)
             grids = self._fitted(model, policy, norms)

@@ -122,7 +122,11 @@ class Workbench:
         From the journal if known.
         """
         name = policy.digest()
-        saved = safetensors.torch.load(self.run.blob(f"weights/{name}", lambda: self._made(policy, name)))
+        made = self.run.blob(
+            f"weights/{name}", lambda: self.run.load_state(_ahead(name)) or self._made(policy, name, self.trainer)
+        )
+        self.run.drop_state(_ahead(name))
+        saved = safetensors.torch.load(made)
         # a new model, so that a resumed run goes on with the very same tensors
         model = self.trainer.cut(policy)
         grids: dict[str, dict[str, Tensor]] = {}
@@ -134,9 +138,30 @@ class Workbench:
         self.run.drop_state(name)
         return Compressed(model.eval(), grids, score)
 
-    def _made(self, policy: Policy, name: str) -> bytes:
+    def compress_ahead(self, policies: Sequence[Policy]) -> None:
+        """Make policies side by side, if there are processes for it, so that `compressed` finds them.
+
+        Not those that keep all channels: what corrects these is journalled, and only this process may do that.
+        """
+        new = [each for each in policies if self.trainer.is_smaller(each) and self._has_to_be_made(each.digest())]
+        if len(new) < 2 or self.engine.at_once < 2:
+            return  # alone it has all threads, and is seen to go on
+        with self.progress("fine-tuning side by side", len(new)) as advance:
+            for _ in self.engine(self._made_ahead, new):
+                advance()
+
+    def _has_to_be_made(self, name: str) -> bool:
+        return not self.run.has_blob(f"weights/{name}") and self.run.load_state(_ahead(name)) is None
+
+    def _made_ahead(self, policy: Policy) -> float:
+        """In another process, which cannot write the journal: left as a state, and nothing to tell."""
+        name = policy.digest()
+        self.run.save_state(_ahead(name), self._made(policy, name, self.trainer.quietly()))
+        return 0.0
+
+    def _made(self, policy: Policy, name: str, trainer: Trainer) -> bytes:
         """Weights and grids to be saved."""
-        model, grids = self.trainer.trained(policy, name)
+        model, grids = trainer.trained(policy, name)
         tensors = dict(model.state_dict())
         for layer, grid in grids.items():
             tensors |= {f"{GRID}{layer}/{role}": values for role, values in grid.items()}
@@ -170,6 +195,11 @@ class Workbench:
     def look_at(self, examples: int, batch: int) -> list[dict[str, Tensor]]:
         """The first train examples of those that are only looked at, in batches."""
         return list(self.calibration.first(examples, batch))
+
+
+def _ahead(name: str) -> str:
+    """Names the state that holds what another process has made of a policy."""
+    return f"ahead/{name}"
 
 
 def _recovery(policy: Policy) -> str:

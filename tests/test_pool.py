@@ -51,6 +51,22 @@ def test_what_cannot_be_pickled_is_there_all_the_same_and_trains_with_one_thread
     assert list(pool(gradient, POLICIES)) == [4.0 * units(each) for each in POLICIES]
 
 
+def test_another_function_finds_what_was_there_when_it_was_first_called(pool: Pool) -> None:
+    known = {"seven": 7.0}
+
+    def look(policy: Policy) -> float:
+        return known.get("eight", known["seven"])
+
+    def look_again(policy: Policy) -> float:
+        return look(policy)
+
+    assert list(pool(look, POLICIES[:2])) == [7.0, 7.0]
+    known["eight"] = 8.0
+    assert list(pool(look, POLICIES[:2])) == [7.0, 7.0], "the same processes"
+    assert list(pool(look_again, POLICIES[:2])) == [8.0, 8.0]
+    assert list(pool(look, POLICIES[:2])) == [8.0, 8.0]
+
+
 def test_a_users_mistake_in_a_process_arrives_whole(pool: Pool) -> None:
     def refuse(policy: Policy) -> float:
         raise UserError("the loss is nan", fix="mend the data")

@@ -90,8 +90,8 @@ def test_between_what_held_and_what_did_not_all_that_is_cheaper_is_tried() -> No
 
     problem = replace(toy().problem, budget=Budget(drop=0.5), before=BEFORE, costs=as_trained, score_error=9.0)
     finishing = Finishing(problem, complete)
-    finishing.one(seen[:1])
-    finishing.one(seen[3:])
+    finishing.some(seen[:1])
+    finishing.some(seen[3:])
     choice = finishing.choice(seen)
     assert choice.best.policy.keep["g"] == 2
     assert len(choice.finished) == 4
@@ -113,8 +113,8 @@ def test_files_that_were_timed_at_different_times_are_compared_by_their_speed_up
         lambda policy: {1: first, 2: slow}[policy.keep["g"]],
         most=2,
     )
-    choice.one([second])
-    choice.one([first])
+    choice.some([second])
+    choice.some([first])
     assert choice.choice([]).best is slow
 
 
@@ -311,7 +311,7 @@ def test_what_is_finished_in_the_middle_of_a_search_moves_its_aim() -> None:
     finishing.recipe(Evaluations(problem, 3))
     before = allowed(finishing.aim)
     assert before == pytest.approx(4.0 / 0.9**0.5 * 0.5 ** (1 / 1.5))
-    assert finishing.one([evaluation(i, drop=0.5 * i, size_bytes=1000 - 20 * i) for i in range(1, 6)])
+    assert finishing.some([evaluation(i, drop=0.5 * i, size_bytes=1000 - 20 * i) for i in range(1, 6)])
     assert order == [99, 5], "2.5 is the most that is told to be mended, and the cheapest"
     after = allowed(finishing.aim)
     assert before is not None
@@ -337,7 +337,7 @@ def test_nothing_is_finished_that_drops_by_far_more_than_the_limit() -> None:
 
     finishing = Finishing(problem, complete)
     finishing.recipe(Evaluations(problem, 3))
-    assert finishing.one([hopeless, good])
+    assert finishing.some([hopeless, good])
     assert order == [99, 2]
 
 
@@ -385,7 +385,7 @@ def test_a_step_further_is_taken_only_while_another_may_follow_it() -> None:
         finishing = Finishing(problem, complete, most=most)
         finishing.recipe(Evaluations(problem, 3))
         assert allowed(finishing.aim) == pytest.approx(drop), "what was mended, or half as much again"
-        assert finishing.one(seen)
+        assert finishing.some(seen)
         assert order == [99, finished_next]
 
 
@@ -410,7 +410,7 @@ def test_prices_that_were_told_anew_decide_what_is_finished_next() -> None:
     assert seen.of(first.policy) is seen.seen[0], "and it costs nothing"
     finishing.reprice(problem, told)
     assert finishing.promising(seen.seen, 1) == [seen.seen[1]]
-    assert finishing.one(seen.seen)
+    assert finishing.some(seen.seen)
     finishing.reprice(problem, told)
     known = finishing.choice([told(each) for each in seen.seen]).evaluations
     assert len(known) == 2, "what was finished is told anew as well, and is not taken for another"

@@ -55,6 +55,8 @@ Pair = tuple[Evaluation, Evaluation]
 
 Complete = Callable[[Policy], Evaluation]
 
+Prepare = Callable[[Sequence[Policy]], None]
+
 
 @dataclass(frozen=True)
 class Mending:
@@ -109,11 +111,17 @@ class Finishing:
         complete: Complete,
         *,
         most: int = FINALISTS,
+        prepare: Prepare = lambda _: None,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`complete` trains a policy in full, times and weighs its file; at most so many are.  `note` is for people."""
+        """`complete` trains a policy in full, times and weighs its file; at most so many are.
+
+        `prepare` is told of those that are completed next, so that they are trained side by side, as many as the
+        problem has processes for.  `note` is for people.
+        """
         self._problem = problem
         self._complete = complete
+        self._prepare = prepare
         self._most = most
         self._note = note
         self._pairs: dict[str, Pair] = {}
@@ -159,14 +167,32 @@ class Finishing:
         self._goal = Goal.of(problem.budget, problem.before)
         self._pairs = {digest: (told(before), after) for digest, (before, after) in self._pairs.items()}
 
-    def one(self, seen: Sequence[Evaluation]) -> bool:
-        """Finish what is most worth it among those that were evaluated; False where nothing is, or no more may be."""
-        if len(self._pairs) >= self._most:
-            return False
-        worth = self.promising(seen, 1)
-        for wanted in worth:
-            self._finish(wanted)
-        return bool(worth)
+    def some(self, seen: Sequence[Evaluation]) -> bool:
+        """Finish what is most worth it among those that were evaluated: one, or as many as are trained side by side,
+        but as many may be finished after them; False where nothing is worth it, or no more may be."""
+        return self._some(seen, max(1, (self._most - len(self._pairs)) // 2))
+
+    def _some(self, seen: Sequence[Evaluation], most: int) -> bool:
+        count = min(self._problem.at_once, most, self._most - len(self._pairs))
+        wanted = self._apart(self.promising(seen, len(seen) + len(self._pairs)), count) if count else []
+        if len(wanted) > 1:
+            self._prepare([each.policy for each in wanted])
+        for each in wanted:
+            self._finish(each)
+        return bool(wanted)
+
+    def _apart(self, ordered: Sequence[Evaluation], count: int) -> list[Evaluation]:
+        """The first, and others for the case that it fails, so many in all: each is the first that is milder by a
+        further step on the way from its hardness to what was mended already."""
+        if not ordered or not self._is_limited:
+            return list(ordered[:count])
+        found = [ordered[0]]
+        hard = max(self._hardness(found[0]), TINY)
+        mended = min(max(self._mended(self._safe), self._goal.drop_max), hard)
+        for step in range(1, count):
+            milder = hard * (mended / hard) ** (step / count)
+            found += [e for e in ordered if self._hardness(e) < milder and e not in found][:1]
+        return found
 
     def choice(self, seen: Sequence[Evaluation]) -> Choice:
         """The best policy under the budget, of those that are finished.
@@ -176,7 +202,7 @@ class Finishing:
         MARGIN comes before one that just does.
         Without one: those with the best reward.
         """
-        while self.one(seen):
+        while self._some(seen, self._most):
             pass
         ends = [after for _, after in self._pairs.values()]
         best = min(ends, key=lambda each: _rank(each, self._goal, self._problem.budget, self._safe))
