@@ -96,14 +96,20 @@ def _told(name: str, evaluation: Evaluation, unit: str) -> str:
     return f"{name} ({text.size(figures.size_bytes)}, {text.times(figures.speedup)} faster, drop {drop})"
 
 
-def predicted(choice: Choice) -> Predicted:
-    """What was believed before the file was there: of a search its tables' latency, not that of a draft."""
+def predicted(choice: Choice, *, pace: float = 1.0) -> Predicted:
+    """What was believed before the file was there: of a search its tables' latency, not that of a draft.
+
+    `pace` is how many times slower the machine was when the file was measured than when its tables were made.
+    """
     best = choice.best
     told = next((each.figures for each in choice.evaluations if _alike(each.policy, best.policy)), best.figures)
+    latency_ms = told.latency_ms
+    if latency_ms is not None and told is not best.figures:  # the best one's own was seen, on a draft of its file
+        latency_ms *= pace
     return Predicted(
         size_bytes=told.size_bytes,
         accuracy=best.score,
-        latency_ms=told.latency_ms,
+        latency_ms=latency_ms,
         speedup=told.speedup,
         memory_bytes=best.figures.memory_bytes,
         load_ms=best.figures.load_ms,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hirelc_deploy import __version__, choosing, console, demo as demonstration
 from hirelc_deploy.alternatives import against_recipes, predicted, write_front
@@ -72,6 +72,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             None if halves is None else BASELINE_FP16_FILE,
             lambda: bench.simulated_outputs(compressed.model, policy),
         )
+        told = predicted(choice, pace=seen.pace)
         if bench.pricing.is_device:
             run.step(f"learned/{policy.digest()}", lambda: bench.latencies.learn(policy, seen.p50_ms))
         else:
@@ -88,9 +89,9 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             artifact=Artifact.of(settings.out / file),
             baseline=seen.baseline,
             baseline_fp16=seen.baseline_fp16,
-            predicted=predicted(choice),
+            predicted=told,
             measured=seen.measured,
-            error=PredictionError.between(predicted(choice), seen.measured, agreement=seen.simulated_agreement),
+            error=PredictionError.between(told, seen.measured, agreement=seen.simulated_agreement),
             layers=layer_records(network, policy, exported, seen.runs_as),
             search=manifests.SearchRecord(
                 method=choosing.told(settings, budget),
@@ -168,9 +169,10 @@ def _measured(
     simulated: Callable[[], Outputs],
 ) -> Measurement:
     """Measured once a run: a resumed one does not open the test split again."""
-    seen = run.step(
-        f"measurement/{policy.digest()}",
-        lambda: measure(
+
+    def now() -> dict[str, Any]:
+        pace = bench.pricing.pace()
+        seen = measure(
             settings.out,
             file,
             tensors,
@@ -183,9 +185,10 @@ def _measured(
             simulated=simulated(),
             seconds=bench.target.timing.min_seconds,
             warmup=bench.target.timing.warmup_rounds,
-        ).model_dump(mode="json"),
-    )
-    return Measurement.model_validate(seen)
+        )
+        return seen.model_copy(update={"pace": pace}).model_dump(mode="json")
+
+    return Measurement.model_validate(run.step(f"measurement/{policy.digest()}", now))
 
 
 def _task_record(task: "Task", spec: str) -> manifests.TaskRecord:

@@ -71,6 +71,12 @@ class Pricing:
         """By what a time of this moment is multiplied to be in units of the tables; None where those are empty."""
         return profiling.unit(self._machine, times_of(self._tables.rows(), threads=self._machine.where.threads))
 
+    def pace(self) -> float:
+        """How many times slower this machine is now than when its tables were made; 1 where that cannot be told, and
+        where the target is another."""
+        unit = self.unit() if self.is_device else None
+        return 1.0 if unit is None else 1.0 / unit
+
     def learn(self, network: "Network", policy: "Policy", latency_ms: float) -> bool:
         """Let a measured file, in units of the tables, correct the predictor; not where they lack one of its kernels.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hirelc_deploy.alternatives import against_recipes, write_front
+from hirelc_deploy.alternatives import against_recipes, predicted, write_front
 from hirelc_deploy.budget import Budget, Figures
 from hirelc_deploy.policy import QUANTIZE_FIRST, Policy
 from hirelc_deploy.search.space import Choice, Evaluation
@@ -49,6 +49,12 @@ def test_what_was_finished_is_kept_even_where_another_beats_it(tmp_path: Path) -
 
 def test_luck_does_not_pay_for_a_larger_file(tmp_path: Path) -> None:
     assert kept(tmp_path, evaluated(1, 100, 2.0, 0.0), evaluated(2, 200, 2.0, -0.8)) == [1]
+
+
+def test_what_tables_tell_is_told_at_the_machines_pace_and_what_was_seen_of_a_draft_is_not() -> None:
+    told, seen = evaluated(1, 100, 2.0, 3.0), evaluated(1, 100, 2.5, 0.5)
+    assert predicted(Choice(seen, (told,), (seen,)), pace=1.5).latency_ms == pytest.approx(3.0)
+    assert predicted(Choice(seen, (seen,)), pace=1.5).latency_ms == pytest.approx(2.5)
 
 
 def finished(keep: int, size_bytes: int, speedup: float, drop: float) -> Evaluation:

@@ -34,6 +34,8 @@ class Measurement(Record):
     """Of the artifact, on that clock."""
     simulated_agreement: float | None = None
     """Percent of equal decisions of the simulated network and the file, on the search split."""
+    pace: float = 1.0
+    """How many times slower the machine was than when its tables were made."""
 
 
 def measure(
