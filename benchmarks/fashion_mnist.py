@@ -49,7 +49,8 @@ EPOCHS = {"wide": 6, "small": 12, "depthwise": 6, "vit": 2, "small14": 6}
 
 def run(network: str, search: str | None, out: Path, workers: int) -> Outcome:
     """The network by its recipe, or as a search finds it, judged by its limits."""
-    how = BY_HAND[network] if search is None else {"search": search, "epochs": EPOCHS[network], "max_drop": MAX_DROP[network]}
+    searched = {"search": search, "epochs": EPOCHS[network], "max_drop": MAX_DROP[network]}
+    how = BY_HAND[network] if search is None else searched
     task = "task14" if network.endswith("14") else "task"
     return export(
         ExportSettings(
