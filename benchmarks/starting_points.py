@@ -17,10 +17,9 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,12 @@ from torch import Tensor, nn
 from hirelc_deploy.compress.batchnorm import reestimate
 from hirelc_deploy.compress.distil import Teacher, as_tensors
 from hirelc_deploy.compress.fold import present
-from hirelc_deploy.compress.prune import Pruned, prune
+from hirelc_deploy.compress.prune import prune
 from hirelc_deploy.compress.simulate import Simulation
 from hirelc_deploy.graph import forward
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.search.recipe import Recipe
-from hirelc_deploy.trainer import Trainer
+from hirelc_deploy.trainer import Trainer, drawn_anew
 from hirelc_deploy.workbench import Workbench
 
 OUT = Path("out/benchmarks/starting_points")
@@ -144,37 +143,13 @@ def generation(bench: Workbench, policies: Sequence[Policy], *, seed: int) -> nn
     return model
 
 
-def drawn_anew(model: nn.Module, seed: int) -> nn.Module:
-    """The network with weights as its layers draw them."""
-    found = copy.deepcopy(model)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for module in found.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-    return found
-
-
-class Restarted(Trainer):
+def restarted(trainer: Trainer, start: nn.Module, epochs: int) -> Trainer:
     """Makes policies of other weights of the same network, and learns from the original all the same."""
-
-    start: nn.Module
-
-    @classmethod
-    def of(cls, trainer: Trainer, start: nn.Module, epochs: int) -> "Restarted":
-        found = cls.__new__(cls)
-        found.__dict__.update(trainer.__dict__)
-        found.__dict__.pop("_scores", None)  # those of the weights before
-        found.start = start.eval()
-        found._fine_tuning = replace(trainer._fine_tuning, epochs=epochs)
-        return found
-
-    def _pruned(self, policy: Policy) -> Pruned:
-        return prune(self.start, self._graph, policy, self._scores)
-
-    @cached_property
-    def _scores(self) -> Mapping[str, Tensor]:
-        return self._scores_of(self.start)
+    found = copy.copy(trainer)
+    found.__dict__.pop("_scores", None)  # those of the weights before
+    found._start = start.eval()
+    found._fine_tuning = replace(trainer._fine_tuning, epochs=epochs)
+    return found
 
 
 # -- what it comes to ------------------------------------------------------------------------------------------
@@ -198,7 +173,7 @@ def measure(network: str, out: Path, seed: int, wanted: Sequence[str]) -> dict[s
         for name in wanted:
             model, epochs = starts[name]
             for text, policy in policies.items():
-                trainer = Restarted.of(bench.trainer, model, epochs)
+                trainer = restarted(bench.trainer, model, epochs)
                 rows.append({"policy": text, "start": name, "epochs": epochs, **drops(bench, trainer, policy, name)})
                 print(rows[-1], flush=True)
         return {

@@ -374,7 +374,7 @@ def compare(
         typer.Option(
             metavar="METHODS", help="Whatever is to be compared, with commas between.", rich_help_panel=CHOICE
         ),
-    ] = "hierarchical,recipe,greedy,knapsack,evolution,random",
+    ] = "hierarchical,recipe,greedy,knapsack,evolution,random,scratch",
     seeds: Annotated[int, typer.Option(metavar="N", help="Runs of each method.", rich_help_panel=TUNING)] = 1,
     kernels: Kernels = None,
     order: Order = None,

@@ -132,7 +132,12 @@ class _Clock:
 
     def __init__(self, problem: Problem) -> None:
         self.seconds = 0.0
-        self.problem = replace(problem, evaluate=self._timed(problem.evaluate), prepare=self._timed(problem.prepare))
+        self.problem = replace(
+            problem,
+            evaluate=self._timed(problem.evaluate),
+            evaluate_anew=self._timed(problem.evaluate_anew),
+            prepare=self._timed(problem.prepare),
+        )
 
     def _timed(self, call: Callable[[Asked], Answer]) -> Callable[[Asked], Answer]:
         def timed(asked: Asked) -> Answer:

@@ -46,6 +46,7 @@ class Posing:
             sensitivity=self._effects.sensitivity(variables),
             layers={layer.name: LayerFacts(layer.macs, layer.parameters) for layer in graph.layers},
             evaluate=self.evaluate,
+            evaluate_anew=self.evaluate_anew,
             prepare=self.prepare,
             # a run that goes on with another number of processes chooses as it did before
             at_once=bench.run.step("search/at once", lambda: bench.engine.at_once),
@@ -111,8 +112,17 @@ class Posing:
 
     def evaluate(self, policy: Policy) -> Evaluation:
         """Made real on a copy, shortly trained and scored on the search split (`Workbench.recovered_scores`)."""
-        bench, policy = self._bench, self.ordered(policy)
-        (score,) = bench.recovered_scores([policy])
+        policy = self.ordered(policy)
+        (score,) = self._bench.recovered_scores([policy])
+        return self._evaluation(policy, score)
+
+    def evaluate_anew(self, policy: Policy) -> Evaluation:
+        """The same of a network whose weights are drawn anew."""
+        policy = self.ordered(policy)
+        return self._evaluation(policy, self._bench.score_anew(policy))
+
+    def _evaluation(self, policy: Policy, score: float) -> Evaluation:
+        bench = self._bench
         ms, speedup = self._latency(policy)
         figures = Figures(
             latency_ms=ms,

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hirelc_deploy.calibration import Calibration
@@ -67,6 +68,7 @@ class Trainer:
         """`run` holds the states of a training that was interrupted; `largest` bounds the integers of int8 layers, and
         `is_symmetric` says whether the runtime has activations around nought; `progress` as in `Workbench`."""
         self._model = model
+        self._start = model  # whose weights policies begin with
         self._task = task
         self._graph = graph
         self._run = run
@@ -83,6 +85,13 @@ class Trainer:
         """The same for a process beside this one, which shows nothing."""
         found = copy.copy(self)
         found._progress = lambda *_: nullcontext(_unseen)
+        return found
+
+    def anew(self) -> "Trainer":
+        """The same for weights that are drawn anew, which learn from the original all the same."""
+        found = copy.copy(self)
+        found.__dict__.pop("_scores", None)  # those of the weights before
+        found._start = drawn_anew(self._model, self._fine_tuning.seed)
         return found
 
     # -- without training ------------------------------------------------------------------------------------
@@ -168,7 +177,7 @@ class Trainer:
         """Formats are fitted and trained on the whole network, what its quantised weights need least is removed, and
         formats are fitted and trained again; a stage of fine-tuning for each."""
         (first, learn_first), (second, learn_second) = stages
-        whole = copied(self._model)
+        whole = copied(self._start)
         norms = present(self._norms, whole)
         grids = self._fitted(whole, policy, norms)
         if first.epochs and grids:
@@ -289,11 +298,11 @@ class Trainer:
     # -- what both need --------------------------------------------------------------------------------------
 
     def _pruned(self, policy: Policy) -> Pruned:
-        return prune(self._model, self._graph, policy, self._scores)
+        return prune(self._start, self._graph, policy, self._scores)
 
     @cached_property
     def _scores(self) -> Mapping[str, Tensor]:
-        return self._scores_of(self._model)
+        return self._scores_of(self._start)
 
     def _scores_of(self, model: nn.Module) -> Mapping[str, Tensor]:
         batches = [batch for batch, _ in zip(self._task.train, range(TAYLOR_BATCHES), strict=False)]
@@ -310,6 +319,22 @@ class Trainer:
     @cached_property
     def _teacher(self) -> Teacher:
         return Teacher(self._model, self._task.train)
+
+
+def drawn_anew(model: nn.Module, seed: int) -> nn.Module:
+    """A copy with weights as its layers draw them; what no layer draws, such as positions, is drawn from a normal
+    distribution with the mean and the spread that it has."""
+    found = copied(model)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for module in found.modules():
+            draw = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+            if callable(draw):
+                draw()
+            else:
+                for parameter in module.parameters(recurse=False):
+                    parameter.normal_(parameter.mean().item(), parameter.std(correction=0).item())
+    return found.eval()
 
 
 def _smoothed(policy: Policy) -> str:

@@ -6,6 +6,7 @@ run folder before it is used, so that a run that was killed goes on with the sam
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
@@ -191,6 +192,19 @@ class Workbench:
 
     def _recovered_score(self, policy: Policy) -> float:
         return self.scoring.of(self.simulated_outputs(self.trainer.recovered(policy, _recovery(policy)), policy))
+
+    def score_anew(self, policy: Policy) -> float:
+        """The same of one policy whose weights are drawn anew: trained as long towards the same outputs."""
+        name = f"anew/{policy.digest()}"
+        score = self.run.step(
+            name, lambda: self.scoring.of(self.simulated_outputs(self._anew.recovered(policy, name), policy))
+        )
+        self.run.drop_state(name)
+        return score
+
+    @cached_property
+    def _anew(self) -> Trainer:
+        return self.trainer.anew()
 
     def look_at(self, examples: int, batch: int) -> list[dict[str, Tensor]]:
         """The first train examples of those that are only looked at, in batches."""

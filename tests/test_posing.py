@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from exporting import hasten
 from test_workbench import NETWORKS, silent, task, traced
 
@@ -153,6 +155,21 @@ def test_an_evaluation_has_exact_bytes_and_a_drop(posed: tuple[Posing, Problem],
     evaluation = problem.evaluate(problem.policy(row))
     assert evaluation.figures.size_bytes == posing._bench.files.predicted_bytes(evaluation.policy)
     assert evaluation.figures.drop == pytest.approx(posing._bench.scoring.original - evaluation.score)
+
+
+def test_a_network_from_scratch_costs_the_same_and_starts_from_other_weights(posed: tuple[Posing, Problem]) -> None:
+    posing, problem = posed
+    trainer, policy = posing._bench.trainer, narrowest(problem, "int8")
+    pruned, anew = problem.evaluate(policy), problem.evaluate_anew(policy)
+    assert replace(anew.figures, drop=0.0) == replace(pruned.figures, drop=0.0)
+    assert anew.figures.drop == pytest.approx(posing._bench.scoring.original - anew.score)
+    assert problem.evaluate_anew(policy) == anew, "from the journal"
+    kept, drawn = trainer.cut(policy).state_dict(), trainer.anew().cut(policy).state_dict()
+    assert {name: tensor.shape for name, tensor in drawn.items()} == {name: each.shape for name, each in kept.items()}
+    weights = [name for name, tensor in kept.items() if tensor.dim() > 1]
+    assert weights
+    assert not any(torch.equal(kept[name], drawn[name]) for name in weights)
+    assert all(torch.equal(each, trainer.cut(policy).state_dict()[name]) for name, each in kept.items()), "as it was"
 
 
 def test_every_layer_has_its_sensitivity_to_gradients(posed: tuple[Posing, Problem]) -> None:

@@ -16,8 +16,12 @@ FILES = {
     "evolution": "evolution",
     "random": "random_search",
     "modelopt": "modelopt",
+    "scratch": "scratch",
 }
 """Imported when they are used: some bring large libraries with them."""
+
+ONLY_COMPARED = frozenset({"scratch"})
+"""Their evaluations say nothing of the network that was trained, and no export may go by them."""
 
 
 class Method(Protocol):

@@ -110,6 +110,10 @@ class LayerFacts:
     parameters: int
 
 
+def _not_offered(policy: Policy) -> Evaluation:
+    raise NotImplementedError("this problem has no evaluations of weights that are drawn anew")
+
+
 @dataclass(frozen=True)
 class Problem:
     """One network on one target under one budget."""
@@ -125,6 +129,8 @@ class Problem:
     layers: Mapping[str, LayerFacts]
     evaluate: Callable[[Policy], Evaluation]
     """The expensive step."""
+    evaluate_anew: Callable[[Policy], Evaluation] = field(default=_not_offered)
+    """The same of weights that are drawn anew, for `scratch`."""
     prepare: Callable[[Sequence[Policy]], None] = lambda _: None
     """Told of policies that are evaluated next, so that the expensive part is made for all of them side by side."""
     at_once: int = 1
