@@ -6,21 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.special import ndtr
 from toy_search import BEST_COST, COUNTS, DROP_MAX, MENDED, TIED, chosen, toy
 
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.search import hierarchical
-from hirelc_deploy.search.additive import DropModel, recipe_ladder
+from hirelc_deploy.search.additive import DropModel, goal_of, recipe_ladder
 from hirelc_deploy.search.agents import OwnGame
 from hirelc_deploy.search.board import DAMAGE, LATENCY, MODE, MODES, SIZE, Board, Goals
 from hirelc_deploy.search.council import Council, count
 from hirelc_deploy.search.front import most_added
 from hirelc_deploy.search.goal import Goal
-from hirelc_deploy.search.hierarchical import HARD, RECIPES, Parts, search
-from hirelc_deploy.search.problem import Evaluations, GroupVariable, LayerVariable, prices_of
+from hirelc_deploy.search.hierarchical import HARD, LEAST_DEVIATION, RECIPES, Parts, search
+from hirelc_deploy.search.problem import Evaluations, GroupVariable, LayerVariable, Prices, prices_of
 from hirelc_deploy.search.proposals import refined
 from hirelc_deploy.search.space import Evaluation
-from hirelc_deploy.search.surrogate import Surrogate
+from hirelc_deploy.search.surrogate import Surrogate, Told
 
 EVALUATIONS = 28
 
@@ -314,3 +315,29 @@ def test_a_search_for_another_target_finds_another_policy_that_is_faster_there()
         assert target.cost(mine[None]) < target.cost(other[None])
         mine_ms, other_ms = target.problem.costs(np.stack([mine, other])).latency_ms
         assert mine_ms < other_ms
+
+
+def test_a_pick_for_the_goal_is_what_is_expected_to_be_cheaper_than_the_cheapest_that_holds() -> None:
+    """The reward would take the first, which loses nothing; the second is surer than the third and gains enough."""
+    problem = toy().problem
+    evaluations = Evaluations(problem, 9)
+    held = evaluations.of(problem.policy(problem.as_trained))
+    one = hierarchical._Search(problem, evaluations, seed=0, parts=Parts())
+    size_bytes, latency_ms = held.figures.size_bytes, held.figures.latency_ms
+    assert size_bytes is not None
+    assert latency_ms is not None
+    prices = Prices(size_bytes * np.array([0.9, 0.5, 0.4, 1.1]), np.full(4, latency_ms))
+    drops = DROP_MAX * np.array([0.0, 0.8, 1.6, 0.0])
+    promise = one._promise(drops, Told(np.tile(drops, (5, 1))), prices)
+    assert promise.argmax() == 1
+    assert promise[3] == 0, "it is dearer"
+    assert promise[0] == pytest.approx(-np.log(0.9)), "what it gains, for sure"
+    assert promise[1] == pytest.approx(-np.log(0.5) * ndtr(np.log(1 / 0.8) / LEAST_DEVIATION))
+    unsure = one._promise(drops, Told(drops * np.array([[0.25], [0.5], [1.0], [2.0], [4.0]])), prices)
+    assert unsure[1] < promise[1]
+    assert unsure[2] > promise[2]
+
+    free = replace(problem, budget=Budget(size_bytes=10**9))
+    two = hierarchical._Search(free, Evaluations(free, 9), seed=0, parts=Parts())
+    rewards = two._promise(drops, Told(drops[None]), prices)
+    assert rewards == pytest.approx(goal_of(free).reward(drops, prices, HARD)), "without a limit on the drop"

@@ -17,17 +17,18 @@ from functools import partial
 
 import numpy as np
 import torch
+from scipy.special import ndtr
 
-from hirelc_deploy.search.additive import halved_ladder, recipes
+from hirelc_deploy.search.additive import cost, excess, halved_ladder, recipes
 from hirelc_deploy.search.agents import Agent, HighGame, LowGame, OwnGame
 from hirelc_deploy.search.board import Board, Games, Goals
 from hirelc_deploy.search.council import Council
 from hirelc_deploy.search.front import hypervolume, most_added, places_of, points
 from hirelc_deploy.search.goal import Goal, Multipliers, reference
-from hirelc_deploy.search.problem import Evaluations, Problem, Rows, prices_of
+from hirelc_deploy.search.problem import Evaluations, Prices, Problem, Rows, prices_of
 from hirelc_deploy.search.proposals import ROUNDS, refined
 from hirelc_deploy.search.space import Evaluation
-from hirelc_deploy.search.surrogate import Surrogate
+from hirelc_deploy.search.surrogate import Surrogate, Told
 
 RECIPES = 2
 """Hand recipes that are evaluated first, at most, and at most a third of all."""
@@ -54,6 +55,10 @@ PROPOSALS = 256
 
 DROP_OCTAVES = (-2.0, 1.0)
 """Goals of drop, as powers of two times the user's."""
+
+LEAST_DEVIATION, TINY = 0.2, 1e-6
+"""Of the logarithm of a drop that the surrogate tells: what it was off by on evaluations of a network that it had not
+seen (docs/findings.md); and the least drop that has a logarithm here."""
 
 DOUBT_BELOW = 0.4
 """A rank correlation of the surrogate with new evaluations below which its uncertainty counts twice."""
@@ -319,11 +324,32 @@ class _Search:
             left = problem.left(drop, prices)
             expected = places_of(left, prices, problem.before)[open_]
             added = None if turn % every == 0 else most_added(expected, places, self._reference)
-            best = int(self._goal.reward(left, prices, HARD)[open_].argmax()) if added is None else added[0]
+            best = int(self._promise(left, told, prices)[open_].argmax()) if added is None else added[0]
             found.append(int(fresh[open_[best]]))
             places = np.vstack([places, expected[best]])
             open_ = np.delete(open_, best)
         return found
+
+    def _promise(self, left: np.ndarray, told: Told, prices: Prices) -> np.ndarray:
+        """What each policy is worth as a pick for the user's goal, (policies,).
+
+        With a limit on the drop: how much cheaper than the cheapest that holds the limits it is expected to be, since a
+        drop below its limit is worth nothing to the user.  The reward where none holds them yet, none is cheaper, or
+        no drop is limited.
+        """
+        goal, seen = self._goal, self._evaluations.seen
+        reward = goal.reward(left, prices, HARD)
+        costs, limit = cost(goal, prices), self._problem.budget.drop
+        holding = (self._problem.left_of(seen) <= goal.drop_max) & (excess(goal, prices_of(seen)) == 0)
+        if not limit or limit < 0 or not holding.any():
+            return reward
+        cheaper = cost(goal, prices_of(seen))[holding].min() - costs
+        cheaper[excess(goal, prices) > 0] = 0.0
+        if not (cheaper > 0).any():
+            return reward
+        deviation = np.hypot(np.log(np.maximum(told.members, TINY)).std(0), LEAST_DEVIATION)
+        holds = ndtr(np.log(goal.drop_max / np.maximum(left, TINY)) / deviation)
+        return np.maximum(cheaper, 0.0) * holds
 
     # -- evaluating ------------------------------------------------------------------------------------------
 
