@@ -8,8 +8,8 @@
                                                                          has set itself as limits as well
 
 Artifacts go to out/benchmarks/NAME, the manifest of each to benchmarks/results/export_NAME.json, where NAME is the
-network's, and _SEARCH and _goals behind it.  Run it on a quiet machine: fine-tuning may share the cores, the figures are taken at
-the end.
+network's, and _SEARCH and _goals behind it.  Run it on a quiet machine: fine-tuning may share the cores, the figures
+are taken at the end.
 """
 
 import argparse
