@@ -45,6 +45,7 @@ BY_HAND: dict[str, dict[str, Any]] = {
 
 MAX_DROP = {"wide": 0.5, "small": 1.0, "depthwise": 1.0, "vit": 1.0, "small14": 1.0}
 """In points, of what is searched."""
+
 GOALS: dict[str, dict[str, Any]] = {
     "wide": {"max_size_bytes": 30_900, "min_speedup": 10.0},
     "small": {"max_size_bytes": 19_980, "min_speedup": 5.0},

@@ -144,10 +144,8 @@ def generation(bench: Workbench, policies: Sequence[Policy], *, seed: int) -> nn
 
 
 def restarted(trainer: Trainer, start: nn.Module, epochs: int) -> Trainer:
-    """Makes policies of other weights of the same network, and learns from the original all the same."""
-    found = copy.copy(trainer)
-    found.__dict__.pop("_scores", None)  # those of the weights before
-    found._start = start.eval()
+    """Makes policies of other weights of the same network, in so many epochs."""
+    found = trainer.starting_from(start.eval())
     found._fine_tuning = replace(trainer._fine_tuning, epochs=epochs)
     return found
 

@@ -88,10 +88,14 @@ class Trainer:
         return found
 
     def anew(self) -> "Trainer":
-        """The same for weights that are drawn anew, which learn from the original all the same."""
+        """The same for weights that are drawn anew."""
+        return self.starting_from(drawn_anew(self._model, self._fine_tuning.seed))
+
+    def starting_from(self, start: nn.Module) -> "Trainer":
+        """The same for other weights of the network, in eval mode, which learn from the original all the same."""
         found = copy.copy(self)
         found.__dict__.pop("_scores", None)  # those of the weights before
-        found._start = drawn_anew(self._model, self._fine_tuning.seed)
+        found._start = start
         return found
 
     # -- without training ------------------------------------------------------------------------------------
