@@ -41,7 +41,8 @@ $(MODELOPT)/.installed: | $(VENV)/.installed
 	$(BIN)/python -m venv --clear $(MODELOPT)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$($(MODELOPT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth"
-	$(MODELOPT)/bin/python -m pip install --quiet $(CONSTRAINTS) 'nvidia-modelopt==0.47.0' huggingface-hub requests
+	$(MODELOPT)/bin/python -m pip install --quiet $(CONSTRAINTS) 'nvidia-modelopt==0.47.0' huggingface-hub requests \
+		onnx-graphsurgeon onnxslim lief polygraphy
 	touch $@
 
 # One thread a worker: two workers that take all cores each only wait for one another.

@@ -33,7 +33,7 @@ def session(path: Path, setting: Mapping[str, str], threads: int) -> _sessions.L
     options.intra_op_num_threads = threads
     for name, value in setting.items():
         options.add_session_config_entry(name, value)
-    return _sessions.Loaded(path, options)
+    return _sessions.Loaded(_sessions.of_file(path, options))
 
 
 def main() -> None:

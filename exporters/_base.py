@@ -3,9 +3,10 @@
 Timing, scoring and judging are the same for every runtime and live in `hirelc_deploy.verify`.
 """
 
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, np.ndarray]
 """Inputs or outputs of one batch by name; the first axis is the example."""
+
+Floats = Mapping[str, Compute]
+"""By an operator between layers, what it computes in though the layers around it could do with less: floats among
+integers, or fp32 among halves.  It is named by what it gets its values from, `Add of conv1, conv2`."""
+
+NO_FLOATS: Floats = MappingProxyType({})
 
 
 class Session(Protocol):
@@ -58,6 +65,10 @@ class Exported:
     def tensors(self) -> dict[str, str]:
         """Layer name -> the value that holds its weights."""
         return {layer: stored.tensor for layer, stored in self.layers.items()}
+
+
+Adviser = Callable[[bytes, Sequence[Arrays]], Mapping[str, str]]
+"""Of an ONNX model in floats, and examples: the nodes that had better compute in fp32, by name, and why."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,7 @@ class Runtime(Protocol):
         *,
         seen: Any = None,
         ranges: str = "min-max",
-        floats: Collection[str] = (),
+        floats: Floats = NO_FLOATS,
         largest: int = 127,
         ir_version: int = 8,
         metadata: Mapping[str, str] | None = None,
@@ -164,7 +175,7 @@ class Runtime(Protocol):
 
         `grids` holds the grid of every layer that is not stored in floats, whose weights are on it; `seen` is what
         `observe` gave, for the ranges of int8 activations, which are chosen by `ranges`, one of `range_methods`;
-        `floats` names what stays in float between int8 layers; `largest` bounds the integers of int8 layers.
+        `floats` names operators that stay in floats; `largest` bounds the integers of int8 layers.
         """
         ...
 
@@ -174,7 +185,7 @@ class Runtime(Protocol):
         precisions: Mapping[str, Precision],
         calibration: Iterable[Arrays],
         *,
-        floats: Collection[str] = (),
+        floats: Floats = NO_FLOATS,
     ) -> Any:
         """What the int8 activations of a float graph span on these inputs, read once."""
         ...
@@ -185,13 +196,23 @@ class Runtime(Protocol):
         """What it would cost to round the int8 activations of a float graph, each alone."""
         ...
 
+    def needing_fp32(
+        self, graph: Any, examples: Sequence[Arrays], *, bearable: float, adviser: Adviser | None = None
+    ) -> dict[str, str]:
+        """The layers, and the operators between them, that fp16 ruins, and why, in words.
+
+        They hold values that are too large on these examples, or round so coarsely that the outputs change by more
+        than the `bearable` part of their variance.  An adviser's word is taken instead, if there is one.
+        """
+        ...
+
     def foreseen(
         self,
         graph: Any,
         shapes: Mapping[str, tuple[int, ...]],
         precisions: Mapping[str, Precision],
         *,
-        floats: Collection[str] = (),
+        floats: Floats = NO_FLOATS,
         ir_version: int = 8,
         metadata: Mapping[str, str] | None = None,
     ) -> bytes:
@@ -231,7 +252,7 @@ class Runtime(Protocol):
         counts: Mapping[str, tuple[int, ...]],
         *,
         batch: int,
-        floats: Collection[str] = (),
+        floats: Floats = NO_FLOATS,
     ) -> Network:
         """The kernels that this runtime makes of the whole float graph, as a function of the policy."""
         ...

@@ -7,7 +7,7 @@ one kernel writes in one way and another reads in another is brought over once. 
 exporter decides (`_plan`), as a function of the policy.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 
 import numpy as np
@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from hirelc_deploy.cost.kernel import ABSENT, Kernel, Operand, number_text
 from hirelc_deploy.cost.network import Channels, Condition, Held, Network, State, Term
+from hirelc_deploy.exporters._base import NO_FLOATS, Floats
 from hirelc_deploy.exporters._float import FloatGraph, name_of, weight_of
 from hirelc_deploy.exporters._plan import ACTIVATIONS, INTEGER, MOVES, computed_by
 from hirelc_deploy.graph.model_graph import ModelGraph
@@ -57,7 +58,7 @@ class Lowering:
         model: ModelGraph,
         computes: Mapping[str, tuple[Compute, ...]],
         batch: int,
-        floats: frozenset[str],
+        floats: Floats,
     ) -> None:
         self.graph = graph.model.graph
         self.computes = computes
@@ -88,14 +89,14 @@ class Lowering:
         counts: Mapping[str, tuple[int, ...]],
         *,
         batch: int,
-        floats: Collection[str] = (),
+        floats: Floats = NO_FLOATS,
     ) -> Network:
         """The kernels of a network by decision: what each node writes, what it runs as, what lies between kernels.
 
         `graph` is the whole network; `computes` and `counts` are what may be decided for its layers and prune groups,
-        and `floats` names what stays in float between int8 layers, as in `plan`.
+        and `floats` names operators that stay in floats, as in `plan`.
         """
-        lowering = cls(graph, model, computes, batch, frozenset(floats))
+        lowering = cls(graph, model, computes, batch, floats)
         for node in graph.model.graph:
             lowering.states_of(node)
         for node in graph.model.graph:

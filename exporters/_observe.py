@@ -1,6 +1,7 @@
 """What the tensors of a float graph hold when it runs on a CPU: ranges, and what rounding one of them would cost."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,27 +18,33 @@ def histograms(graph: FloatGraph, names: Sequence[str], calibration: Iterable[Ar
     """The values of these tensors, where there are any.  Raises ValueError without data."""
     if not names:
         return {}
+    seen = {name: Histogram() for name in names}
+    empty = True
+    for batch in values(graph, names, calibration):
+        empty = False
+        for name, histogram in seen.items():
+            histogram.add(batch[name])
+    if empty:
+        raise ValueError(f"no calibration data for {len(names)} tensors, {names[0]} among them")
+    return seen
+
+
+def values(graph: FloatGraph, names: Sequence[str], batches: Iterable[Arrays]) -> Iterator[dict[str, np.ndarray]]:
+    """Inputs of the graph and tensors of floats that its nodes write, by name, batch by batch."""
     probe = graph.copy()
     outputs = probe.model.graph.outputs
     inputs = {value.name for value in probe.model.graph.inputs}
-    values = {v.name: v for node in probe.model.graph for v in node.outputs}
+    written = {v.name: v for node in probe.model.graph for v in node.outputs}
     watched = [name for name in names if name not in inputs]
     present = {value.name for value in outputs}
     for name in watched:
         if name not in present:
-            values[name].type = ir.TensorType(ir.DataType.FLOAT)
-            outputs.append(values[name])
+            written[name].type = ir.TensorType(ir.DataType.FLOAT)
+            outputs.append(written[name])
     session = _in_memory(probe, _sessions.options(threads=1))
-    seen = {name: Histogram() for name in names}
-    empty = True
-    for batch in calibration:
-        empty = False
+    for batch in batches:
         read = dict(zip(watched, session.run(watched, dict(batch)), strict=True)) if watched else {}
-        for name, histogram in seen.items():
-            histogram.add(np.asarray(batch[name] if name in inputs else read[name]))
-    if empty:
-        raise ValueError(f"no calibration data for {len(names)} tensors, {names[0]} among them")
-    return seen
+        yield {name: np.asarray(batch[name] if name in inputs else read[name]) for name in names}
 
 
 def rounding_errors(
@@ -51,20 +58,32 @@ def rounding_errors(
     Tensors that are outputs of the graph themselves are left out.
     """
     seen = histograms(graph, layout.calibrated, examples)
-    original = _outputs(graph, examples)
+    error_of = errors_of(graph, examples)
     of_the_graph = {value.name for value in graph.model.graph.outputs}
     between: dict[str, float] = {}
     inputs: dict[str, float] = {}
     for name in layout.calibrated:
         if name in of_the_graph:
             continue
-        found = _outputs(rounded(name, seen[name]), examples)
-        error = max(_relative_error(found[output], original[output]) for output in original)
+        error = error_of(rounded(name, seen[name]))
         held = layout.tensors[name]
         if held.computed_by is not None:
             between[held.computed_by] = max(error, between.get(held.computed_by, 0.0))
         inputs |= dict.fromkeys(layout.readers(name), error)
     return RoundingErrors(between, inputs)
+
+
+def errors_of(graph: FloatGraph, examples: Sequence[Arrays]) -> Callable[[FloatGraph], float]:
+    """By how much the outputs of another graph differ from this one's: of the one that differs most, mean squared and
+    as a part of the variance; infinite where they are no numbers."""
+    original = _outputs(graph, examples)
+
+    def error(other: FloatGraph) -> float:
+        found = _outputs(other, examples)
+        most = max(_relative_error(found[output], original[output]) for output in original)
+        return most if math.isfinite(most) else math.inf
+
+    return error
 
 
 def _outputs(graph: FloatGraph, examples: Sequence[Arrays]) -> dict[str, np.ndarray]:

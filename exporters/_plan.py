@@ -147,8 +147,8 @@ class _Planner:
 def computed_by(node: ir.Node, layer_of: Mapping[str, str]) -> str:
     """What to call an operator without weights, in words that hold for a pruned network as well.
 
-    After the layers that it gets its values from, by way of operators without weights alone; `layer_of` gives the
-    layer of each weight.
+    After the layers that it gets its values from, by way of operators without weights alone, or `inputs` where there is
+    no layer before it; `layer_of` gives the layer of each weight.
     """
     found: set[str] = set()
     pending, done = [node], {node}
@@ -162,7 +162,7 @@ def computed_by(node: ir.Node, layer_of: Mapping[str, str]) -> str:
             if not layers and producer not in done:
                 done.add(producer)
                 pending.append(producer)
-    return f"{node.op_type} of {', '.join(sorted(found))}"
+    return f"{node.op_type} of {', '.join(sorted(found)) or 'inputs'}"
 
 
 def _nonnegative(value: ir.Value) -> bool:

@@ -65,10 +65,9 @@ def of_file(path: Path, chosen: SessionOptions) -> Session:
 class Loaded:
     """A file, ready to run; in the calling thread where it has one."""
 
-    def __init__(self, path: Path, chosen: SessionOptions) -> None:
-        """Raises UserError if the file cannot be loaded."""
-        self._session = of_file(path, chosen)
-        self._outputs = [output.name for output in self._session.get_outputs()]
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._outputs = [output.name for output in session.get_outputs()]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The outputs of one batch by name."""

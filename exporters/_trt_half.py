@@ -24,8 +24,11 @@ READS_INDICES = {"Gather"}
 """Operators of layers that read integers beside their weight."""
 
 
-def to_halves(graph: ir.Graph, *, in_floats: Collection[ir.Node]) -> None:
-    """Turn a graph to fp16, in place; the nodes `in_floats` go on computing in fp32, between two Casts each."""
+def to_halves(graph: ir.Graph, *, in_floats: Collection[ir.Node], no_floats: Collection[str] = ()) -> None:
+    """Turn a graph to fp16, in place; the nodes `in_floats` go on computing in fp32, with Casts around them.
+
+    `no_floats` names what such nodes read beside floats.
+    """
     kept = {
         (node, index)
         for node in graph
@@ -34,28 +37,29 @@ def to_halves(graph: ir.Graph, *, in_floats: Collection[ir.Node]) -> None:
     }
     for value in list(graph.initializers.values()):
         _initializer(graph, value, kept)
-    for node in graph:
+    for node in list(graph):
+        if node in in_floats:
+            _between_casts(graph, node, in_floats, no_floats)
+            continue
         for name in TYPE_ATTRIBUTES:
             if node.attributes.get_int(name, -1) == int(ir.DataType.FLOAT):
                 node.attributes.add(ir.AttrInt64(name, int(ir.DataType.FLOAT16)))
         if node.op_type == "ConstantOfShape":
             _filling(node)
     for value in graph.inputs:
-        if value.dtype == ir.DataType.FLOAT and value.uses():
-            cast = _cast(value, ir.DataType.FLOAT16)
-            graph.insert_before(graph[0], [cast])
-            ir.convenience.replace_all_uses_with(value, cast.outputs[0], replace_graph_outputs=False)
-            cast.replace_input_with(0, value)
-    for node in list(graph):
-        if node in in_floats:
-            _between_casts(graph, node)
+        uses = [use for use in value.uses() if use.node not in in_floats]
+        if value.dtype == ir.DataType.FLOAT and uses:
+            in_half = cast(value, ir.DataType.FLOAT16)
+            graph.insert_before(graph[0], [in_half])
+            for use in uses:
+                use.node.replace_input_with(use.idx, in_half.outputs[0])
     for value in list(graph.outputs):
         producer = value.producer()
         if value.dtype == ir.DataType.FLOAT and producer is not None and producer not in in_floats:
-            cast = _cast(value, ir.DataType.FLOAT)
-            graph.append(cast)
-            replace(value, cast.outputs[0], except_in=cast)
-            _others_read_halves(value, cast)
+            in_float = cast(value, ir.DataType.FLOAT)
+            graph.append(in_float)
+            replace(value, in_float.outputs[0], except_in=in_float)
+            _others_read_halves(value, in_float)
 
 
 def half(array: np.ndarray) -> np.ndarray:
@@ -90,23 +94,28 @@ def _initializer(graph: ir.Graph, value: ir.Value, kept: Collection[tuple[ir.Nod
             use.node.replace_input_with(use.idx, own)
 
 
-def _between_casts(graph: ir.Graph, node: ir.Node) -> None:
+def _between_casts(graph: ir.Graph, node: ir.Node, in_floats: Collection[ir.Node], no_floats: Collection[str]) -> None:
+    """Casts of what it reads from nodes in halves and of what they read from it; two nodes in fp32 need none."""
     for index, value in enumerate(node.inputs):
-        if value is not None and not value.is_initializer() and node.op_type not in READS_INDICES:
-            before = _cast(value, ir.DataType.FLOAT)
+        producer = None if value is None else value.producer()
+        if value is None or producer is None or producer in in_floats or value.name in no_floats:
+            continue
+        if node.op_type not in READS_INDICES or no_floats:
+            before = cast(value, ir.DataType.FLOAT)
             graph.insert_before(node, [before])
             node.replace_input_with(index, before.outputs[0])
-    readers = list(node.outputs[0].uses())
-    if readers:
-        after = _cast(node.outputs[0], ir.DataType.FLOAT16)
-        graph.insert_after(node, [after])
-        for use in readers:
-            use.node.replace_input_with(use.idx, after.outputs[0])
+    for output in node.outputs:
+        readers = [use for use in output.uses() if use.node not in in_floats]
+        if readers and output.name not in no_floats:
+            after = cast(output, ir.DataType.FLOAT16)
+            graph.insert_after(node, [after])
+            for use in readers:
+                use.node.replace_input_with(use.idx, after.outputs[0])
 
 
-def _others_read_halves(value: ir.Value, cast: ir.Node) -> None:
+def _others_read_halves(value: ir.Value, to_float: ir.Node) -> None:
     """A tensor that is an output of the graph and is read within it as well: there as it was before the Cast."""
-    for use in list(cast.outputs[0].uses()):
+    for use in list(to_float.outputs[0].uses()):
         use.node.replace_input_with(use.idx, value)
 
 
@@ -118,5 +127,6 @@ def _filling(node: ir.Node) -> None:
         node.attributes.add(ir.AttrTensor("value", ir.Tensor(half(array))))
 
 
-def _cast(value: ir.Value, to: ir.DataType) -> ir.Node:
+def cast(value: ir.Value, to: ir.DataType) -> ir.Node:
+    """A Cast of a value, not yet in a graph."""
     return ir.node("Cast", [value], {"to": int(to)})

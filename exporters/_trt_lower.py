@@ -13,6 +13,7 @@ import onnx_ir as ir
 from hirelc_deploy.cost.network import Condition
 from hirelc_deploy.exporters._float import name_of
 from hirelc_deploy.exporters._lower import Lowering
+from hirelc_deploy.exporters._plan import computed_by
 from hirelc_deploy.policy import CALIBRATED, Compute
 
 POINTWISE = {"Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu", "HardSigmoid", "HardSwish", "Gelu", "Elu", "Erf"} | {
@@ -53,6 +54,9 @@ class TensorRtLowering(Lowering):
             return
         read = [x for x in node.inputs if x is not None and not x.is_initializer()]
         if not read or node.op_type in FREE or self._is_about_shapes(node) or self._is_taken_along(node):
+            return
+        if self.floats.get(computed_by(node, self.names)) is Compute.FP32:
+            self.term(node, Compute.FP32, ())
             return
         near = next((found for x in read if (found := self._layer_before(x)) is not None), None)
         able = () if near is None else self.computes[near]

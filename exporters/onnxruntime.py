@@ -4,7 +4,7 @@ The path of a model: PyTorch -> float graph (`_float`) -> plan and Q/DQ (`_qdq`)
 """
 
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +13,11 @@ from torch import nn
 
 from hirelc_deploy.exporters import _kernels, _lower, _memory, _sessions
 from hirelc_deploy.exporters._base import (
+    NO_FLOATS,
+    Adviser,
     Arrays,
     Exported,
+    Floats,
     KernelFile,
     RoundingErrors,
     Session,
@@ -78,7 +81,7 @@ class OnnxRuntime:
         *,
         seen: Mapping[str, Histogram] | None = None,
         ranges: str = Method.MIN_MAX,
-        floats: Collection[str] = (),
+        floats: Floats = NO_FLOATS,
         largest: int = 127,
         ir_version: int = 8,
         metadata: Mapping[str, str] | None = None,
@@ -111,7 +114,7 @@ class OnnxRuntime:
         precisions: Mapping[str, Precision],
         calibration: Iterable[Arrays],
         *,
-        floats: Collection[str] = (),
+        floats: Floats = NO_FLOATS,
     ) -> dict[str, Histogram]:
         """The values of every tensor that int8 layers have in integers, from one pass with one batch in memory."""
         return histograms(graph, plan(graph, precisions, floats=floats).calibrated, calibration)
@@ -129,13 +132,19 @@ class OnnxRuntime:
 
         return rounding_errors(graph, layout, examples, on_its_grid)
 
+    def needing_fp32(
+        self, graph: FloatGraph, examples: Sequence[Arrays], *, bearable: float, adviser: Adviser | None = None
+    ) -> dict[str, str]:
+        """Nothing: no target of this runtime computes in fp16."""
+        return {}
+
     def foreseen(
         self,
         graph: FloatGraph,
         shapes: Mapping[str, tuple[int, ...]],
         precisions: Mapping[str, Precision],
         *,
-        floats: Collection[str] = (),
+        floats: Floats = NO_FLOATS,
         ir_version: int = 8,
         metadata: Mapping[str, str] | None = None,
     ) -> bytes:
@@ -155,7 +164,7 @@ class OnnxRuntime:
         return exported.data
 
     def load(self, path: Path, *, threads: int) -> Session:
-        return _sessions.Loaded(path, _sessions.options(threads))
+        return _sessions.Loaded(_sessions.of_file(path, _sessions.options(threads)))
 
     def inspect(self, path: Path, target: Target, tensors: Mapping[str, str]) -> tuple[str, ...]:
         """Nothing: this runtime is on the machine that writes the file, and loads it."""

@@ -4,10 +4,11 @@ The path of a model: PyTorch -> float graph (`_float`) -> plan (`_trt_plan`) -> 
 (`_trt_half`) -> bytes (`_compact`) -> lint (`_trt_lint`).  One file serves TensorRT 10, 11 and TensorRT-RTX.
 
 Away from the device a file is run by an independent reference: ONNX Runtime without optimisations, which computes what
-the operators say, node by node.  That is a simulation of the engine's numbers, and says nothing of its speed.
+the operators say, node by node, every half rounded (`_trt_reference`).  That is a simulation of the engine's numbers,
+and says nothing of its speed.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import _sessions, _trt_lower
 from hirelc_deploy.exporters._base import (
+    NO_FLOATS,
+    Adviser,
     Arrays,
     Exported,
+    Floats,
     Footprint,
     KernelFile,
     KernelMaker,
@@ -33,16 +37,18 @@ from hirelc_deploy.exporters._base import (
 )
 from hirelc_deploy.exporters._calibrate import Histogram, Method, magnitude_of
 from hirelc_deploy.exporters._compact import drop_unused, share, shorten, to_bytes
-from hirelc_deploy.exporters._float import FloatGraph, float_graph, weight_of
+from hirelc_deploy.exporters._float import FloatGraph, float_graph, name_of, weight_of
 from hirelc_deploy.exporters._observe import histograms, rounding_errors
 from hirelc_deploy.exporters._plan import Plan
 from hirelc_deploy.exporters._qdq import rounded
 from hirelc_deploy.exporters._resize import with_shapes
 from hirelc_deploy.exporters._trt_build import build, library
+from hirelc_deploy.exporters._trt_fp32 import float_names, needing_fp32, nodes_in_fp32
 from hirelc_deploy.exporters._trt_half import to_halves
 from hirelc_deploy.exporters._trt_lint import lint
 from hirelc_deploy.exporters._trt_plan import plan
 from hirelc_deploy.exporters._trt_qdq import Span, place, scale_of
+from hirelc_deploy.exporters._trt_reference import in_fp32
 from hirelc_deploy.kernels._base import INT8_MAX, Grid
 from hirelc_deploy.policy import FP32, Compute, Precision
 from hirelc_deploy.profiles import Target
@@ -77,14 +83,15 @@ class TensorRt:
         *,
         seen: Mapping[str, Histogram] | None = None,
         ranges: str = Method.MIN_MAX,
-        floats: Collection[str] = (),
+        floats: Floats = NO_FLOATS,
         largest: int = INT8_MAX,
         ir_version: int = 10,
         metadata: Mapping[str, str] | None = None,
     ) -> Exported:
         """The file of a float graph under the given precisions.
 
-        Where every layer computes in fp32 all of it does; otherwise what is not decided computes in fp16.  `seen` is
+        Where every layer computes in fp32 all of it does; otherwise what is not decided computes in fp16, but for the
+        operators that are in fp32 by `floats`.  `seen` is
         what `observe` gave for the same layers and `floats`.  Raises UserError for a weight that TensorRT cannot hold
         as it was decided.
         """
@@ -102,6 +109,7 @@ class TensorRt:
             layout,
             spans,
             grids or {},
+            floats=floats,
             largest=largest,
             ir_version=ir_version,
             metadata=metadata or {},
@@ -113,7 +121,7 @@ class TensorRt:
         precisions: Mapping[str, Precision],
         calibration: Iterable[Arrays],
         *,
-        floats: Collection[str] = (),
+        floats: Floats = NO_FLOATS,
     ) -> dict[str, Histogram]:
         """The values of every tensor that is quantised, from one pass with one batch in memory."""
         return histograms(graph, plan(graph, precisions, floats=floats).calibrated, calibration)
@@ -129,13 +137,19 @@ class TensorRt:
 
         return rounding_errors(graph, layout, examples, on_its_grid)
 
+    def needing_fp32(
+        self, graph: FloatGraph, examples: Sequence[Arrays], *, bearable: float, adviser: Adviser | None = None
+    ) -> dict[str, str]:
+        """The layers and operators that fp16 ruins, and why."""
+        return needing_fp32(graph, examples, bearable=bearable, adviser=adviser)
+
     def foreseen(
         self,
         graph: FloatGraph,
         shapes: Mapping[str, tuple[int, ...]],
         precisions: Mapping[str, Precision],
         *,
-        floats: Collection[str] = (),
+        floats: Floats = NO_FLOATS,
         ir_version: int = 10,
         metadata: Mapping[str, str] | None = None,
     ) -> bytes:
@@ -148,6 +162,7 @@ class TensorRt:
             layout,
             dict.fromkeys(layout.calibrated, Span(1.0, 1.0)),
             None,
+            floats=floats,
             largest=INT8_MAX,
             ir_version=ir_version,
             metadata=metadata or {},
@@ -161,9 +176,11 @@ class TensorRt:
                 f"{path.name} is an engine, which runs on the device that built it and nowhere else",
                 fix="measure it there: hirelc-deploy verify DIR --host user@device",
             )
-        lint(onnx.load(path))
+        model = onnx.load(path)
+        lint(model)
         # node by node, as it is written
-        return _sessions.Loaded(path, _sessions.options(threads, _sessions.Level.ORT_DISABLE_ALL))
+        options = _sessions.options(threads, _sessions.Level.ORT_DISABLE_ALL)
+        return _sessions.Loaded(_sessions.in_memory(in_fp32(model), options))
 
     def inspect(self, path: Path, target: Target, tensors: Mapping[str, str]) -> tuple[str, ...]:
         """Lint a file for the target.  Raises UserError for what its TensorRT would refuse, by layer."""
@@ -221,6 +238,7 @@ def _finish(
     spans: Mapping[str, Span],
     grids: Mapping[str, Grid] | None,
     *,
+    floats: Floats,
     largest: int,
     ir_version: int,
     metadata: Mapping[str, str],
@@ -228,10 +246,11 @@ def _finish(
     written = graph.copy()
     body = written.model.graph
     in_floats = {weight for layer, weight in graph.weights.items() if _compute(precisions, layer) is Compute.FP32}
-    nodes_in_floats = [node for node in body if (weight := weight_of(node)) is not None and weight.name in in_floats]
+    layers = [node for node in body if (weight := weight_of(node)) is not None and weight.name in in_floats]
+    between = nodes_in_fp32(written, floats)
     stored = place(written, layout, spans, precisions, grids, largest=largest)
     if any(precision.compute is not Compute.FP32 for precision in precisions.values()):
-        to_halves(body, in_floats=nodes_in_floats)
+        to_halves(body, in_floats={*layers, *between}, no_floats=_no_floats(graph) if between else ())
     stored |= {layer: _in_floats(written, name) for layer, name in graph.weights.items() if layer not in stored}
     drop_unused(written.model)
     renamed = shorten(written.model)
@@ -243,6 +262,11 @@ def _finish(
             for layer in graph.weights
         },
     )
+
+
+def _no_floats(graph: FloatGraph) -> frozenset[str]:
+    values = (*graph.model.graph.inputs, *(value for node in graph.model.graph for value in node.outputs))
+    return frozenset(map(name_of, values)) - float_names(graph)
 
 
 def _compute(precisions: Mapping[str, Precision], layer: str) -> Compute:

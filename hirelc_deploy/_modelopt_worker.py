@@ -1,8 +1,9 @@
-"""Asks nvidia-modelopt for a choice of bits, or for factors of activations: python _modelopt_worker.py FOLDER
+"""Asks nvidia-modelopt for bits, for factors of activations, or for nodes: python _modelopt_worker.py FOLDER
 
 It runs in an environment that has modelopt, as a copy in FOLDER, and so imports nothing of ours.  FOLDER holds
-job.json, model.pt and batches.pt.  What job.json wants is written beside them: formats.json has auto_quantize's bits by
-layer, one mapping for each number of effective bits; factors.pt has what each algorithm multiplies a layer's input by.
+job.json, and model.pt and batches.pt, or model.onnx and examples.npz.  What job.json wants is written beside them:
+formats.json has auto_quantize's bits by layer, one mapping for each number of effective bits; factors.pt has what each
+algorithm multiplies a layer's input by; nodes.json has the names of the nodes that AutoCast keeps in fp32.
 """
 
 import copy
@@ -110,11 +111,31 @@ def factors(model: nn.Module, batches: list[Batch], run: Run) -> dict[str, dict[
     return found
 
 
+def fp32_nodes(model: Path, examples: Path) -> list[str]:
+    """By the types that its file of halves gives to what nodes write."""
+    import onnx
+    from modelopt.onnx.autocast import convert_to_mixed_precision  # loads what the other jobs can do without
+
+    mixed = convert_to_mixed_precision(str(model), keep_io_types=True, calibration_data=str(examples))
+    graph = onnx.shape_inference.infer_shapes(mixed).graph
+    kinds = {each.name: each.type.tensor_type.elem_type for each in (*graph.value_info, *graph.output)}
+    named = {node.name for node in onnx.load(model).graph.node}
+    return [
+        node.name
+        for node in graph.node
+        if node.name in named and any(kinds.get(output) == onnx.TensorProto.FLOAT for output in node.output)
+    ]
+
+
 def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    sys.meta_path.append(UserModules(job["modules"]))
     for path in job["path"]:
         site.addsitedir(path)  # behind the others: torch and all that modelopt needs are this environment's own
+    if job["want"] == "fp32 nodes":
+        found = fp32_nodes(folder / "model.onnx", folder / "examples.npz")
+        (folder / "nodes.json").write_text(json.dumps(found), encoding="utf-8")
+        return
+    sys.meta_path.append(UserModules(job["modules"]))
     model: nn.Module = torch.load(folder / "model.pt", weights_only=False)
     batches: list[Batch] = torch.load(folder / "batches.pt")
 

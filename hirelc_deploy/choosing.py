@@ -52,8 +52,9 @@ def choose(
     """The policy: the given one, what a recipe comes to where speed is measured, or what a search finds."""
     for left in bench.graph.left_out:
         console.note(f"left as it is: {left.name}: {left.reason}")
-    if policy is None and isinstance(asked, Recipe):
-        policy = asked.policy(bench.space, bench.latencies.fastest_computes(asked.counts(bench.space)))
+    if isinstance(asked, Recipe):  # now that it is known what is fastest, and what fp16 ruins
+        computes = None if asked.compute else bench.latencies.fastest_computes(asked.counts(bench.space))
+        policy = asked.policy(bench.space, computes)
     posing = Posing(bench, budget, order=settings.order)
 
     def complete(found: Policy) -> Evaluation:

@@ -276,6 +276,15 @@ def export(
             rich_help_panel=TUNING,
         ),
     ] = None,
+    fp16_check: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BY",
+            help="Who says which layers and operators stay in fp32 where fp16 would ruin them (TensorRT): measured (by "
+            "their values on train examples; default), or autocast (nvidia-modelopt's).",
+            rich_help_panel=TUNING,
+        ),
+    ] = None,
     workers: Workers = None,
     seed: Seed = None,
     threads: Threads = None,

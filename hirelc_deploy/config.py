@@ -30,6 +30,9 @@ that layers have even ranges, and between a norm and what reads it, errors of ro
 rounded, and biases make up for what is left in the means."""
 MODELOPT = "modelopt"
 """A step beside them, which needs nvidia-modelopt: smooth tries what it proposes as well."""
+AUTOCAST = "autocast"
+FP16_CHECKS = ("measured", AUTOCAST)
+"""Who says which layers and operators fp16 ruins: their values on train examples, or nvidia-modelopt's AutoCast."""
 AUGMENTATIONS = ("flip", "shift")
 """How train images are changed at random for fine-tuning (`hirelc_deploy.augment`)."""
 
@@ -124,6 +127,8 @@ class ExportSettings:
     """Of AUGMENTATIONS those that fine-tuning uses; a task of the user's own has its own."""
     post_training: tuple[str, ...] | None = None
     """The steps of POST_TRAINING_STEPS to take where nothing is fine-tuned, and MODELOPT; None takes all but that."""
+    fp16_check: str = "measured"
+    """One of FP16_CHECKS, for targets that compute in fp16."""
     workers: int = 1
     """Processes that make evaluations side by side."""
     seed: int = 0
@@ -140,7 +145,12 @@ class ExportSettings:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("search", SEARCHES), ("order", ORDERS), ("importance", IMPORTANCES)):
+        for name, choices in (
+            ("search", SEARCHES),
+            ("order", ORDERS),
+            ("importance", IMPORTANCES),
+            ("fp16_check", FP16_CHECKS),
+        ):
             if getattr(self, name) is not None:
                 _require_one_of(name, getattr(self, name), choices)
         for name in ("evaluations", "workers", "threads", "batch"):
@@ -173,7 +183,7 @@ class ExportSettings:
 def _require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(
-            f"{name} is {value!r}, which does not exist",
+            f"{name.replace('_', '-')} is {value!r}, which does not exist",
             fix=f"did you mean {nearest(value, choices)}? There is {', '.join(choices)}",
         )
 
@@ -265,6 +275,7 @@ OPTIONS: Mapping[str, Option] = {
     "epochs": Option("epochs", _whole),
     "augment": Option("augment", _augmentations),
     "post_training": Option("post_training", _steps),
+    "fp16_check": Option("fp16_check", _text),
     "workers": Option("workers", _whole),
     "seed": Option("seed", _whole),
     "threads": Option("threads", _whole),

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,9 @@ from hirelc_deploy.verify.measure import example
 
 if TYPE_CHECKING:
     from hirelc_deploy.calibration import Calibration
-    from hirelc_deploy.exporters._base import Arrays, Exported, Session
+    from hirelc_deploy.exporters._base import Adviser, Arrays, Exported, Floats, Session
     from hirelc_deploy.scoring import Scoring
+    from hirelc_deploy.search.space import SearchSpace
     from hirelc_deploy.subject import Subject
     from hirelc_deploy.trainer import Trainer
 
@@ -50,8 +51,18 @@ class Written:
 class Files:
     """Writes the files of one network's policies for one target."""
 
-    def __init__(self, subject: "Subject", trainer: "Trainer", scoring: "Scoring", calibration: "Calibration") -> None:
+    def __init__(
+        self,
+        subject: "Subject",
+        trainer: "Trainer",
+        scoring: "Scoring",
+        calibration: "Calibration",
+        *,
+        adviser: "Adviser | None" = None,
+    ) -> None:
+        """An adviser says what fp16 does not hold, instead of what is seen."""
         self._subject = subject
+        self._adviser = adviser
         self._runtime = subject.runtime
         self._trainer = trainer
         self._scoring = scoring
@@ -121,13 +132,14 @@ class Files:
     @property
     def in_halves(self) -> Policy | None:
         """All channels, and every layer in fp16 that can be; None where none can."""
-        able = [layer for layer, choices in self._subject.space.layers.items() if FP16 in choices]
+        able = [layer for layer, choices in self.space.layers.items() if FP16 in choices]
         return Policy(dict.fromkeys(able, FP16), {}) if able else None
 
     def _of_original(self, precisions: Mapping[str, Any]) -> "Exported":
         return self._runtime.write(
             self._original_graph,
             precisions,
+            floats=self._in_float(Policy(precisions, {})),
             ir_version=self._subject.target.runtime.ir_version,
             metadata=self._metadata,
         )
@@ -195,7 +207,32 @@ class Files:
         """Files that lie there, ready to run."""
         return {name: self._runtime.load(path, threads=self._subject.threads) for name, path in paths.items()}
 
-    # -- what 8 bits do not hold -----------------------------------------------------------------------------
+    # -- what few bits do not hold ----------------------------------------------------------------------------
+
+    @cached_property
+    def space(self) -> "SearchSpace":
+        """What may be chosen: of target and network, but for layers that fp16 ruins, which compute in fp32."""
+        whole = self._subject.space
+        layers = {
+            layer: tuple(each for each in choices if layer not in self.needing_fp32 or each.compute is Compute.FP32)
+            for layer, choices in whole.layers.items()
+        }
+        return replace(whole, layers=layers)
+
+    @cached_property
+    def needing_fp32(self) -> Mapping[str, str]:
+        """The layers, and operators between them, of the original that fp16 ruins, and why; none where there is no
+        fp16."""
+        if not any(FP16 in choices for choices in self._subject.space.layers.values()):
+            return {}
+        advised = "" if self._adviser is None else "/advised"
+        found: dict[str, str] = self._subject.run.step(f"needing fp32{advised}", self._needing_fp32)
+        return found
+
+    def _needing_fp32(self) -> dict[str, str]:
+        return self._runtime.needing_fp32(
+            self._original_graph, self._few_arrays(), bearable=ROUNDS_BADLY, adviser=self._adviser
+        )
 
     @cached_property
     def rounding_errors(self) -> RoundingErrors:
@@ -205,13 +242,16 @@ class Files:
 
     def _rounding_errors(self) -> RoundingErrors:
         in_integers = {name: INT8 for name, offered in self._subject.space.layers.items() if INT8 in offered}
-        examples = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in self._calibration.few()]
-        return self._runtime.rounding_errors(self._original_graph, in_integers, examples)
+        return self._runtime.rounding_errors(self._original_graph, in_integers, self._few_arrays())
+
+    def _few_arrays(self) -> "list[Arrays]":
+        return [{name: tensor.numpy() for name, tensor in batch.items()} for batch in self._calibration.few()]
 
     @property
-    def floats_between(self) -> frozenset[str]:
-        """What stays in float between int8 layers: rounded to 8 bits it would change the outputs."""
-        return frozenset(name for name, error in self.rounding_errors.between.items() if error > ROUNDS_BADLY)
+    def floats(self) -> "Floats":
+        """What may have to compute in floats between int8 layers, since 8 bits would change the outputs, or in fp32
+        among halves."""
+        return self._beside_integers | self._beside_halves
 
     @property
     def rounding_badly(self) -> frozenset[str]:
@@ -219,25 +259,50 @@ class Files:
         return frozenset(layer for layer, error in self.rounding_errors.inputs.items() if error > ROUNDS_BADLY)
 
     def notes_on_rounding(self, policy: Policy) -> tuple[str, ...]:
-        """For people: the activations of int8 layers that 8 bits do not hold, and what became of them."""
+        """For people: what 8 bits or halves do not hold, and what became of it."""
+        return (*self._notes_on_integers(policy), *self._notes_on_halves(policy))
+
+    def _notes_on_integers(self, policy: Policy) -> Iterator[str]:
         if not _computes_in(policy, Compute.INT8):
-            return ()
+            return
         errors = self.rounding_errors
-        left = [(errors.between[name], f"{name} stays in float") for name in sorted(self._in_float(policy))]
+        left = [(errors.between[name], f"{name} stays in float") for name in sorted(self._beside_integers)]
         better_off = [
             (errors.inputs[layer], f"what {layer} reads would be better off in float (compute=fp32 for that layer)")
             for layer, precision in policy.precisions.items()
             if precision.compute is Compute.INT8 and layer in self.rounding_badly
         ]
-        return tuple(
-            f"{what}: rounding it to 8 bits changes the outputs by {100 * error:.2g} % of their variance"
-            for error, what in (*left, *better_off)
-        )
+        for error, what in (*left, *better_off):
+            yield f"{what}: rounding it to 8 bits changes the outputs by {100 * error:.2g} % of their variance"
 
-    def _in_float(self, policy: Policy) -> frozenset[str]:
-        return self.floats_between if _computes_in(policy, Compute.INT8) else frozenset()
+    def _notes_on_halves(self, policy: Policy) -> Iterator[str]:
+        if not _computes_in_less_than_fp32(policy):
+            return
+        for name, why in sorted(self.needing_fp32.items()):
+            given = policy.precisions.get(name)
+            if given is None or given.compute is Compute.FP32:
+                yield f"{name} computes in fp32: {why}"
+            else:
+                yield f"{name} computes in {given.compute}, and would be better off in fp32: {why}"
+
+    @property
+    def _beside_integers(self) -> dict[str, Compute]:
+        found = (name for name, error in self.rounding_errors.between.items() if error > ROUNDS_BADLY)
+        return dict.fromkeys(found, Compute.FP16 if self.in_halves else Compute.FP32)
+
+    @property
+    def _beside_halves(self) -> dict[str, Compute]:
+        return dict.fromkeys((name for name in self.needing_fp32 if name not in self.space.layers), Compute.FP32)
+
+    def _in_float(self, policy: Policy) -> "Floats":
+        found = self._beside_integers if _computes_in(policy, Compute.INT8) else {}
+        return found | self._beside_halves if _computes_in_less_than_fp32(policy) else found
 
 
 def _computes_in(policy: Policy, *computes: Compute) -> bool:
     """Whether any layer does so in one of these."""
     return any(precision.compute in computes for precision in policy.precisions.values())
+
+
+def _computes_in_less_than_fp32(policy: Policy) -> bool:
+    return any(precision.compute is not Compute.FP32 for precision in policy.precisions.values())

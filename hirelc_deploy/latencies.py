@@ -45,7 +45,7 @@ class Latencies:
             self._subject.space.computes,
             self._subject.space.groups,
             batch=self._subject.batch,
-            floats=self._files.floats_between,
+            floats=self._files.floats,
         )
 
     # -- of one policy ---------------------------------------------------------------------------------------
@@ -168,14 +168,15 @@ class Latencies:
     @cached_property
     def computes_allowed(self) -> dict[str, tuple[Compute, ...]]:
         """What each layer and those that share its weight may compute in, fp32 first."""
-        return {layer: self._allowed(layer) for layer in self._subject.space.layers}
+        return {layer: self._allowed(layer) for layer in self._files.space.layers}
 
     def _allowed(self, layer: str) -> tuple[Compute, ...]:
         together = (layer, *self._subject.graph.layer[layer].shares_weight_with)
-        if not self._files.rounding_badly.isdisjoint(together):
-            return (Compute.FP32,)
-        computes = self._subject.space.computes
-        return tuple(c for c in computes[layer] if all(c in computes[twin] for twin in together))
+        computes = self._files.space.computes
+        able = tuple(c for c in computes[layer] if all(c in computes[twin] for twin in together))
+        if self._files.rounding_badly.isdisjoint(together):
+            return able
+        return tuple(c for c in able if c in (Compute.FP32, Compute.FP16))
 
     def _fastest(self, keep: Mapping[str, int]) -> dict[str, Compute]:
         allowed = self.computes_allowed

@@ -2,7 +2,8 @@
 
 modelopt can bring runtimes of other versions along, so it is never imported here: the network goes to it as a file, and
 what it wants comes back as one.  The bits that its auto_quantize gives each layer are made real by the same means as
-every other policy; the factors that its SmoothQuant and AWQ scale activations by are tried beside ours.
+every other policy; the factors that its SmoothQuant and AWQ scale activations by are tried beside ours; what its
+AutoCast keeps in fp32 can be kept so here.
 """
 
 import json
@@ -13,8 +14,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,9 +39,12 @@ if TYPE_CHECKING:
 VARIABLE = "HIRELC_DEPLOY_MODELOPT"
 """The Python of an environment that has nvidia-modelopt."""
 
+NEEDS = "requests huggingface-hub onnx-graphsurgeon onnxslim lief polygraphy"
+"""What it imports; its own extra for ONNX would bring a runtime for GPUs along."""
+
 INSTALL = (
-    "make an environment of its own for it: python -m venv DIR; DIR/bin/pip install nvidia-modelopt requests "
-    f"huggingface-hub; export {VARIABLE}=DIR/bin/python"
+    f"make an environment of its own for it: python -m venv DIR; DIR/bin/pip install nvidia-modelopt {NEEDS}; export "
+    f"{VARIABLE}=DIR/bin/python"
 )
 
 EXAMPLES, BATCH = 512, 64
@@ -88,9 +93,27 @@ def factors(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[s
     modelopt's own words where it fails.
     """
     sent = [{"inputs": dict(inputs)} for inputs in batches]
-    with _answered(model, sent, {"want": "factors"}) as folder:
+    with _answered(partial(_send, model, sent, {"want": "factors"})) as folder:
         found: dict[str, dict[str, Tensor]] = torch.load(folder / "factors.pt", weights_only=True)
     return {f"modelopt's {algorithm}": by_layer for algorithm, by_layer in found.items()}
+
+
+def kept_in_fp32(model: bytes, examples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, str]:
+    """The names of the nodes of an ONNX model that its AutoCast keeps in fp32 where it turns the model to fp16.
+
+    With a word of explanation each.  Raises UserError with modelopt's own words where it fails.
+    """
+
+    def send(folder: Path) -> None:
+        job = {"want": "fp32 nodes", "path": [sysconfig.get_path("purelib")]}
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        (folder / "model.onnx").write_bytes(model)
+        arrays: dict[str, Any] = {name: np.concatenate([each[name] for each in examples]) for name in examples[0]}
+        np.savez(folder / "examples.npz", **arrays)
+
+    with _answered(send) as folder:
+        nodes = json.loads((folder / "nodes.json").read_text(encoding="utf-8"))
+    return dict.fromkeys(nodes, "AutoCast keeps it there")
 
 
 def _by_bits(layer: LayerVariable) -> dict[int, Precision]:
@@ -132,24 +155,24 @@ def _asked(bench: "Workbench", bits: Sequence[int], effective_bits: Sequence[flo
     with torch.no_grad():
         output = task.output_name(graph.forward(bench.model, batches[0]["inputs"]))
     job = {"want": "bits", "bits": list(bits), "effective_bits": list(effective_bits), "output": output}
-    with _answered(bench.model, batches, job) as folder:
+    with _answered(partial(_send, bench.model, batches, job)) as folder:
         chosen: list[dict[str, int]] = json.loads((folder / "formats.json").read_text(encoding="utf-8"))
     return chosen
 
 
 @contextmanager
-def _answered(model: nn.Module, batches: Sequence[dict[str, Any]], job: dict[str, Any]) -> Iterator[Path]:
-    """A folder with what it made of a job, until the end of the block."""
+def _answered(send: Callable[[Path], None]) -> Iterator[Path]:
+    """A folder with what it made of the job that is sent there, until the end of the block."""
     interpreter = python()
     with tempfile.TemporaryDirectory(prefix="hirelc-deploy-") as name:
         folder = Path(name)
-        _send(folder, model, batches, job)
+        send(folder)
         shutil.copy(WORKER, folder)  # a script's folder comes first on its path: an empty one, not this package's
         command = [interpreter, str(folder / WORKER.name), str(folder)]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-            lacks = "No module named 'modelopt" in said
+            lacks = "No module named" in done.stderr
             raise UserError(
                 f"nvidia-modelopt failed: {said}",
                 fix=INSTALL if lacks else "go on without modelopt; its own words are above",
@@ -157,7 +180,7 @@ def _answered(model: nn.Module, batches: Sequence[dict[str, Any]], job: dict[str
         yield folder
 
 
-def _send(folder: Path, model: nn.Module, batches: Sequence[dict[str, Any]], job: dict[str, Any]) -> None:
+def _send(model: nn.Module, batches: Sequence[dict[str, Any]], job: dict[str, Any], folder: Path) -> None:
     modules, path = _homes(model)
     job = {**job, "modules": modules, "path": path, "by_name": goes_by_keyword(model, batches[0]["inputs"])}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")

@@ -11,9 +11,10 @@ from hirelc_deploy.augment import augmented
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.compress.posttraining import PostTraining
-from hirelc_deploy.config import MODELOPT, ExportSettings
+from hirelc_deploy.config import AUTOCAST, MODELOPT, ExportSettings
+from hirelc_deploy.errors import UserError
 from hirelc_deploy.identity import fingerprint
-from hirelc_deploy.policy import Policy
+from hirelc_deploy.policy import Compute, Policy
 from hirelc_deploy.pool import Engine, Pool, in_turn
 from hirelc_deploy.profiles import Target, load_target
 from hirelc_deploy.rundir import RunFolder
@@ -41,11 +42,15 @@ def opened(
 ) -> "Iterator[tuple[Workbench, Checkpoint, Policy | None]]":
     """Everything that the settings name, loaded and checked, its run folder held: the workbench, the checkpoint, and
     the policy that `asked_for` comes to, None if that has to be searched or measured for."""
-    if settings.search == "modelopt" or MODELOPT in (settings.post_training or ()):
+    if _asks_modelopt(settings):
         modelopt.python()  # refused before anything is trained
     if settings.kernels is not None:
         kernels.add_folder(settings.kernels)
     target = load_target(settings.target)
+    if settings.fp16_check == AUTOCAST and not any(Compute.FP16 in each for each in target.computes.values()):
+        raise UserError(
+            f"fp16-check is {AUTOCAST}, and {target.name} computes nothing in fp16", fix="leave fp16-check out"
+        )
     task = augmented(task or datasets.load_task(settings.data, seed=settings.seed), settings.augment)
     trained = checkpoint.of(model, settings.model) if model else checkpoint.load(settings.model, settings.checkpoint)
     network = graph.trace(trained.model, task.example)
@@ -95,6 +100,13 @@ def _workbench(
         progress=console.progress,
         target_spec=settings.target,
         engine=engine,
+        adviser=modelopt.kept_in_fp32 if settings.fp16_check == AUTOCAST else None,
+    )
+
+
+def _asks_modelopt(settings: ExportSettings) -> bool:
+    return (
+        settings.search == "modelopt" or settings.fp16_check == AUTOCAST or MODELOPT in (settings.post_training or ())
     )
 
 

@@ -33,9 +33,11 @@ from hirelc_deploy.verify.machines import Here
 from hirelc_deploy.verify.profiling import tables_at
 
 if TYPE_CHECKING:
+    from hirelc_deploy.exporters._base import Adviser
     from hirelc_deploy.graph.model_graph import ModelGraph
     from hirelc_deploy.profiles import Target
     from hirelc_deploy.rundir import RunFolder
+    from hirelc_deploy.search.space import SearchSpace
     from hirelc_deploy.task import Task
 
 GRID = "grid/"
@@ -72,14 +74,16 @@ class Workbench:
         progress: Callable[[str, int], Any],
         target_spec: str | None = None,
         engine: Engine = in_turn,
+        adviser: "Adviser | None" = None,
     ) -> None:
         """`progress(what, steps)` gives a context manager that yields what is called after each step.
 
-        `target_spec` is what the user named the target by: FILE.toml has its tables beside it.
+        `target_spec` is what the user named the target by: FILE.toml has its tables beside it.  An adviser says what
+        fp16 does not hold.
         """
         subject = Subject(model.eval(), task, graph, target, run, threads=threads, batch=batch)
         self.model, self.task, self.graph, self.target, self.run = model, task, graph, target, run
-        self.space, self.runtime, self.largest = subject.space, subject.runtime, subject.largest
+        self.runtime, self.largest = subject.runtime, subject.largest
         self.progress = progress
         self.engine = engine
         self.calibration = Calibration(task, fine_tuning.seed)
@@ -97,10 +101,15 @@ class Workbench:
             is_symmetric=self.runtime.is_symmetric,
             progress=progress,
         )
-        self.files = Files(subject, self.trainer, self.scoring, self.calibration)
+        self.files = Files(subject, self.trainer, self.scoring, self.calibration, adviser=adviser)
         here = Here(self.runtime, threads=threads)
         self.pricing = Pricing(target, tables_at(target_spec or target.name, target, here.where), here, progress)
         self.latencies = Latencies(subject, self.files, self.pricing, self.trainer)
+
+    @property
+    def space(self) -> "SearchSpace":
+        """What may be chosen."""
+        return self.files.space
 
     # -- what the search is handed ---------------------------------------------------------------------------
 

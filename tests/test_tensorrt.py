@@ -17,7 +17,7 @@ from hirelc_deploy.compress.grids import fitted, put_on
 from hirelc_deploy.compress.simulate import simulated
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters._calibrate import Histogram, Method, magnitude_of
-from hirelc_deploy.policy import FP8, FP16, INT8, Precision
+from hirelc_deploy.policy import FP8, FP16, INT8, Compute, Precision
 
 # Rounding in 32-bit floats over sums of a few hundred products.
 FLOAT_TOLERANCE = 1e-5
@@ -164,7 +164,7 @@ def test_an_addition_that_rounds_badly_reads_floats() -> None:
     network = case("residual")
     precisions = network.precisions(INT8)
     name = "Add of second, stem"
-    floats = {name}
+    floats = {name: Compute.FP16}
     assert name in RUNTIME.rounding_errors(network.graph, precisions, [network.inputs]).between
     seen = RUNTIME.observe(network.graph, precisions, [network.inputs], floats=floats)
     grids = fitted(network.model, precisions, {}, largest=127)
