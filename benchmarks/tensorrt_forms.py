@@ -91,13 +91,16 @@ NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
         MobileNetV2Config(num_labels=1000, depth_multiplier=0.5)
     ),
     "mobilenetv2": lambda: MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=1000)),
+    "mobilenetv1 half as wide": lambda: MobileNetV1ForImageClassification(
+        MobileNetV1Config(num_labels=1000, depth_multiplier=0.5)
+    ),
     "mobilenetv1": lambda: MobileNetV1ForImageClassification(MobileNetV1Config(num_labels=1000)),
     "deit-tiny": lambda: ViTForImageClassification(
         ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, num_labels=1000)
     ),
 }
 
-FITTED = ("resnet18", "resnet18 half as wide", "resnet34", "mobilenetv2 half as wide")
+FITTED = ("resnet18", "resnet18 half as wide", "resnet34", "mobilenetv2 half as wide", "mobilenetv1 half as wide")
 """What an engine adds to its file is taken from these, and judged on the others."""
 
 COUNTED: Mapping[str, tuple[str, ...]] = {
