@@ -280,8 +280,8 @@ def export(
         str | None,
         typer.Option(
             metavar="BY",
-            help="Who says which layers and operators stay in fp32 where fp16 would ruin them (TensorRT): measured (default; "
-            "by their values on train examples), or autocast (nvidia-modelopt's).",
+            help="Who says which layers and operators stay in fp32 where fp16 would ruin them (TensorRT): measured "
+            "(default; by their values on train examples), or autocast (nvidia-modelopt's).",
             rich_help_panel=TUNING,
         ),
     ] = None,
