@@ -138,7 +138,7 @@ PAGE = ROOT / "docs" / "search.md"
 WITHOUT_RECIPES = (
     "  Without recipes beside them, 0 is nothing found, and 1 what all of these found together.  A part that changes "
     "no evaluation has the figures of the whole: networks of the surrogate count only while they have told new "
-    "evaluations better than the formula that they correct, and Fisher moves shares that the vote settles."
+    "evaluations better than the formula that they correct."
 )
 
 INTRODUCTION = """# Methods of search side by side

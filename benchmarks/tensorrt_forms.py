@@ -303,6 +303,7 @@ Refused by the lint and by that parser alike: quantised biases, packed weights, 
 scales for an activation, scales that are not positive, unknown operators (`tests/test_trt_lint.py` breaks a file each
 way). Refused by the lint alone, since TensorRT 10 refuses it or no int8 kernel reads it: quantised constants other
 than weights, uint8 activations, scales along another axis than a weight's outputs, computed scales, newer opsets.
+
 Away from the device a file is scored by ONNX Runtime, which has no kernels for fp16 on x86 and would compute all of it
 in fp32: every half of the file is rounded to one for that (`exporters/_trt_reference.py`).  What fp16 ruins stays in
 fp32, with Casts around it; such files are built as well (`tests/test_trt_fp32.py`).

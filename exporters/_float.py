@@ -76,6 +76,11 @@ class FloatGraph:
     model: ir.Model
     weights: Mapping[str, str]
 
+    @property
+    def layer_of(self) -> dict[str, str]:
+        """By the name of a weight, its layer; of several that share it the last."""
+        return {weight: layer for layer, weight in self.weights.items()}
+
     def copy(self) -> "FloatGraph":
         """Independent of this one; tensors are shared, as they are never written to."""
         return FloatGraph(self.model.clone(), self.weights)

@@ -67,7 +67,7 @@ class Lowering:
         self.terms: list[Term] = []
         self.shapes = _shapes(graph, batch)
         self.layer_of = {weight: layer for layer, weight in graph.weights.items() if layer in computes}
-        self.names = {weight: layer for layer, weight in graph.weights.items()}
+        self.names = graph.layer_of
         self.reads, self.writes = _channels(model)
         self.integer: dict[ir.Value, Condition | None] = {}
         """When integer kernels write a value; None: never."""

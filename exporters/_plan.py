@@ -74,7 +74,7 @@ def plan(graph: FloatGraph, precisions: Mapping[str, Precision], *, floats: Coll
         for layer, weight in graph.weights.items()
         if layer in precisions and precisions[layer].compute is Compute.INT8
     }
-    planner = _Planner({weight: layer for layer, weight in graph.weights.items()}, frozenset(floats))
+    planner = _Planner(graph.layer_of, frozenset(floats))
     for node in graph.model.graph:
         layer = next(
             (integer_weights[x.name] for x in node.inputs if x is not None and x.name in integer_weights), None

@@ -27,7 +27,7 @@ def computable(
 ) -> dict[str, Range]:
     """`ranges` of `plan.calibrated`, wider where kernels need it; `grids` by layer are those of the weights."""
     found = dict(ranges)
-    layer_of = {weight: layer for layer, weight in graph.weights.items()}
+    layer_of = graph.layer_of
     nodes = [node for node in graph.model.graph if name_of(node.outputs[0]) in plan.integer_nodes]
 
     def widen(name: str, span: float) -> None:

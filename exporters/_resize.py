@@ -13,7 +13,7 @@ def with_shapes(graph: FloatGraph, shapes: Mapping[str, tuple[int, ...]]) -> Flo
     """A copy whose initializers have the shapes that they will have, and no values worth reading."""
     small = graph.copy()
     initializers = small.model.graph.initializers
-    layer_of = {weight: layer for layer, weight in small.weights.items()}
+    layer_of = small.layer_of
     wanted = {name: shapes[name] for name in initializers if name in shapes and name not in layer_of}
     for node in small.model.graph:
         weight = weight_of(node)

@@ -16,7 +16,7 @@ from hirelc_deploy.exporters._base import Adviser, Arrays, Floats
 from hirelc_deploy.exporters._float import FloatGraph, constant, name_of, weight_of
 from hirelc_deploy.exporters._observe import errors_of, values
 from hirelc_deploy.exporters._plan import computed_by
-from hirelc_deploy.exporters._trt_half import LARGEST_HALF, cast, half
+from hirelc_deploy.exporters._trt_half import LARGEST_HALF, half, read_through
 from hirelc_deploy.policy import Compute
 
 HEADROOM = 4.0
@@ -50,7 +50,7 @@ def nodes_in_fp32(graph: FloatGraph, floats: Floats) -> list[ir.Node]:
     wanted = {name for name, compute in floats.items() if compute is Compute.FP32}
     if not wanted:
         return []
-    layer_of = _layer_of(graph)
+    layer_of = graph.layer_of
     return [node for node in graph.model.graph if weight_of(node) is None and computed_by(node, layer_of) in wanted]
 
 
@@ -163,32 +163,18 @@ def _rounded(graph: FloatGraph, names: Collection[str]) -> FloatGraph:
         array = constant(value)
         if name in wanted and array is not None:
             value.const_value = ir.Tensor(half(array).astype(np.float32), name=name)
-    written = [(node, value) for node in body for value in node.outputs]
-    for node, value in [*((None, value) for value in body.inputs), *written]:
-        uses = list(value.uses())
-        if value.name not in wanted or not uses:
-            continue
-        to_half = cast(value, ir.DataType.FLOAT16)
-        back = cast(to_half.outputs[0], ir.DataType.FLOAT)
-        if node is None:
-            body.insert_before(body[0], [to_half, back])
-        else:
-            body.insert_after(node, [to_half, back])
-        for use in uses:
-            use.node.replace_input_with(use.idx, back.outputs[0])
+    for value in [*body.inputs, *(value for node in body for value in node.outputs)]:
+        if value.name in wanted and value.uses():
+            read_through(body, value, [ir.DataType.FLOAT16, ir.DataType.FLOAT])
     return copied
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
 
 
-def _layer_of(graph: FloatGraph) -> dict[str, str]:
-    return {weight: layer for layer, weight in graph.weights.items()}
-
-
 def _by_name(graph: FloatGraph, nodes: Mapping[ir.Node, str]) -> dict[str, str]:
     """Of a layer all that share its weight."""
-    layer_of = _layer_of(graph)
+    layer_of = graph.layer_of
     found: dict[str, str] = {}
     for node, why in nodes.items():
         weight = weight_of(node)

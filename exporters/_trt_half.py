@@ -4,7 +4,7 @@ TensorRT networks are strongly typed: a tensor has the type that the file gives 
 Cast.  Inputs and outputs of the graph stay fp32, so that whoever calls the file need not know.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -125,6 +125,21 @@ def _filling(node: ir.Node) -> None:
     array = np.zeros(1, np.float32) if given is None else given.as_tensor().numpy()
     if array.dtype == np.float32:
         node.attributes.add(ir.AttrTensor("value", ir.Tensor(half(array))))
+
+
+def read_through(graph: ir.Graph, value: ir.Value, kinds: Sequence[ir.DataType]) -> None:
+    """Let all nodes that read a value read it cast to these types, one after the other."""
+    uses, last, steps = list(value.uses()), value, []
+    for kind in kinds:
+        steps.append(cast(last, kind))
+        last = steps[-1].outputs[0]
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], steps)
+    else:
+        graph.insert_after(producer, steps)
+    for use in uses:
+        use.node.replace_input_with(use.idx, last)
 
 
 def cast(value: ir.Value, to: ir.DataType) -> ir.Node:

@@ -22,7 +22,7 @@ def plan(graph: FloatGraph, precisions: Mapping[str, Precision], *, floats: Coll
 
     An addition that is named in `floats` (`Held.computed_by`) reads floats.
     """
-    layer_of = {weight: layer for layer, weight in graph.weights.items()}
+    layer_of = graph.layer_of
     in_8_bits, integer = (weights_in(graph, precisions, computes) for computes in (CALIBRATED, {Compute.INT8}))
     tensors: dict[str, Held] = {}
     nodes: set[str] = set()

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from hirelc_deploy.exporters._float import name_of
-from hirelc_deploy.exporters._trt_half import TYPE_ATTRIBUTES, cast
+from hirelc_deploy.exporters._trt_half import TYPE_ATTRIBUTES, read_through
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
@@ -28,19 +28,9 @@ def in_fp32(model: onnx.ModelProto) -> bytes:
     for node in list(graph):
         for output in node.outputs:
             if name_of(output) in halves:
-                _rounded(graph, node, output)
+                # a node that makes halves of something else goes on doing so
+                read_through(graph, output, [FLOAT] if _makes_halves(node) else [HALF, FLOAT])
     return ir.to_proto(rounded).SerializeToString()
-
-
-def _rounded(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
-    """Let all that read it read it as a half, in fp32; a node that makes halves of something else goes on doing so."""
-    uses = list(output.uses())
-    steps = [] if _makes_halves(node) else [cast(output, HALF)]
-    last = steps[-1].outputs[0] if steps else output
-    steps.append(cast(last, FLOAT))
-    graph.insert_after(node, steps)
-    for use in uses:
-        use.node.replace_input_with(use.idx, steps[-1].outputs[0])
 
 
 def _makes_halves(node: ir.Node) -> bool:

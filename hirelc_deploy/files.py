@@ -225,8 +225,7 @@ class Files:
         fp16."""
         if not any(FP16 in choices for choices in self._subject.space.layers.values()):
             return {}
-        advised = "" if self._adviser is None else "/advised"
-        found: dict[str, str] = self._subject.run.step(f"needing fp32{advised}", self._needing_fp32)
+        found: dict[str, str] = self._subject.run.step("needing fp32", self._needing_fp32)
         return found
 
     def _needing_fp32(self) -> dict[str, str]:

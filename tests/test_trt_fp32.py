@@ -211,7 +211,7 @@ def test_what_stays_in_fp32_is_built(kind: type[nn.Module], inputs: dict[str, np
     assert len(build(in_halves(network, asked(network)), "8.6").data) > 10_000
 
 
-def test_its_latency_is_told_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_latency_is_told_in_fp32() -> None:
     network = made(*RMS_NORM)
     traced = graph.trace(network.model, network.inputs)
     computes = dict.fromkeys(network.precisions(FP16), (Compute.FP32, Compute.FP16))
