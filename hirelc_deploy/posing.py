@@ -54,6 +54,7 @@ class Posing:
             advisers={"modelopt": partial(modelopt.policies, bench, variables)},
             score_error=error(bench.task.search.examples),
             test_error=error(bench.task.test.examples),
+            score_spread=error(1),
         )
 
     @property

@@ -224,7 +224,14 @@ def test_how_fast_a_file_is_goes_by_its_speed_up_if_that_was_seen() -> None:
 
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
-    [(5.0, 5.0, 1.71), (0.5, 2.0, 1.0), (4.0, -0.3, 29.47), (30.0, -0.3, 120.0), (100.0, -0.3, 150.0)],
+    [
+        (5.0, 5.0, 1.71),
+        (0.5, 2.0, 1.0),
+        (4.0, -0.3, 29.47),
+        (30.0, -0.3, 120.0),
+        (100.0, 0.2, 150.0),
+        (100.0, -0.3, 200.0),
+    ],
 )
 def test_the_aim_is_never_stricter_than_the_limit_and_never_far_beyond_it_or_what_was_mended(
     before: float, after: float, expected: float
@@ -341,9 +348,12 @@ def test_nothing_is_finished_that_drops_by_far_more_than_the_limit() -> None:
     assert order == [99, 2]
 
 
-def test_what_is_mended_to_the_last_lets_more_be_hoped_for_each_time() -> None:
+@pytest.mark.parametrize(
+    ("left", "expected"), [(0.1, [99, 170, 250, 370, 540, 460]), (0.0, [99, 230, 440, 850, 460, 540])]
+)
+def test_what_is_mended_to_the_last_lets_more_be_hoped_for_each_time(left: float, expected: list[int]) -> None:
     """Seen on a network: ten times the limit lost nothing, three times, and the search ended with its limit unspent."""
-    drops = [170.0, 250.0, 370.0, 540.0, 460.0]
+    drops = [170.0, 230.0, 250.0, 370.0, 440.0, 460.0, 540.0, 850.0]
     recipe, ladder = evaluation(99, 120.0, 900), [evaluation(round(d), d, 900 - round(d / 10)) for d in drops]
     problem: Problem = replace(
         toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained, evaluate=lambda _: recipe
@@ -352,16 +362,34 @@ def test_what_is_mended_to_the_last_lets_more_be_hoped_for_each_time() -> None:
     order: list[int] = []
 
     def complete(policy: Policy) -> Evaluation:
-        """Nothing is left of 480 points, and all of more."""
+        """Next to nothing is left of 480 points, and all of more."""
         order.append(policy.keep["g"])
         before = by_policy[policy.digest()]
-        return replace(before, figures=replace(before.figures, drop=0.0 if before.drop <= 480.0 else before.drop))
+        return replace(before, figures=replace(before.figures, drop=left if before.drop <= 480.0 else before.drop))
 
     finishing = Finishing(problem, complete, most=6)
     finishing.recipe(Evaluations(problem, 3))
     choice = finishing.choice(ladder)
-    assert order == [99, 170, 250, 370, 540, 460], "half as much again each time, until it was too far"
+    assert order == expected, "half as much again each time, or twice as much, until it was too far"
     assert choice.best.policy.keep["g"] == 460
+
+
+def test_what_may_be_tried_does_not_shrink_with_a_limit_that_is_small_for_one_example() -> None:
+    """Fine-tuning mends as much whatever was allowed; where nothing is known of one example, the limit tells."""
+    for spread, most in ((0.0, 60.0), (15.0, 60.0), (24.0, 96.0)):
+        recipe = evaluation(99, 30.0, 1000)
+        problem: Problem = replace(
+            toy().problem,
+            budget=Budget(drop=0.5),
+            before=BEFORE,
+            costs=as_trained,
+            score_spread=spread,
+            evaluate=lambda _, recipe=recipe: recipe,
+        )
+        mended = replace(recipe, figures=replace(recipe.figures, drop=0.0))
+        finishing = Finishing(problem, lambda _, mended=mended: mended)
+        finishing.recipe(Evaluations(problem, 3))
+        assert allowed(finishing.aim) == pytest.approx(most)
 
 
 def test_a_step_further_is_taken_only_while_another_may_follow_it() -> None:

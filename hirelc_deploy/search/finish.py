@@ -40,10 +40,15 @@ what was left of some forty finished policies of three networks (docs/findings.m
 alike in what is minimised: so of two policies that cost as much the milder one is never told to be the harder, and
 nothing is gained by storing more bits or by running slower."""
 
-MOST_TIMES, FURTHER = 120.0, 1.5
-"""How hard a policy may be at most, in limits on the drop and times the hardest that was seen to be mended: what is
-left tells little of what more would leave, since mending ends abruptly.  Where nothing has failed yet it may be so much
-harder than what was mended, as long as another can be finished to step back."""
+SPREADS = 30.0
+"""Hardness is told in limits on the drop, but in the standard deviation of one example's score by this, where that is
+more: what is mended hardly depends on what was allowed.  It is one point for a classifier that is right nine of ten
+times."""
+
+MOST_TIMES, FURTHER, FURTHER_UNHARMED = 120.0, 1.5, 2.0
+"""How hard a policy may be at most, in that unit and times the hardest that was seen to be mended: what is left tells
+little of what more would leave, since mending ends abruptly.  Where nothing has failed yet it may be so much harder
+than what was mended, by the larger step where that lost nothing, as long as another can be finished to step back."""
 
 POWER, POWERS = 1.5, (1.0, 4.0)
 """What is left grows with this power of hardness, as long as one policy is known, and between these with more."""
@@ -98,8 +103,8 @@ UNSEEN = 2.0
 """Drops of evaluations, as parts of what is safe, that are hoped to be mended before anything was seen."""
 
 FIRST_HARDNESS, RECIPES = 80.0, 4
-"""Of the recipe that is finished first, in limits on the drop: on three networks so much was mended, and what is far
-milder would teach nothing.  It is looked for with so many evaluations, and at most a third of all."""
+"""Of the recipe that is finished first, in the same unit: on three networks so much was mended, and what is far milder
+would teach nothing.  It is looked for with so many evaluations, and at most a third of all."""
 
 
 class Finishing:
@@ -141,7 +146,7 @@ class Finishing:
         FIRST_HARDNESS, found by halving."""
         if not self._is_limited:
             return
-        wanted = FIRST_HARDNESS * self._goal.drop_max
+        wanted = FIRST_HARDNESS * self._unit
         seen = halved_ladder(evaluations, RECIPES, lambda each: self._hardness(each) <= wanted)
         # from the last: of those that drop by nothing it is the harshest
         self._finish(min(reversed(seen), key=lambda each: abs(math.log(max(self._hardness(each), TINY) / wanted))))
@@ -216,6 +221,11 @@ class Finishing:
         return limit is not None and limit > 0
 
     @property
+    def _unit(self) -> float:
+        """What hardness is told in, in the score's unit."""
+        return max(self._goal.drop_max, self._problem.score_spread / SPREADS)
+
+    @property
     def _mending(self) -> Mending | None:
         seen, score_error = list(self._pairs.values()), self._problem.score_error
         return Mending.seen_in(seen, self._goal.drop_max, score_error, self._hardness)
@@ -233,7 +243,7 @@ class Finishing:
 
     def _hardest(self, left: float, mending: Mending) -> float:
         """The hardness of which so much is left, as far as it is believed."""
-        return min(mending.hardest(left), max(MOST_TIMES * self._goal.drop_max, FURTHER * self._mended(left)))
+        return min(mending.hardest(left), max(MOST_TIMES * self._unit, FURTHER * self._mended(left)))
 
     def _told(self, mending: Mending) -> float:
         """The hardness that is told to leave what is safe, or a step further that is worth trying."""
@@ -245,7 +255,9 @@ class Finishing:
         much has failed, and where no other could be finished after it."""
         mended = self._mended(self._safe)
         has_failed = any(self._hardness(e) >= mended and after.drop > self._safe for e, after in self._pairs.values())
-        return 0.0 if has_failed or len(self._pairs) + 1 >= self._most else FURTHER * mended
+        if has_failed or len(self._pairs) + 1 >= self._most:
+            return 0.0
+        return max(FURTHER * mended, FURTHER_UNHARMED * self._mended(0.0))
 
     def _mended(self, left: float) -> float:
         """The hardest evaluation of which no more was left; nought where that was never seen."""

@@ -143,6 +143,8 @@ class Problem:
     """Standard error of one score on the search split, in the score's unit."""
     test_error: float = 0.0
     """The same on the test split, which nothing but its size is known of."""
+    score_spread: float = 0.0
+    """Standard deviation of one example's score, in the score's unit; nought where it is not known."""
     part_left: Callable[[Prices], np.ndarray] | None = None
     """Of an evaluation's drop, once the policy is fine-tuned in full, as far as that is told, (policies,); None where
     what is evaluated is what counts."""
