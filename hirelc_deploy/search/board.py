@@ -47,6 +47,10 @@ class Goals:
     size_part: np.ndarray
     """0: latency alone is worth something; 1: size alone.  Where one of them has a budget, see `Goal`."""
 
+    def of(self, games: np.ndarray) -> "Goals":
+        """Those of the games with these numbers, (games,)."""
+        return Goals(self.drop_max[games], self.size_part[games])
+
     def goal(self, base: Goal[float]) -> Goal[np.ndarray]:
         """The user's goal, varied: a policy that holds twice the drop is a place on the front as well."""
         free = base.latency_weight and base.size_weight

@@ -52,17 +52,30 @@ def volume(places: np.ndarray, reference: Sequence[float] | np.ndarray) -> float
     return float(HV(ref_point=np.asarray(reference))(inside)) if len(inside) else 0.0
 
 
+FIFTHS = (-1.28, -0.52, 0.0, 0.52, 1.28)
+"""Of a normal distribution, in deviations: the middles of five parts that are equally likely."""
+
+
 def most_added(
-    places: np.ndarray, seen: np.ndarray, reference: Sequence[float] | np.ndarray
+    places: np.ndarray,
+    seen: np.ndarray,
+    reference: Sequence[float] | np.ndarray,
+    deviations: np.ndarray | None = None,
 ) -> tuple[int, float] | None:
     """Of candidates, (candidates, 3), the one that adds most hypervolume to what was seen, and how much it adds.
 
+    With `deviations` of the logarithms of their drops, (candidates,), how much it may be expected to add.
     None if there is none below the reference.
     """
     below = np.flatnonzero((places < np.asarray(reference)).all(1))
     contenders = below[front(counted(places[below]))]
     if not len(contenders):
         return None
-    volumes = [hypervolume(np.vstack([seen, places[i]]), reference) for i in contenders]
+    seen_alone = hypervolume(seen, reference)
+    logs = np.zeros((len(contenders), 1)) if deviations is None else np.outer(deviations[contenders], FIFTHS)
+    volumes = [
+        np.mean([hypervolume(np.vstack([seen, place * [times, 1.0, 1.0]]), reference) for times in np.exp(each)])
+        for place, each in zip(places[contenders], logs, strict=True)
+    ]
     best = int(np.argmax(volumes))
-    return int(contenders[best]), volumes[best] - hypervolume(seen, reference)
+    return int(contenders[best]), float(volumes[best]) - seen_alone

@@ -13,7 +13,6 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from hirelc_deploy.search.goal import Goal, Multipliers, reference
 from hirelc_deploy.search.problem import Evaluations, Prices, Problem, Rows, prices_of
 from hirelc_deploy.search.proposals import ROUNDS, refined
 from hirelc_deploy.search.space import Evaluation
-from hirelc_deploy.search.surrogate import Surrogate, Told
+from hirelc_deploy.search.surrogate import Surrogate
 
 RECIPES = 2
 """Hand recipes that are evaluated first, at most, and at most a third of all."""
@@ -40,8 +39,8 @@ FOR_THE_GOAL, FINISHED_FOR_THE_GOAL = 4, 2
 """Every so manieth evaluation is picked for the user's goal alone, the others for the front about it: without, and with
 fine-tuning that follows and makes few of them real."""
 
-MENDING = 40
-"""Single changes that are tried on every proposal when an evaluation has moved the surrogate."""
+MENDING = 30
+"""Rounds of changes that are tried on every proposal when an evaluation has moved the surrogate."""
 
 HARD = Multipliers(100.0, 100.0, 100.0, 100.0)
 """Of a pick for the goal: what misses a budget is not wanted."""
@@ -269,7 +268,10 @@ class _Search:
 
     def _refine(self, pool: _Pool, rounds: int) -> None:
         if self._parts.refinement:
-            worth = partial(self._reward, goals=pool.goals)
+
+            def worth(rows: Rows, games: np.ndarray) -> np.ndarray:
+                return self._reward(rows, pool.goals.of(games))
+
             pool.rows = refined(self._problem, pool.rows, worth, self._random, rounds)
 
     def _at_random(self, count: int) -> Rows:
@@ -317,21 +319,23 @@ class _Search:
         if not len(fresh):
             return []
         prices, told = problem.costs(rows[fresh]), self._surrogate(rows[fresh])
+        deviation = np.hypot(np.log(np.maximum(told.members, TINY)).std(0), LEAST_DEVIATION)
         places, open_, found = points(problem, seen), np.arange(len(fresh)), []
         every = FOR_THE_GOAL if problem.part_left is None else FINISHED_FOR_THE_GOAL
         for turn in range(len(seen), len(seen) + min(count, len(fresh))):
             drop = told.members[self._random.integers(len(told.members))] if self._is_doubted else told.mean
             left = problem.left(drop, prices)
             expected = places_of(left, prices, problem.before)[open_]
-            added = None if turn % every == 0 else most_added(expected, places, self._reference)
-            best = int(self._promise(left, told, prices)[open_].argmax()) if added is None else added[0]
+            added = None if turn % every == 0 else most_added(expected, places, self._reference, deviation[open_])
+            best = int(self._promise(left, deviation, prices)[open_].argmax()) if added is None else added[0]
             found.append(int(fresh[open_[best]]))
             places = np.vstack([places, expected[best]])
             open_ = np.delete(open_, best)
         return found
 
-    def _promise(self, left: np.ndarray, told: Told, prices: Prices) -> np.ndarray:
-        """What each policy is worth as a pick for the user's goal, (policies,).
+    def _promise(self, left: np.ndarray, deviation: np.ndarray, prices: Prices) -> np.ndarray:
+        """What each policy is worth as a pick for the user's goal, (policies,); `deviation` is that of the logarithm of
+        its drop.
 
         With a limit on the drop: how much cheaper than the cheapest that holds the limits it is expected to be, since a
         drop below its limit is worth nothing to the user.  The reward where none holds them yet, none is cheaper, or
@@ -347,7 +351,6 @@ class _Search:
         cheaper[excess(goal, prices) > 0] = 0.0
         if not (cheaper > 0).any():
             return reward
-        deviation = np.hypot(np.log(np.maximum(told.members, TINY)).std(0), LEAST_DEVIATION)
         holds = ndtr(np.log(goal.drop_max / np.maximum(left, TINY)) / deviation)
         return np.maximum(cheaper, 0.0) * holds
 
