@@ -97,6 +97,27 @@ def test_between_what_held_and_what_did_not_all_that_is_cheaper_is_tried() -> No
     assert len(choice.finished) == 4
 
 
+def test_between_what_held_and_what_did_not_the_most_is_expected_of_the_middle() -> None:
+    """The smallest of those is nearly as hard as what failed, and the mildest hardly smaller than what held."""
+    drops = {100: 0.0, 110: 0.1, 140: 0.2, 190: 0.8, 200: 0.9}
+    sizes = {100: 1000, 110: 960, 140: 800, 190: 640, 200: 600}
+    by_root = {number: number / (1000 / size) ** 0.5 for number, size in sizes.items()}
+    seen = [evaluation(number, by_root[number], size) for number, size in sizes.items()]
+    order: list[int] = []
+
+    def complete(policy: Policy) -> Evaluation:
+        order.append(number := policy.keep["g"])
+        return evaluation(number, drops[number], sizes[number])
+
+    problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained, score_error=9.0)
+    finishing = Finishing(problem, complete, most=4)
+    finishing.some(seen[:1])
+    finishing.some(seen[4:])
+    choice = finishing.choice(seen)
+    assert order == [100, 200, 140, 190]
+    assert choice.best.policy.keep["g"] == 140
+
+
 def test_a_drop_within_its_limit_is_not_traded_for_bytes() -> None:
     """Half the drop, at nearly twice the bytes: worth nothing to who allowed that drop."""
     mild, small = evaluation(1, drop=0.1, size_bytes=900), evaluation(2, drop=0.9, size_bytes=600)

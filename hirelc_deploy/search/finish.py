@@ -299,8 +299,10 @@ class Finishing:
         hopeful = [e for e in cheaper if self._is_hopeful(e)]
         if holding and not hopeful:  # what fails now costs time alone
             held, failed = self._mended(self._safe), self._failed
-            hopeful = [e for e in cheaper if held < self._hardness(e) < failed]
-        if hopeful or holding:
+            between = [e for e in cheaper if held < self._hardness(e) < failed]
+            # it fails the sooner the nearer it is to what did
+            return sorted(between, key=lambda e: (_cost(e, goal) - cheapest) * math.log(failed / self._hardness(e)))
+        if hopeful:
             return sorted(hopeful, key=lambda each: (_cost(each, goal), each.drop))
         return sorted(open_, key=lambda each: (excess(budget, each.figures), self._hardness(each)))
 
