@@ -142,6 +142,14 @@ def test_fewer_bits_and_fewer_units_harm_more(posed: tuple[Posing, Problem]) -> 
             assert fewest > most
 
 
+def test_errors_of_scores_are_those_of_one_example_over_the_root_of_their_number(posed: tuple[Posing, Problem]) -> None:
+    posing, problem = posed
+    task, share = posing._bench.task, (posing._bench.scoring.original - 1.0) / 100
+    assert problem.score_spread == pytest.approx(100 * (share * (1 - share)) ** 0.5)
+    assert problem.score_error == pytest.approx(problem.score_spread / task.search.examples**0.5)
+    assert problem.test_error == pytest.approx(problem.score_spread / task.test.examples**0.5)
+
+
 def test_recipes_are_uniform_and_offered(posed: tuple[Posing, Problem]) -> None:
     _, problem = posed
     assert len(problem.recipes) > 8
