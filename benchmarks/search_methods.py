@@ -136,7 +136,6 @@ ONE_SEED = "one seed (differences of a tenth say nothing)"
 PAGE = ROOT / "docs" / "search.md"
 
 WITHOUT_RECIPES = (
-    "  These are of before proposals were refined to the end (findings.md)."
     "  Without recipes beside them, 0 is nothing found, and 1 what all of these found together.  A part that changes "
     "no evaluation has the figures of the whole: networks of the surrogate count only while they have told new "
     "evaluations better than the formula that they correct."
