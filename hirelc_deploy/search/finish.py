@@ -40,10 +40,10 @@ what was left of some forty finished policies of three networks (docs/findings.m
 alike in what is minimised: so of two policies that cost as much the milder one is never told to be the harder, and
 nothing is gained by storing more bits or by running slower."""
 
-SPREADS = 30.0
-"""Hardness is told in limits on the drop, but in the standard deviation of one example's score by this, where that is
-more: what is mended hardly depends on what was allowed.  It is one point for a classifier that is right nine of ten
-times."""
+SPREAD_PART = 1 / 30
+"""Hardness is told in limits on the drop, or in this part of the standard deviation of one example's score where that
+is more: what is mended hardly depends on what was allowed.  A thirtieth is one point for a classifier that is right
+nine of ten times."""
 
 MOST_TIMES, FURTHER, FURTHER_UNHARMED = 120.0, 1.5, 2.0
 """How hard a policy may be at most, in that unit and times the hardest that was seen to be mended: what is left tells
@@ -223,7 +223,7 @@ class Finishing:
     @property
     def _unit(self) -> float:
         """What hardness is told in, in the score's unit."""
-        return max(self._goal.drop_max, self._problem.score_spread / SPREADS)
+        return max(self._goal.drop_max, SPREAD_PART * self._problem.score_spread)
 
     @property
     def _mending(self) -> Mending | None:

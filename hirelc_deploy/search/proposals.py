@@ -28,9 +28,9 @@ def refined(problem: Problem, rows: Rows, worth: Worth, random: np.random.Genera
     """
     best = problem.legal(rows).copy()
     games = np.arange(len(best))
+    each = np.repeat(games, TRIES)
     reward = worth(best, games)
     for _ in range(rounds):
-        each = np.repeat(games, TRIES)
         tried = _changed(problem, best[each], random)
         rewards = worth(tried, each).reshape(-1, TRIES)
         first = rewards.argmax(1)
@@ -42,10 +42,10 @@ def refined(problem: Problem, rows: Rows, worth: Worth, random: np.random.Genera
 
 def _changed(problem: Problem, rows: Rows, random: np.random.Generator) -> Rows:
     """Rows after one change each, or two; they are changed in place."""
-    count, sizes = len(rows), np.asarray(problem.sizes)
+    count = len(rows)
     for moving in (np.arange(count), np.flatnonzero(random.random(count) < OF_TWO)):
-        variable = random.integers(len(sizes), size=len(moving))
-        most = sizes[variable] - 1
+        variable = random.integers(len(problem.sizes), size=len(moving))
+        most = problem.sizes[variable] - 1
         step = random.choice((-1, 1), size=len(moving))
         next_ = np.clip(rows[moving, variable] + step, 0, most)
         any_ = random.integers(most + 1)
