@@ -3,7 +3,7 @@
     python benchmarks/search_methods.py run NETWORK…     every method, what the folder holds is not done again
     python benchmarks/search_methods.py parts NETWORK…   the hierarchical search without one of its parts
     python benchmarks/search_methods.py targets NETWORK…  the same search for two targets, priced on both
-    python benchmarks/search_methods.py page             docs/search.md from the result files
+    python benchmarks/search_methods.py page             docs/search.md and a table of README from the result files
 
 The same evaluations for all: a policy made real, trained for 4,096 images, scored on 2,000 search images.  Target host;
 the drop that is allowed is that of an evaluation, which a finished policy undercuts.  A result file a network in
@@ -14,7 +14,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,23 +166,19 @@ def page() -> str:
     """From all result files."""
     sections = [INTRODUCTION]
     for step, title in (("run", "`{}`: methods"), ("parts", "`{}`: the hierarchical search without one of its parts")):
-        for path in sorted(RESULTS.glob(f"search_{step}_*.json")):
-            found = json.loads(path.read_text())
-            network = path.stem.removeprefix(f"search_{step}_")
-            seeds = len({run["seed"] for run in found["runs"]})
-            rates = "" if found.get("rate") == "told" else "  Every pruned network was trained at 2e-3."
-            ran = ONE_SEED if seeds == 1 else f"{seeds} seeds"
-            runs = [comparing.read(run) for run in found["runs"]]
-            goal = Goal.of(Budget(drop=found["max_drop"]), Figures(**found["before"]))
-            rows, luck = comparing.table(runs, goal, found["evaluations"]), with_luck(runs, goal)
+        for found in compared(step):
+            rates = "" if found.record.get("rate") == "told" else "  Every pruned network was trained at 2e-3."
+            ran = ONE_SEED if found.seeds == 1 else f"{found.seeds} seeds"
+            luck = with_luck(found.runs, found.goal)
+            on = found.record["machine"]
             sections.append(
-                f"## {title.format(network)}\n\n{found['evaluations']} evaluations, {ran}, a drop of "
-                f"{found['max_drop']:g} points allowed, one standard error of a score {found['score_error']:.2f}; "
-                f"{found['machine']['cpu']} ({', '.join(found['machine']['flags'])}).{rates}"
+                f"## {title.format(found.network)}\n\n{found.evaluations} evaluations, {ran}, a drop of "
+                f"{found.goal.drop_max:g} points allowed, one standard error of a score "
+                f"{found.record['score_error']:.2f}; {on['cpu']} ({', '.join(on['flags'])}).{rates}"
                 f"{WITHOUT_RECIPES if step == 'parts' else ''}\n\n"
                 + markdown(
                     (*comparing.HEAD, "hypervolume, drops below nought counted"),
-                    [(*comparing.cells(row), f"{luck[row.method]:.2f}") for row in rows],
+                    [(*comparing.cells(row), f"{luck[row.method]:.2f}") for row in found.rows()],
                 )
             )
     sections += [
@@ -190,6 +186,69 @@ def page() -> str:
         for path in sorted(RESULTS.glob("search_targets_*.json"))
     ]
     return "\n".join(sections)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A result file of methods side by side."""
+
+    network: str
+    record: dict[str, Any]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [comparing.read(run) for run in self.record["runs"]]
+
+    @property
+    def goal(self) -> Goal[float]:
+        return Goal.of(Budget(drop=self.record["max_drop"]), Figures(**self.record["before"]))
+
+    @property
+    def evaluations(self) -> int:
+        return int(self.record["evaluations"])
+
+    @property
+    def seeds(self) -> int:
+        return len({run.seed for run in self.runs})
+
+    def rows(self) -> list[comparing.Row]:
+        """The best method first."""
+        return comparing.table(self.runs, self.goal, self.evaluations)
+
+
+def compared(step: str) -> list[Compared]:
+    """All result files of that step, by the name of the network."""
+    prefix = f"search_{step}_"
+    return [
+        Compared(path.stem.removeprefix(prefix), json.loads(path.read_text()))
+        for path in sorted(RESULTS.glob(f"{prefix}*.json"))
+    ]
+
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- methods -->\n", "<!-- end of methods -->\n"
+
+
+def with_methods(readme: str) -> str:
+    """The README with the hierarchical search beside the next three methods between its marks, a line a network."""
+    rows = []
+    for found in compared("run"):
+        by_method = {row.method: row for row in found.rows()}
+        ours = by_method.pop("hierarchical")
+        least, most = ours.final_range
+        others = ", ".join(f"`{row.method}` {row.final:.2f}" for row in list(by_method.values())[:3])
+        rows.append(
+            (
+                f"`{found.network}`",
+                f"{found.seeds}",
+                f"{ours.final:.2f} [{least:.2f}, {most:.2f}]",
+                f"{ours.half:.2f}",
+                others,
+            )
+        )
+    columns = ("network", "seeds", "`hierarchical` [least, most]", "after half of the evaluations", "the next best")
+    head, _, rest = readme.partition(BEGIN)
+    return f"{head}{BEGIN}{markdown(columns, rows)}{END}{rest.partition(END)[2]}"
 
 
 def with_luck(runs: Sequence[Run], goal: Goal[float]) -> dict[str, float]:
@@ -272,6 +331,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.step == "page":
         PAGE.write_text(page(), encoding="utf-8")
+        README.write_text(with_methods(README.read_text(encoding="utf-8")), encoding="utf-8")
         return
     for network in options.networks:
         if options.step == "run":

@@ -121,6 +121,13 @@ def test_a_page_is_that_of_its_result_files(monkeypatch: pytest.MonkeyPatch, nam
     assert benchmark.PAGE.read_text(encoding="utf-8") == benchmark.page()
 
 
+def test_the_methods_side_by_side_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import search_methods
+
+    assert search_methods.with_methods(README) == README
+
+
 def test_sizes_are_told_within_what_is_promised() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "size_prediction.json").read_text(encoding="utf-8"))
     assert record["policies"] >= 50
