@@ -1,6 +1,7 @@
 """What the benchmarks on Fashion-MNIST have in common: a workbench for one of the example networks."""
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from hirelc_deploy import checkpoint, console, datasets, graph
 from hirelc_deploy.compress.distil import FineTuning
 from hirelc_deploy.config import POST_TRAINING_STEPS
-from hirelc_deploy.cpu import cpu_flags
+from hirelc_deploy.cpu import cpu_flags, has_dot_product
 from hirelc_deploy.opening import post_training_of
 from hirelc_deploy.profiles import load_target
 from hirelc_deploy.rundir import RunFolder
@@ -68,6 +69,22 @@ def workbench(
 def machine(*, threads: int = 1, batch: int = 1) -> dict[str, Any]:
     """Where figures are taken, on the clock of so many threads, for a result file."""
     return environment(threads=threads, batch=batch, clock=clock_for(threads)).model_dump(mode="json")
+
+
+CPU_KINDS = ("avx2", "vnni")
+"""Of x86: what INT8 gains depends on it."""
+
+
+def cpu_kind(flags: Iterable[str]) -> str:
+    """Which of them a CPU is."""
+    return CPU_KINDS[has_dot_product(frozenset(flags))]
+
+
+def record_export(artifact: Path, name: str) -> None:
+    """Keep an artifact's manifest as the result file of that name and the kind of CPU that it was measured on."""
+    manifest = artifact / "manifest.json"
+    flags = json.loads(manifest.read_text(encoding="utf-8"))["environment"]["flags"]
+    shutil.copy(manifest, RESULTS / f"export_{name}_{cpu_kind(flags)}.json")
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

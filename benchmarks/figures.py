@@ -1,17 +1,15 @@
 """The README's table of figures and docs/predictions.md, from the result files: python benchmarks/figures.py --write
 
 Without --write the table is printed.  `--record NAME=DIR` takes the manifest of an artifact folder as the result
-file of that name first.  A test holds what is written and the result files together.
+file of that name and its kind of CPU first.  A test holds what is written and the result files together.
 """
 
 import argparse
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from _bench import markdown
+from _bench import CPU_KINDS, cpu_kind, markdown, record_export
 
-from hirelc_deploy.cpu import has_dot_product
 from hirelc_deploy.verify.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,25 +17,18 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 
+FASHION = "`python benchmarks/fashion_mnist.py {}`"
 ROWS = (
-    ("digits (`demo`)", "export_demo.json", "`make demo`"),
-    ("`wide`", "export_wide_hierarchical.json", "`python benchmarks/fashion_mnist.py wide --search hierarchical`"),
-    ("`wide`", "export_wide_hierarchical_vnni.json", "`python benchmarks/fashion_mnist.py wide --search hierarchical`"),
-    ("`wide`, recipe by hand", "export_wide.json", "`python benchmarks/fashion_mnist.py wide`"),
-    ("`small`", "export_small_hierarchical.json", "`python benchmarks/fashion_mnist.py small --search hierarchical`"),
-    (
-        "`small`",
-        "export_small_hierarchical_vnni.json",
-        "`python benchmarks/fashion_mnist.py small --search hierarchical`",
-    ),
-    ("`small`, recipe by hand", "export_small.json", "`python benchmarks/fashion_mnist.py small`"),
-    (
-        "`depthwise`",
-        "export_depthwise_hierarchical.json",
-        "`python benchmarks/fashion_mnist.py depthwise --search hierarchical`",
-    ),
-    ("`vit`", "export_vit_hierarchical.json", "`python benchmarks/fashion_mnist.py vit --search hierarchical`"),
+    ("digits (`demo`)", "demo", "`make demo`"),
+    ("`wide`", "wide_hierarchical", FASHION.format("wide --search hierarchical")),
+    ("`wide`, recipe by hand", "wide", FASHION.format("wide")),
+    ("`small`", "small_hierarchical", FASHION.format("small --search hierarchical")),
+    ("`small`, recipe by hand", "small", FASHION.format("small")),
+    ("`depthwise`", "depthwise_hierarchical", FASHION.format("depthwise --search hierarchical")),
+    ("`vit`", "vit_hierarchical", FASHION.format("vit --search hierarchical")),
 )
+"""Of each artifact a line for every kind of CPU that it was made on."""
+
 HEAD = (
     "| network | fp32 file | file | smaller | faster [95 %] | accuracy before, after "
     "| drop, points [95 %] | CPU with | command |\n"
@@ -47,8 +38,14 @@ HEAD = (
 
 def table() -> str:
     """The table and the machine it is from, in Markdown."""
-    manifests = [Manifest.model_validate_json((RESULTS / file).read_text()) for _, file, _ in ROWS]
-    rows = [_row(name, manifest, command) for (name, _, command), manifest in zip(ROWS, manifests, strict=True)]
+    on_record = [
+        (name, Manifest.model_validate_json(path.read_text()), command)
+        for name, artifact, command in ROWS
+        for kind in CPU_KINDS
+        if (path := RESULTS / f"export_{artifact}_{kind}.json").exists()
+    ]
+    rows = [_row(*each) for each in on_record]
+    manifests = [manifest for _, manifest, _ in on_record]
     machines = {f"{m.environment.cpu} ({', '.join(m.environment.flags)})" for m in manifests}
     runtimes = {f"{m.runtime.name} {m.runtime.version}" for m in manifests}
     where = f"CPUs: {'; '.join(sorted(machines))}. {'; '.join(sorted(runtimes))}, one thread, batch 1."
@@ -68,7 +65,7 @@ def _row(name: str, manifest: Manifest, command: str) -> str:
         f"{after.speedup:.1f} × [{after.speedup_ci95[0]:.1f}, {after.speedup_ci95[1]:.1f}]",
         f"{before.accuracy:.2f} %, {after.accuracy:.2f} %",
         f"{after.drop_points:.2f} [{after.drop_ci95[0]:.2f}, {after.drop_ci95[1]:.2f}]{', **missed**' * missed}",
-        "VNNI" if has_dot_product(frozenset(manifest.environment.flags)) else "AVX2",
+        cpu_kind(manifest.environment.flags).upper(),
         command,
     )
     return f"| {' | '.join(cells)} |\n"
@@ -146,11 +143,11 @@ def _beside(manifest: Manifest) -> tuple[str, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
-    parser.add_argument("--record", metavar="NAME=DIR", help="copy DIR/manifest.json to results/export_NAME.json")
+    parser.add_argument("--record", metavar="NAME=DIR", help="copy DIR/manifest.json to results/export_NAME_CPU.json")
     options = parser.parse_args()
     if options.record:
         name, _, folder = options.record.partition("=")
-        shutil.copy(Path(folder) / "manifest.json", RESULTS / f"export_{name}.json")
+        record_export(Path(folder), name)
     if options.write:
         README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
         PREDICTIONS.write_text(predictions(), encoding="utf-8")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from hirelc_deploy import console, modelopt, tensorboard
+from hirelc_deploy import console, modelopt, plots, tensorboard
 from hirelc_deploy.choosing import EVALUATIONS
 from hirelc_deploy.config import ExportSettings, nearest, require_at_least
 from hirelc_deploy.errors import UserError
@@ -228,10 +228,8 @@ def table(runs: Sequence[Run], goal: Goal[float], evaluations: int) -> list[Row]
 
 def draw(runs: Sequence[Run], goal: Goal[float], evaluations: int, title: str, path: Path) -> None:
     """Hypervolume over evaluations, and the fronts: a line each.  Raises UserError without matplotlib."""
-    from hirelc_deploy.plots import panels
-
     scale = Scale.of(runs, goal)
-    with panels(path, 2, title, height=4.5) as (left, right):
+    with plots.panels(path, 2, title, height=4.5) as (left, right):
         for method in dict.fromkeys(each.method for each in runs):
             mine = [each for each in runs if each.method == method]
             curves = np.array([curve(each, scale, evaluations) for each in mine])
@@ -281,8 +279,10 @@ def compare(settings: ExportSettings, names: Sequence[str], seeds: int) -> list[
             raise UserError(
                 f"there is no method {name!r}", fix=f"did you mean {nearest(name, FILES)}? There is {', '.join(FILES)}"
             )
+    # refused before anything is trained
+    plots.require()
     if "modelopt" in names:
-        modelopt.python()  # refused before anything is trained
+        modelopt.python()
     if not settings.epochs:
         raise UserError("epochs is 0, and evaluations are trained", fix="leave epochs out")
     evaluations = settings.evaluations or EVALUATIONS

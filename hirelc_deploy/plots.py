@@ -67,16 +67,23 @@ def draw(target: str, found: Mapping[str, Mapping[Compute, Line]], path: Path) -
             panel.legend()
 
 
+def require() -> None:
+    """Raises UserError where there is no matplotlib: to be asked before the hours whose end is a plot."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError("matplotlib is not installed", fix="pip install 'hirelc-deploy[plots]'") from error
+
+
 @contextmanager
 def panels(path: Path, count: int, title: str, *, height: float = 3.2) -> Iterator[list[Any]]:
     """So many panels, two in a row, to be drawn in; the image is written at the end, its kind by the suffix.
 
     Raises UserError where there is no matplotlib, or no writer for the suffix.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("matplotlib is not installed", fix="pip install 'hirelc-deploy[plots]'") from error
+    require()
+    import matplotlib
+
     matplotlib.use("agg")
     from matplotlib import pyplot
 

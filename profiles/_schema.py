@@ -211,7 +211,7 @@ def _explained(error: ValidationError, source: str) -> UserError:
             fix=f"did you mean {nearest(str(first['loc'][-1]), known)}? The keys there are {', '.join(known)}",
         )
     if first["type"] == "missing":
-        return UserError(f"{source} lacks {place}", fix="add it; profiles/host.toml is an example with every key")
+        return UserError(f"{source} lacks {place}", fix="add it; profiles/host.toml shows what every target needs")
     return UserError(f"{source}: {place} is {first['input']!r}: {first['msg']}", fix="profiles/host.toml is an example")
 
 

@@ -186,6 +186,13 @@ def test_methods_are_compared_and_the_folder_says_how(tmp_path: Path, target: st
     assert (settings.out / comparing.PLOT_FILE).exists()
 
 
+def test_without_matplotlib_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    settings = ExportSettings(model="m", data="digits", target="host", out=tmp_path)
+    with pytest.raises(UserError, match="matplotlib is not installed"):
+        comparing.compare(settings, ["recipe"], seeds=1)
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     settings = ExportSettings(model="m", data="digits", target="host", out=tmp_path)
     with pytest.raises(UserError, match="no method 'evolutoin'") as refused:

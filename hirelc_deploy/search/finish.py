@@ -36,7 +36,7 @@ FIRST_PART = 2 / 3
 
 CHEAPER = 0.5
 """Power of how many times smaller and how many times faster a file is in how hard its drop is to mend: what told best
-what was left of some forty finished policies of three networks (docs/findings.md).  One power for both, as both count
+what was left of the finished policies on record (benchmarks/mending.py).  One power for both, as both count
 alike in what is minimised: so of two policies that cost as much the milder one is never told to be the harder, and
 nothing is gained by storing more bits or by running slower."""
 

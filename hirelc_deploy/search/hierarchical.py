@@ -254,7 +254,7 @@ class _Search:
             rows.append(games.rows)
             goals.append(games.goals)
             origins += [origin] * len(games)
-        # the best so far are proposals as well: what single changes gain there is worth as much
+        # what was evaluated is proposed as well: what changes gain there is worth as much
         incumbents, near = self._incumbents()
         rows.append(incumbents)
         goals.append(near)
