@@ -41,8 +41,9 @@ def asked_for(settings: ExportSettings) -> Policy | Recipe | None:
 def given(asked: Policy | Recipe | None, network: "ModelGraph", target: "Target") -> Policy | None:
     """The policy that it comes to on this network and target; None if it has to be searched or measured for."""
     if isinstance(asked, Recipe):
-        policy = asked.policy(search_space(network, target), {})
-        return None if asked.compute is None else policy
+        space = search_space(network, target)
+        asked.require_fit(space)
+        return None if asked.compute is None else asked.policy(space)
     return None if asked is None else completed(asked, network, target)
 
 

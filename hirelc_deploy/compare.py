@@ -170,8 +170,10 @@ class Scale:
         return cls((corner[0], corner[1], corner[2]), least, hypervolume(every, corner))
 
     def part(self, places: np.ndarray) -> float:
-        """Of a front.  Below nought where it is less than the recipes'."""
-        return (hypervolume(places, self.reference) - self.least) / max(self.most - self.least, 1e-12)
+        """Of a front.  Below nought where it is less than the recipes'; in parts of theirs where nothing is more."""
+        gained = self.most - self.least
+        unit = gained if gained > 1e-9 * self.most else self.most
+        return (hypervolume(places, self.reference) - self.least) / max(unit, 1e-12)
 
 
 def curve(one: Run, scale: Scale, evaluations: int) -> list[float]:

@@ -13,7 +13,16 @@ from hirelc_deploy.cost.size import SizePredictor
 from hirelc_deploy.cost.weights import Positions
 from hirelc_deploy.offers import Offers
 from hirelc_deploy.policy import Policy, Precision
-from hirelc_deploy.search.problem import GroupVariable, LayerVariable, Prices, Rows, Variable, policy_of
+from hirelc_deploy.search.problem import (
+    GroupVariable,
+    LayerVariable,
+    Prices,
+    Rows,
+    Variable,
+    policy_of,
+    ties,
+    with_ties,
+)
 
 if TYPE_CHECKING:
     from hirelc_deploy.cost.predictor import Predictor
@@ -142,7 +151,7 @@ class Costing:
         lengths = [len(variable.options) for variable in variables]
         rows = np.random.default_rng(0).integers(lengths, size=(SIZE_SAMPLES, len(lengths)))
         rows[0] = [variable.as_trained for variable in variables]
-        return rows
+        return with_ties(rows, ties(variables))
 
     @property
     def _sampled(self) -> Positions:

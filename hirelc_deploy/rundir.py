@@ -51,6 +51,7 @@ class RunFolder:
         self._blobs = {e["blob"]: e["sha256"] for e in journal.entries if "blob" in e}
         self._seconds_before = _seconds(path / "seconds")
         self._opened = self._noted = time.monotonic()
+        self._process = os.getpid()
 
     @property
     def seconds(self) -> float:
@@ -164,8 +165,9 @@ class RunFolder:
         self.close()
 
     def _note_seconds(self) -> None:
+        """In the process that opened the folder: those beside it save states only, and would write the same file."""
         now = time.monotonic()
-        if now - self._noted >= NOTE_SECONDS:
+        if os.getpid() == self._process and now - self._noted >= NOTE_SECONDS:
             write_atomic(self.path / "seconds", repr(self.seconds).encode())
             self._noted = now
 

@@ -153,9 +153,14 @@ class Workbench:
 
         Not those that keep all channels: what corrects these is journalled, and only this process may do that.
         """
-        new = [each for each in policies if self.trainer.is_smaller(each) and self._has_to_be_made(each.digest())]
-        if len(new) < 2 or self.engine.at_once < 2:
-            return  # alone it has all threads, and is seen to go on
+        smaller = [each for each in policies if self.trainer.is_smaller(each)]
+        # alone it has all threads, and is seen to go on; by what is asked for and not by what is left of it, since the
+        # number of threads decides the weights, and those of a resumed run are the same
+        if len(smaller) < 2 or self.engine.at_once < 2:
+            return
+        new = [each for each in smaller if self._has_to_be_made(each.digest())]
+        if not new:
+            return
         with self.progress("fine-tuning side by side", len(new)) as advance:
             for _ in self.engine(self._made_ahead, new):
                 advance()

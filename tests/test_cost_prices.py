@@ -12,14 +12,19 @@ from hirelc_deploy.cost.prices import MeasuredPrices
 CONV = Kernel.parse("Conv", "pads=1,1,1,1 strides=2,2", "x:1x64x28x28 w:128x64x3x3 w:128", "int8")
 DEPTHWISE = Kernel.parse("Conv", "group=32 pads=1,1,1,1", "x:1x32x14x14 w:32x1x3x3 w:32", "fp32")
 GROUPED = Kernel.parse("Conv", "group=4", "x:1x64x7x7 w:32x16x1x1", "fp32")
+SIGNAL = Kernel.parse("Conv", "pads=1,1 strides=2,", "x:1x16x32 w:24x16x3 w:24", "fp32")
+TRANSPOSED = Kernel.parse("ConvTranspose", "strides=2,2", "x:1x16x8x8 w:16x8x2x2 w:8", "fp32")
+SPREAD = Kernel.parse("ConvTranspose", "group=4 output_padding=1, strides=2,", "x:1x16x8 w:16x2x3", "fp32")
 GEMM = Kernel.parse("Gemm", "transB=1", "x:8x256 w:10x256 w:10", "int8_dynamic")
 MATMUL = Kernel.parse("MatMul", "", "x:1x49x128 w:128x384", "fp32")
 SOFTMAX = Kernel.parse("Softmax", "axis=-1", "x:1x4x49x49", "fp32")
 RESHAPE = Kernel.parse("Reshape", "", "x:1x49x384 [1,49,3,4,32]", "fp32")
 POOL = Kernel.parse("GlobalAveragePool", "", "x:1x64x7x7", "int8")
 
+EVERY = (CONV, DEPTHWISE, GROUPED, SIGNAL, TRANSPOSED, SPREAD, GEMM, MATMUL, SOFTMAX, RESHAPE, POOL)
 
-@pytest.mark.parametrize("kernel", [CONV, DEPTHWISE, GROUPED, GEMM, MATMUL, SOFTMAX, RESHAPE, POOL], ids=str)
+
+@pytest.mark.parametrize("kernel", EVERY, ids=str)
 def test_a_kernel_reads_back_as_it_was_written(kernel: Kernel) -> None:
     assert Kernel.parse(kernel.op, kernel.attributes, kernel.operands_text, str(kernel.compute)) == kernel
     assert kernel.with_channels(*kernel.channels) == kernel
@@ -31,6 +36,9 @@ def test_a_kernel_reads_back_as_it_was_written(kernel: Kernel) -> None:
         (CONV, (64, 128), 64 * 128 * 9 * 14 * 14),
         (DEPTHWISE, (32, 32), 32 * 9 * 14 * 14),
         (GROUPED, (64, 32), 16 * 32 * 49),
+        (SIGNAL, (16, 24), 16 * 24 * 3 * 16),
+        (TRANSPOSED, (16, 8), 16 * 8 * 4 * 64),  # every place that is read is multiplied by the whole weight
+        (SPREAD, (16, 8), 16 * 2 * 3 * 8),
         (GEMM, (256, 10), 8 * 256 * 10),
         (MATMUL, (128, 384), 49 * 128 * 384),
         (POOL, (64, 64), 0),
@@ -47,13 +55,22 @@ def test_other_channels_change_all_shapes_that_have_them() -> None:
     assert str(CONV.with_channels(8, 16)) == "Conv pads=1,1,1,1 strides=2,2 x:1x8x28x28 w:16x8x3x3 w:16 int8"
     assert str(DEPTHWISE.with_channels(8, 8)) == "Conv group=8 pads=1,1,1,1 x:1x8x14x14 w:8x1x3x3 w:8 fp32"
     assert str(GROUPED.with_channels(32, 16)) == "Conv group=4 x:1x32x7x7 w:16x8x1x1 fp32"
+    assert str(TRANSPOSED.with_channels(8, 4)) == "ConvTranspose strides=2,2 x:1x8x8x8 w:8x4x2x2 w:4 fp32"
+    assert SPREAD.with_channels(8, 8).operands_text == "x:1x8x8 w:8x2x3"
     assert str(GEMM.with_channels(64, 10)) == "Gemm transB=1 x:8x64 w:10x64 w:10 int8_dynamic"
     flatten = Kernel.parse("Reshape", "", "x:1x16x4x4 [1,256]", "fp32")
     assert flatten.channels == (1, 1)  # its sizes would have to change as well
     assert str(MATMUL.with_channels(64, 32)) == "MatMul x:1x49x64 w:64x32 fp32"
 
 
+def test_what_is_written_counts_as_moved() -> None:
+    assert TRANSPOSED.bytes == 4 * (16 * 64 + 16 * 8 * 4 + 8 + 8 * 256)
+    assert SPREAD.bytes == 4 * (16 * 8 + 16 * 2 * 3 + 8 * 18)  # (8 - 1) x 2 + (3 - 1) + 1 + 1 places
+
+
 def test_families_differ_in_channels_alone() -> None:
+    assert TRANSPOSED.family == TRANSPOSED.with_channels(8, 32).family
+    assert SPREAD.family == SPREAD.with_channels(8, 32).family
     assert CONV.family == CONV.with_channels(8, 8).family
     assert CONV.family != Kernel.parse("Conv", "pads=1,1,1,1", CONV.operands_text, "int8").family
     assert CONV.family != Kernel.parse("Conv", CONV.attributes, CONV.operands_text, "fp32").family
@@ -96,6 +113,15 @@ def test_off_the_lines_the_two_axes_multiply_and_deviations_count() -> None:
     bent = table({**lines, (16, 32): 18.0})
     assert bent(CONV.with_channels(16, 32)) == 18.0
     assert 12.0 < bent(CONV.with_channels(16, 40)) / (40 * (30 + 70 * 8 / 96) / 100) * 12.0 < 18.0
+
+
+def test_a_table_of_square_kernels_does_not_take_inputs_for_outputs() -> None:
+    """As one that holds the anchor and nothing else of its family."""
+    square = Kernel.parse("Conv", "", "x:1x64x14x14 w:64x64x3x3 w:64", "fp32")
+    prices = MeasuredPrices({square: 200.0})
+    assert prices(square.with_channels(256, 64)) == pytest.approx(800.0)
+    assert prices(square.with_channels(64, 256)) == pytest.approx(800.0)
+    assert prices(square.with_channels(256, 256)) == pytest.approx(3200.0)
 
 
 def test_a_grid_is_what_its_points_are() -> None:

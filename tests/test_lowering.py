@@ -1,7 +1,7 @@
 """Whether the kernels that are priced are those that a session really runs, for random policies."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -67,9 +67,37 @@ class Mixer(nn.Module):
         return self.head(x.mean(1))
 
 
-NETWORKS: Mapping[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+def signal() -> nn.Module:
+    """One axis, brought down and up again."""
+    return nn.Sequential(
+        nn.Conv1d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv1d(16, 24, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose1d(24, 16, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    )
+
+
+def decoder() -> nn.Module:
+    """An image brought down and up again."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(16, 16, 2, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(16, 5, 3, padding=1),
+    )
+
+
+NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "stages": (Stages, (3, 16, 16)),
     "mixer": (Mixer, (3, 16, 16)),
+    "signal": (signal, (3, 32)),
+    "decoder": (decoder, (3, 16, 16)),
 }
 
 SAME = {

@@ -88,6 +88,12 @@ def test_sizes_are_near_those_of_files(posed: tuple[Posing, Problem]) -> None:
     assert np.abs(off).max() < 0.3
 
 
+def test_sizes_are_fitted_to_policies_that_there_are(posed: tuple[Posing, Problem]) -> None:
+    posing, problem = posed
+    samples = posing._costing._samples
+    assert (samples == problem.legal(samples)).all()  # layers that share a weight are stored alike
+
+
 def test_latencies_are_the_predictors(posed: tuple[Posing, Problem]) -> None:
     posing, problem = posed
     rows = some_rows(problem)

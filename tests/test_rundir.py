@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import subprocess
@@ -269,6 +270,18 @@ def test_an_error_of_the_step_itself_is_not_blamed_on_the_disk(tmp_path: Path) -
 
     with reopen(tmp_path) as run, pytest.raises(OSError, match="another disk"):
         run.step("step", broken)
+
+
+def test_processes_beside_it_note_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several would write the same file at once, and one of them find its own gone."""
+    monkeypatch.setattr(rundir, "NOTE_SECONDS", 0.0)
+    with reopen(tmp_path) as run:
+        child = multiprocessing.get_context("fork").Process(target=run.save_state, args=("b", b"x"))
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+        assert run.load_state("b") == b"x"
+        assert not (tmp_path / "seconds").exists()
 
 
 def test_time_is_added_up_over_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,14 @@ def test_the_cheapest_that_holds_the_drop_is_taken() -> None:
     assert order[0] == 4
 
 
+def test_a_gain_may_be_asked_for() -> None:
+    """A limit below nought: nothing is known of how a gain grows, so the least harmed are finished."""
+    ladder = [evaluation(i, drop=0.2 * i - 1.0, size_bytes=1000 - 50 * i) for i in range(1, 7)]
+    choice, order = finished(Budget(drop=-0.5), ladder, gain=0.9)
+    assert choice.best.policy.keep["g"] == 2
+    assert len(order) <= FINALISTS
+
+
 @pytest.mark.parametrize(("gain", "best"), [(0.25, 8), (1.0, 2)])
 def test_what_is_finished_corrects_what_is_expected(gain: float, best: int) -> None:
     ladder = [evaluation(i, drop=0.5 * i, size_bytes=1000 - 20 * i) for i in range(1, 9)]

@@ -1,5 +1,6 @@
 """Methods without agents on a problem whose optimum is known, and what they all stand on."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -11,12 +12,22 @@ import pytest
 from toy_search import BEST, BEST_COST, COUNTS, DROP_MAX, MEMORY_BYTES, MENDED, TIED, chosen, toy
 
 from hirelc_deploy.budget import Budget, Figures, met
-from hirelc_deploy.policy import FP32, INT8, Compute, PerTensor, Policy, Precision, Storage
+from hirelc_deploy.policy import FP16, FP32, INT8, Compute, PerTensor, Policy, Precision, Storage
 from hirelc_deploy.search.additive import UNFITTED, DropModel, damages, draw, efficient, fit, goal_of
 from hirelc_deploy.search.front import front, hypervolume, most_added, points, volume
 from hirelc_deploy.search.goal import LEAST, MOST, Goal, Multipliers
 from hirelc_deploy.search.greedy_order import rungs, sequence
-from hirelc_deploy.search.problem import Evaluations, Prices, Spent
+from hirelc_deploy.search.problem import (
+    Evaluations,
+    GroupVariable,
+    LayerFacts,
+    LayerVariable,
+    Prices,
+    Problem,
+    Rows,
+    Sensitivity,
+    Spent,
+)
 from hirelc_deploy.search.space import Evaluation
 
 METHODS = ("grid", "random_search", "greedy", "greedy_order", "knapsack", "evolution")
@@ -168,6 +179,48 @@ def test_limits_on_prices_are_kept(method: str, budget: Budget) -> None:
     assert met(budget, chosen(toy(budget).problem, found).figures)
 
 
+def small(options: Sequence[Precision], damage: Sequence[float]) -> Problem:
+    """Three layers of a network that no channel may be taken from, each bit of which takes a microsecond."""
+    names = ("a", "b", "c")
+
+    def costs(rows: Rows) -> Prices:
+        bits = np.array([option.storage.bits for option in options])[rows[:, :3]].sum(1)
+        return Prices(1000.0 + 100 * bits, 0.1 + 0.001 * bits)
+
+    bare = Problem(
+        variables=(
+            *(LayerVariable(each, tuple(options), (each,)) for each in names),
+            GroupVariable("g", (32,), ("a",)),
+        ),
+        blocks={name: (name,) for name in names},
+        budget=Budget(drop=1.0),
+        before=Figures(),
+        costs=costs,
+        sensitivity=Sensitivity(dict.fromkeys(names, np.array(damage)) | {"g": np.zeros(1)}, dict.fromkeys(names, 1.0)),
+        layers=dict.fromkeys(names, LayerFacts(macs=1000, parameters=1000)),
+        evaluate=lambda policy: Evaluation(policy, figures(policy), 90.0),
+        recipes={str(option): Policy(dict.fromkeys(names, option), {"g": 32}) for option in options},
+    )
+
+    def figures(policy: Policy) -> Figures:
+        row = bare.row(policy)[None]
+        prices, drop = costs(row), 20 * float(bare.damage(row).sum())
+        return Figures(latency_ms=float(prices.latency_ms[0]), size_bytes=round(float(prices.size_bytes[0])), drop=drop)
+
+    return replace(bare, before=replace(figures(bare.policy(bare.as_trained)), speedup=1.0))
+
+
+@pytest.mark.parametrize("options", [(FP32,), (FP32, FP16), (FP32, FP16, INT8)], ids=len)
+@pytest.mark.parametrize("method", [*METHODS, "hierarchical"])
+def test_few_options_are_enough(method: str, options: tuple[Precision, ...]) -> None:
+    """As of layers that fp16 ruins, on a target that has nothing else: there may be no choice, or none that harms."""
+    spent = Evaluations(small(options, [0.0, 0.0, 0.01][: len(options)]), 12)
+    with suppress(Spent):
+        import_module(f"hirelc_deploy.search.{method}").search(spent.problem, spent, seed=0)
+    cheapest = min(spent.seen, key=lambda each: each.figures.size_bytes or 0)
+    assert set(cheapest.policy.precisions.values()) == {options[-1]}
+
+
 def test_a_limit_that_nothing_keeps_is_come_close_to() -> None:
     """No method gives up: the nearest is evaluated."""
     for method in METHODS:
@@ -289,6 +342,9 @@ def test_memory_is_a_term_of_the_reward_where_it_has_a_limit() -> None:
 def test_a_limit_on_speedup_is_one_on_latency() -> None:
     before = Figures(latency_ms=100.0, size_bytes=1000)
     assert Goal.of(Budget(speedup=4.0, latency_ms=30.0), before).latency_ms_max == 25.0
+    # a file that is slower than the original's misses any limit on latency, unless a speed-up below 1 was asked for
+    assert Goal.of(Budget(latency_ms=300.0), before).latency_ms_max == 100.0
+    assert Goal.of(Budget(latency_ms=300.0, speedup=0.5), before).latency_ms_max == 200.0
     goal = Goal.of(Budget(size_bytes=400), before)
     assert (goal.drop_max, goal.latency_ms_max, goal.size_bytes_max) == (1.0, None, 400)
     assert (goal.latency_weight, goal.size_weight) == (1.0, 0.0)

@@ -11,7 +11,7 @@ from test_workbench import opened, small_policy
 from torch import Tensor
 from toy_search import toy
 
-from hirelc_deploy import trainer
+from hirelc_deploy import trainer, workbench
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.policy import INT8, Policy
 from hirelc_deploy.pool import Pool
@@ -54,6 +54,9 @@ def test_they_come_to_what_they_come_to_in_turn(tmp_path: Path, monkeypatch: pyt
             assert not list(bench.run.path.glob("states/*")), "one alone is made by who asks for it"
             bench.compress_ahead(policies)
             assert here == [], "nothing in this process"
+            bench.run.drop_state(workbench._ahead(policies[1].digest()))
+            bench.compress_ahead(policies)
+            assert here == [], "neither is the one that an interruption left"
             found = [weights(bench, policy) for policy in policies]
             bench.compress_ahead(policies)
             assert not list(bench.run.path.glob("states/*")), "what is known is not made again"

@@ -87,6 +87,11 @@ class Kernel:
         return int(found[1]) if found else 1
 
     @property
+    def is_transposed(self) -> bool:
+        """Whether a convolution is a transposed one, whose weight has its inputs on the first axis."""
+        return self.op == "ConvTranspose"
+
+    @property
     def is_depthwise(self) -> bool:
         return self.weight is not None and self.groups > 1 and self.weight[1] == 1 and self.weight[0] == self.groups
 
@@ -99,9 +104,18 @@ class Kernel:
                 return shape[-2], shape[-1]
             if self.op == "Gemm":
                 return shape[1], shape[0]
-            return (shape[0], shape[0]) if self.is_depthwise else (shape[1] * self.groups, shape[0])
+            if self.is_depthwise:
+                return shape[0], shape[0]
+            if self.is_transposed:
+                return shape[0], shape[1] * self.groups
+            return shape[1] * self.groups, shape[0]
         read = self.operands[0].shape
         return (read[1], read[1]) if len(read) == 4 and self._scales else (1, 1)
+
+    @property
+    def has_one_count(self) -> bool:
+        """Whether what it reads and what it writes have the same channels by what it is."""
+        return self.weight is None or self.is_depthwise
 
     @property
     def _scales(self) -> bool:
@@ -143,6 +157,8 @@ class Kernel:
             return (inputs, outputs)
         if self.op == "Gemm":
             return (outputs, inputs)
+        if self.is_transposed:
+            return (inputs, 1 if self.is_depthwise else outputs // self.groups, *shape[2:])
         return (outputs, 1 if self.is_depthwise else inputs // self.groups, *shape[2:])
 
     @cached_property
@@ -153,7 +169,7 @@ class Kernel:
         few = f" of {self.channels[0]}" if self.weight is not None and self.channels[0] < FEW else ""
         if self.is_depthwise:
             return f"depthwise {self.with_channels(1, 1)}"
-        return f"{self.with_channels(self.groups, 1)}{few}"
+        return f"{self.with_channels(self.groups, self.groups)}{few}"
 
     # -- work ------------------------------------------------------------------------------------------------
 
@@ -163,7 +179,8 @@ class Kernel:
         read = self.operands[0].shape
         if self.weight is not None:
             if self.op in IMAGE_LAYERS:
-                return prod(self.weight) * self._places * read[0]
+                # a transposed one multiplies what it reads at each place, any other what it writes there
+                return prod(self.weight) * (prod(read[2:]) if self.is_transposed else self._places) * read[0]
             return prod(self.weight) * prod(read[:-1])
         if self.op in ("MatMul", "FusedMatMul") and len(self.operands) > 1:
             return prod(read) * self.operands[1].shape[-1]
@@ -179,6 +196,12 @@ class Kernel:
         strides = _integers(self.attributes, "strides") or (1,) * axes
         pads = _integers(self.attributes, "pads") or (0,) * (2 * axes)
         dilations = _integers(self.attributes, "dilations") or (1,) * axes
+        if self.is_transposed:
+            more = _integers(self.attributes, "output_padding") or (0,) * axes
+            return prod(
+                (size[i] - 1) * strides[i] - pads[i] - pads[i + axes] + dilations[i] * (kernel[i] - 1) + more[i] + 1
+                for i in range(axes)
+            )
         return prod(
             (size[i] + pads[i] + pads[i + axes] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1
             for i in range(axes)
@@ -216,7 +239,8 @@ def kind_of(kernel: Kernel) -> str:
 
 def _integers(attributes: str, name: str) -> tuple[int, ...]:
     found = re.search(rf"\b{name}=([\d,]+)", attributes)
-    return tuple(map(int, found[1].split(","))) if found else ()
+    # a list of one number ends with a comma
+    return tuple(int(each) for each in found[1].split(",") if each) if found else ()
 
 
 def _at(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:

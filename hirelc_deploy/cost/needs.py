@@ -61,7 +61,7 @@ class Family:
 
     def told(self, *places: Place) -> list[float]:
         """Microseconds, from what is known."""
-        surface = Surface([(inputs, outputs, us) for (inputs, outputs), us in self.known.items()])
+        surface = Surface([(inputs, outputs, us) for (inputs, outputs), us in self.known.items()], self.is_one)
         return [float(surface.grid([inputs], [outputs])[0, 0]) for inputs, outputs in places]
 
     def plan(self) -> Iterator[list[Place]]:
@@ -138,12 +138,11 @@ def families(network: Network) -> list[Family]:
             inputs, outputs = ((size,) for size in kernel.channels)
         if not inputs or not outputs:
             continue  # the branch is gone
-        is_one = kernel.weight is None or kernel.is_depthwise
         before = found.get(kernel.family)
         if before is not None:
             inputs, outputs = _merged(before.inputs, inputs), _merged(before.outputs, outputs)
         work = (before.work if before else 0.0) + kernel.macs + kernel.bytes
-        found[kernel.family] = Family(kernel, inputs, outputs, is_one, work)
+        found[kernel.family] = Family(kernel, inputs, outputs, kernel.has_one_count, work)
     return sorted(found.values(), key=lambda family: -family.work)
 
 

@@ -66,7 +66,7 @@ class MeasuredPrices:
         return self.estimate(kernel).us
 
     def estimate(self, kernel: Kernel) -> Estimate:
-        family = self._surface(kernel.family)
+        family = self._surface(kernel)
         if family is not None:
             inputs, outputs = kernel.channels
             known = family.known.get((inputs, outputs))
@@ -78,23 +78,24 @@ class MeasuredPrices:
 
     def grid(self, kernel: Kernel, inputs: Sequence[int], outputs: Sequence[int]) -> np.ndarray:
         """Microseconds for all of these channels, (inputs, outputs); none may be zero."""
-        family = self._surface(kernel.family)
+        family = self._surface(kernel)
         if family is not None:
             return family.grid(inputs, outputs)
         return np.array([[self(kernel.with_channels(i, o)) for o in outputs] for i in inputs])
 
     def errors(self, kernel: Kernel, inputs: Sequence[int], outputs: Sequence[int]) -> np.ndarray:
         """How well those are known: relative, one standard deviation."""
-        family = self._surface(kernel.family)
+        family = self._surface(kernel)
         if family is None:
             return np.full((len(inputs), len(outputs)), self._roofline(kernel).error)
         known = [[(i, o) in family.known for o in outputs] for i in inputs]
         return np.where(known, 0.0, family.error)
 
-    def _surface(self, family: str) -> "Surface | None":
-        """Made when it is first asked for: a table holds many more families than one network has."""
+    def _surface(self, kernel: Kernel) -> "Surface | None":
+        """Of its family, made when it is first asked for: a table holds many more families than one network has."""
+        family = kernel.family
         if family not in self._surfaces and family in self._points:
-            self._surfaces[family] = Surface(self._points[family])
+            self._surfaces[family] = Surface(self._points[family], kernel.has_one_count)
         return self._surfaces.get(family)
 
     @cached_property
@@ -125,11 +126,12 @@ def times_of(rows: Iterable[Row], *, threads: int) -> dict[Kernel, float]:
 class Surface:
     """Kernels that differ in their channels."""
 
-    def __init__(self, points: Sequence[tuple[int, int, float]]) -> None:
+    def __init__(self, points: Sequence[tuple[int, int, float]], has_one_count: bool) -> None:
+        """Inputs, outputs and microseconds of each that was measured; both counts are one where `has_one_count`."""
         self.known = {(inputs, outputs): us for inputs, outputs, us in points}
         self._reference = max(self.known, key=lambda place: (place[0] * place[1], place))
         self._us = self.known[self._reference]
-        self._is_one = all(inputs == outputs for inputs, outputs in self.known)
+        self._is_one = has_one_count
         by_outputs = sorted((o, us) for (i, o), us in self.known.items() if self._is_one or i == self._reference[0])
         by_inputs = sorted((i, us) for (i, o), us in self.known.items() if o == self._reference[1])
         self._over_outputs = _Line(by_outputs)

@@ -355,7 +355,9 @@ def _layer_facts(problem: Problem, layers: Sequence[Sequence[int]], slots: int) 
     found = np.zeros((len(layers), slots, 4))
     for block, each in enumerate(layers):
         for slot, i in enumerate(each):
-            damage = np.log(problem.sensitivity.damage[names[i]][1:] + TINY) / 8
+            damage = problem.sensitivity.damage[names[i]]
+            # of what it was trained as there is none, unless it has no other choice
+            damage = np.log((damage[1:] if len(damage) > 1 else damage) + TINY) / 8
             found[block, slot] = (macs[names[i]], parameters[names[i]], damage.min(), damage.max())
     return found.reshape(len(layers), -1)
 

@@ -83,6 +83,8 @@ def evolved(problem: Problem, model: DropModel, start: Rows, *, seed: int) -> Ro
     nsga.setup(space, termination=("n_gen", GENERATIONS), seed=seed, verbose=False)
     while nsga.has_next():
         asked = nsga.ask()
+        if asked is None:  # of few options all are there
+            break
         rows = problem.legal(asked.get("X").astype(int))
         asked.set("X", rows)
         objectives, broken = _predicted(problem, model, rows)

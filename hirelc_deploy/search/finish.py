@@ -157,7 +157,7 @@ class Finishing:
         may be relied on.  Where what was finished has lost nothing that a score can tell, drops are taken as they are.
         """
         limit, mending = self._goal.drop_max, self._mending
-        if not self._is_limited or mending is None:
+        if mending is None:
             return self._problem
         part = limit / self._told(mending)
         return replace(self._problem, part_left=lambda prices: np.minimum(1.0, part * self._times(prices)))
@@ -227,6 +227,9 @@ class Finishing:
 
     @property
     def _mending(self) -> Mending | None:
+        """None where there is nothing to learn about, or nothing was seen."""
+        if not self._is_limited:
+            return None
         seen, score_error = list(self._pairs.values()), self._problem.score_error
         return Mending.seen_in(seen, self._goal.drop_max, score_error, self._hardness)
 
@@ -299,7 +302,7 @@ class Finishing:
         hopeful = [e for e in cheaper if self._is_hopeful(e)]
         if holding and not hopeful:  # what fails now costs time alone
             held, failed = self._mended(self._safe), self._failed
-            between = [e for e in cheaper if held < self._hardness(e) < failed]
+            between = [e for e in cheaper if self._is_limited and held < self._hardness(e) < failed]
             # it fails the sooner the nearer it is to what did
             return sorted(between, key=lambda e: (_cost(e, goal) - cheapest) * math.log(failed / self._hardness(e)))
         if hopeful:
@@ -308,6 +311,8 @@ class Finishing:
 
     def _is_hopeful(self, evaluation: Evaluation) -> bool:
         """Whether fine-tuning is told to leave of it what is safe, or it is a step that is worth trying."""
+        if not self._is_limited:
+            return evaluation.drop <= self._safe
         mending, rounding = self._mending, 1 + 1e-9
         if mending is None:
             return evaluation.drop <= rounding * UNSEEN * self._safe

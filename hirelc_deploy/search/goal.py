@@ -6,7 +6,8 @@
 
 Every term is in units of its budget.  A drop is what fine-tuning is told to leave of it (`Problem.left`).  Where no
 drop was allowed or forbidden, drop_max is DROP_UNIT.  A weight is nought where its figure has a budget: below the
-budget there is nothing to gain.  A budget of a speed-up is one of milliseconds: ms_max = ms_fp32 / speedup.  Memory is
+budget there is nothing to gain.  A budget of a speed-up is one of milliseconds: ms_max = ms_fp32 / speedup; with one of
+milliseconds alone the original's are one as well, since a file that is slower is judged to miss it.  Memory is
 worth nothing but its budget, and that is no term where no law tells what a runtime needs (`Figures.memory_bytes` of the
 original is None).
 """
@@ -75,6 +76,8 @@ class Goal(Generic[N]):
             raise ValueError("the original's latency and size have to be known")
         limits = [] if budget.latency_ms is None else [budget.latency_ms]
         limits += [] if budget.speedup is None else [before.latency_ms / budget.speedup]
+        if budget.latency_ms is not None and budget.speedup is None:  # NOT_SLOWER is judged with it
+            limits.append(before.latency_ms)
         return Goal(
             drop_max=budget.drop if budget.drop is not None and budget.drop > 0 else DROP_UNIT,
             latency_ms_max=min(limits, default=None),

@@ -52,7 +52,7 @@ def sequence(problem: Problem, model: DropModel, goal: Goal) -> Rows:
     while True:
         above = [place for place in ((here[0] + 1, here[1]), (here[0], here[1] + 1)) if place in found]
         if not above:
-            return np.stack(rows)
+            return np.array(rows, int).reshape(len(rows), len(problem.variables))
         damage = model.damage(problem, np.array([found[place] for place in above]))
         here = above[int(damage.argmin())]
         rows.append(found[here])

@@ -64,7 +64,8 @@ def sweep(problem: Problem, model: DropModel, goal: Goal) -> Rows:
     known_damage, known_price = model.damage_left(problem, known), _price(problem, goal, known)
     if model.seen is None:
         most = sum(table.max() for table in problem.sensitivity.damage.values())
-        allowed = np.geomspace(MILDEST_COLD * most, most, LEVELS)
+        # where nothing does any harm it matters not how much is allowed
+        allowed = np.geomspace(MILDEST_COLD * most, most, LEVELS) if most > 0 else np.ones(1)
     else:
         limit = goal_of(problem).drop_max
         least, most = model.damage_at(MILDEST * limit), model.damage_at(HARSHEST * limit)

@@ -174,13 +174,7 @@ class Problem:
 
     def legal(self, rows: Rows) -> Rows:
         """Rows in which layers that share a weight take the option of the first of them."""
-        if not self._tied:
-            return rows
-        tied = rows.copy()
-        for first, others in self._tied.items():
-            for other in others:
-                tied[:, other] = tied[:, first]
-        return tied
+        return with_ties(rows, self._ties)
 
     def damage(self, rows: Rows) -> np.ndarray:
         """Additive: what single options do to the outputs, (policies, variables), in nats."""
@@ -195,14 +189,8 @@ class Problem:
         return self.left(np.array([each.drop for each in evaluations], float), prices_of(evaluations))
 
     @cached_property
-    def _tied(self) -> dict[int, tuple[int, ...]]:
-        found: dict[int, tuple[int, ...]] = {}
-        for i, variable in enumerate(self.variables):
-            if isinstance(variable, LayerVariable):
-                others = tuple(j for j in (self.position[name] for name in variable.together) if j > i)
-                if others:
-                    found[i] = others
-        return found
+    def _ties(self) -> Mapping[int, tuple[int, ...]]:
+        return ties(self.variables)
 
     def _option(self, variable: Variable, policy: Policy) -> int:
         if isinstance(variable, LayerVariable):
@@ -210,6 +198,29 @@ class Problem:
             return variable.as_trained if precision is None else variable.options.index(precision)
         count = policy.keep.get(variable.in_policy)
         return variable.as_trained if count is None else variable.options.index(count)
+
+
+def ties(variables: Sequence[Variable]) -> dict[int, tuple[int, ...]]:
+    """Of layers that share a weight, the position of the first and those of the others."""
+    position = {variable.name: i for i, variable in enumerate(variables)}
+    found: dict[int, tuple[int, ...]] = {}
+    for i, variable in enumerate(variables):
+        if isinstance(variable, LayerVariable):
+            others = tuple(j for j in (position[name] for name in variable.together) if j > i)
+            if others:
+                found[i] = others
+    return found
+
+
+def with_ties(rows: Rows, tied: Mapping[int, tuple[int, ...]]) -> Rows:
+    """Rows in which what is tied takes the option of the first."""
+    if not tied:
+        return rows
+    found = rows.copy()
+    for first, others in tied.items():
+        for other in others:
+            found[:, other] = found[:, first]
+    return found
 
 
 def policy_of(variables: Sequence[Variable], row: Sequence[int] | np.ndarray) -> Policy:

@@ -63,6 +63,7 @@ class Recipe:
         """
         if self.compute is None and computes is None:
             raise ValueError("what is fastest has to be measured first")
+        self.require_fit(space)
         precisions, fits = {}, False
         for layer, choices in space.layers.items():
             compute = self.compute or (computes or {}).get(layer, Compute.FP32)
@@ -70,14 +71,28 @@ class Recipe:
             precisions[layer] = next((choice for choice in choices if self._fits(choice, compute)), instead)
             fits |= self._fits(precisions[layer], compute)
         if not fits:
-            offered = sorted({str(precision.compute) for c in space.layers.values() for precision in c})
-            each = {precision.storage for choices in space.layers.values() for precision in choices}
-            stored = sorted(_bare(storage) if storage.is_float else str(storage) for storage in each)
             raise UserError(
-                f"no layer of this network can be {self} on this target",
-                fix=f"there is compute={' or '.join(offered)} with storage={', '.join(stored)}",
+                f"what is fastest on this target leaves no layer that can be {self}",
+                fix="name the compute: " + " or ".join(sorted({str(each.compute) for each in self._fitting(space)})),
             )
         return Policy(precisions, self.counts(space))
+
+    def require_fit(self, space: SearchSpace) -> None:
+        """Raises UserError if no layer can be stored so in the compute that the recipe names, or in any."""
+        if self._fitting(space):
+            return
+        offered = sorted({str(precision.compute) for c in space.layers.values() for precision in c})
+        each = {precision.storage for choices in space.layers.values() for precision in choices}
+        stored = sorted(_bare(storage) if storage.is_float else str(storage) for storage in each)
+        raise UserError(
+            f"no layer of this network can be {self} on this target",
+            fix=f"there is compute={' or '.join(offered)} with storage={', '.join(stored)}",
+        )
+
+    def _fitting(self, space: SearchSpace) -> list[Precision]:
+        """Of all layers' choices."""
+        every = (precision for choices in space.layers.values() for precision in choices)
+        return [precision for precision in every if self._fits(precision, self.compute or precision.compute)]
 
     def counts(self, space: SearchSpace) -> dict[str, int]:
         """The units that stay, by group."""
