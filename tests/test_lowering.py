@@ -18,13 +18,17 @@ from hirelc_deploy.compress.grids import fitted, put_on
 from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.cost.latency import decisions_of
 from hirelc_deploy.cost.memory import Activations
+from hirelc_deploy.cost.needs import families
 from hirelc_deploy.cost.network import Network
+from hirelc_deploy.exporters._base import NoKernelError
 from hirelc_deploy.exporters._float import FloatGraph
 from hirelc_deploy.exporters._plan import MOVES
 from hirelc_deploy.exporters.onnxruntime import RUNTIME, optimised
 from hirelc_deploy.graph import trace
 from hirelc_deploy.policy import INT8, Compute, Policy, Precision
 from hirelc_deploy.profiles import load_target
+from hirelc_deploy.verify.machines import Here
+from hirelc_deploy.verify.profiling import makers
 
 hasten()
 
@@ -186,6 +190,22 @@ def test_what_is_priced_is_what_runs(name: str, seed: int, tmp_path: Path) -> No
     # mixed: every layer and operator, and borders but for one that a session moves about
     assert not off.keys() - borders
     assert all(abs(told - real) <= 1 for told, real in off.values())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_kernel_that_a_policy_can_ask_for_runs(name: str) -> None:
+    """At the ends of the counts that may stay, each by itself, as a profile times it."""
+    wanted = [
+        family.at(place)
+        for family in families(lowered(name)[1])
+        for place in {family.reference, (family.inputs[0], family.outputs[0])}
+    ]
+    made = makers(wanted, Here(RUNTIME, threads=1))
+    assert made.keys() == set(wanted)
+    for kernel in wanted:
+        maker = made[kernel]
+        assert not isinstance(maker, NoKernelError), f"{kernel}: {maker}"
+        RUNTIME.kernel_session(maker.file(1), threads=1).run({})
 
 
 def test_what_lies_in_memory_at_once() -> None:
