@@ -168,6 +168,7 @@ def _fold(model: ir.Model) -> None:
     file that was told before; and a bias that two layers share could not be cut for one of them.
     """
     passes.InlinePass()(model)
+    _fold_transposes_of_shared_weights(model.graph)
     for _ in range(FOLDING_ROUNDS):
         fold_constants(model)
         rewrite(model, REWRITES)
@@ -176,6 +177,26 @@ def _fold(model: ir.Model) -> None:
     passes.CommonSubexpressionEliminationPass()(model)
     passes.OutputFixPass()(model)
     passes.NameFixPass()(model)
+
+
+def _fold_transposes_of_shared_weights(graph: ir.Graph) -> None:
+    """Give a Linear that shares a weight with an embedding one of its own, transposed.
+
+    `fold_constants` leaves a Transpose of what others read as well as soon as it is larger than some thousand numbers,
+    and a layer computes with an initializer.
+    """
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        array = constant(weight) if weight is not None and weight.is_initializer() else None
+        if array is None or weight is None or len(list(weight.uses())) < 2:
+            continue
+        axes = node.attributes.get_ints("perm", None)
+        (before,) = node.outputs
+        transposed = ir.Value(name=f"{before.name}#folded", const_value=ir.tensor(array.transpose(axes).copy()))
+        transposed.type, transposed.shape = ir.TensorType(transposed.const_value.dtype), transposed.const_value.shape
+        graph.register_initializer(transposed)
+        replace(before, transposed)
+        graph.remove(node, safe=True)
 
 
 def tidy(model: ir.Model) -> None:

@@ -153,11 +153,11 @@ class Tied(nn.Module):
 class TiedEmbedding(nn.Module):
     """As language models have it: the head reads the embedding's weight, transposed."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int = 20) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(20, 8)
+        self.tokens = nn.Embedding(tokens, 8)
         self.inner = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 20, bias=False)
+        self.head = nn.Linear(8, tokens, bias=False)
         self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -194,6 +194,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, np.ndarray]]] = {
     "text": (TextClassifier, {"tokens": np.random.default_rng(0).integers(0, 20, (EXAMPLES, 7))}),
     "tied": (Tied, {"x": floats(6)}),
     "tied embedding": (TiedEmbedding, {"tokens": np.random.default_rng(0).integers(0, 20, (EXAMPLES, 7))}),
+    # more than is folded by itself
+    "large tied embedding": (
+        lambda: TiedEmbedding(1200),
+        {"tokens": np.random.default_rng(0).integers(0, 1200, (EXAMPLES, 7))},
+    ),
     "pooled": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.Flatten()),
         {"x": floats(3, 12, 12)},
