@@ -190,10 +190,15 @@ def _fold_transposes_of_shared_weights(graph: ir.Graph) -> None:
         array = constant(weight) if weight is not None and weight.is_initializer() else None
         if array is None or weight is None or len(list(weight.uses())) < 2:
             continue
-        axes = node.attributes.get_ints("perm", None)
         (before,) = node.outputs
-        transposed = ir.Value(name=f"{before.name}#folded", const_value=ir.tensor(array.transpose(axes).copy()))
-        transposed.type, transposed.shape = ir.TensorType(transposed.const_value.dtype), transposed.const_value.shape
+        array = array.transpose(node.attributes.get_ints("perm", None)).copy()
+        tensor = ir.tensor(array)
+        transposed = ir.Value(
+            name=f"{before.name}#folded",
+            const_value=tensor,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(array.shape),
+        )
         graph.register_initializer(transposed)
         replace(before, transposed)
         graph.remove(node, safe=True)
