@@ -9,7 +9,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,15 +119,12 @@ def float_graph(model: nn.Module, example: Mapping[str, np.ndarray], *, opset: i
             ) from error
         _fold(exported)
     layers = {name: module for name, module in model.named_modules() if _has_weight(module)}
-    weights = _locate(exported.graph, layers)
-    for value, name in zip(exported.graph.inputs, inputs, strict=True):
-        value.name = name
-    for value, name in zip(exported.graph.outputs, output_names, strict=True):
-        value.name = name
+    initializers = exported.graph.initializers
+    weights = {layer: initializers[name] for layer, name in _locate(exported.graph, layers).items()}
     tidy(exported)
-    return FloatGraph(
-        exported, {name: weight for name, weight in weights.items() if weight in exported.graph.initializers}
-    )
+    _name_ends(exported.graph, tuple(inputs), output_names)
+    names = {layer: name_of(weight) for layer, weight in weights.items()}
+    return FloatGraph(exported, {layer: name for layer, name in names.items() if name in initializers})
 
 
 def _traced(model: nn.Module, inputs: tuple[Tensor, ...], opset: int) -> ir.Model:
@@ -207,7 +204,10 @@ def _fold_transposes_of_shared_weights(graph: ir.Graph) -> None:
 def tidy(model: ir.Model) -> None:
     """Drop what no runtime reads: metadata, value_info, attributes at their defaults, dead nodes."""
     passes.ClearMetadataAndDocStringPass()(model)
-    passes.IdentityEliminationPass()(model)
+    if not any(attribute.type in SUBGRAPHS for node in model.graph for attribute in node.attributes.values()):
+        passes.IdentityEliminationPass()(model)  # takes them from the ends of subgraphs as well
+        passes.OutputFixPass()(model)  # a tensor that is two outputs needs one
+        passes.NameFixPass()(model)
     _drop_added_zeros(model.graph)
     _drop_neutral_norms(model.graph)
     _pool_instead_of_mean(model.graph)
@@ -219,11 +219,37 @@ def tidy(model: ir.Model) -> None:
                 del node.attributes[name]
         if node.op_type == "Conv":
             node.attributes.pop("kernel_shape", None)  # the weight says it
+        if node.op_type == "AveragePool" and "pads" not in node.attributes:
+            node.attributes.pop("count_include_pad", None)  # there is none to count
         for value in node.outputs:
             if value not in kept:
                 value.type = value.shape = None
     model.producer_name = model.producer_version = model.doc_string = None
     model.graph.doc_string = None
+
+
+SUBGRAPHS = {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS}
+
+
+def _name_ends(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Give inputs and outputs the names that the model has for them; what else is called so gets another.
+
+    Raises UserError where an output is called like an input.
+    """
+    both = sorted({*inputs} & {*outputs})
+    if both:
+        raise UserError(
+            f"the model has an input and an output that are called {both[0]}",
+            fix="let forward return it under another name",
+        )
+    ends = [*graph.inputs, *graph.outputs]
+    wanted = {*inputs, *outputs}
+    inner = (*graph.initializers.values(), *(value for node in graph for value in node.outputs))
+    for value in [*ends, *inner]:
+        if value.name in wanted:
+            value.name = f"{value.name}#inner"
+    for value, name in zip(ends, [*inputs, *outputs], strict=True):
+        value.name = name
 
 
 DEFAULTS: dict[str, dict[str, object]] = {

@@ -75,7 +75,10 @@ def kernel_steps(kernel: Kernel, *, seed: int = 0) -> Generator[Request, Any, Cu
         return (yield from _border(kernel, random))
     if kernel.compute is Compute.FP32 and kernel.weight is None and kernel.op not in POOLS:
         node, constants, read = _float_node(kernel, random)
-        return Cut([node], constants, read)
+        cut = Cut([node], constants, read)
+        file = cut.file(1)  # of all operators that there are: some read what a kernel's text does not tell
+        yield Shapes(file.data, (f"{node.output[0]}.0",), file.inputs)
+        return cut
     if kernel.op in MOVES - {"MaxPool"}:  # the same operator on bytes
         node, constants, read = _float_node(kernel, random)
         return Cut([node], constants, {name: _like((x.shape, "uint8"), random) for name, x in read.items()})
@@ -233,11 +236,25 @@ def _float_node(
         name = f"{operand.role}{i}"
         names.append(name)
         if operand.role == "x":
-            read[name] = random.standard_normal(operand.shape).astype(np.float32)
+            read[name] = _read(kernel.op, i, operand.shape, random)
         else:
             constants.append(numpy_helper.from_array(_constant(operand, random), name))
     outputs = ["y"] if kernel.op != "Split" else [f"y#{i}" for i in range(_outputs_of_split(kernel))]
     return _node(kernel.op, names, outputs, **_attributes(kernel.attributes)), constants, read
+
+
+READS_INTEGERS = {("Gather", 1), ("GatherElements", 1), ("GatherND", 1)}
+READS_FLAGS = {("Where", 0), ("Not", 0), ("And", 0), ("And", 1), ("Or", 0), ("Or", 1)}
+"""Operators that read something else than floats, and at which input."""
+
+
+def _read(op: str, index: int, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
+    """What an operator reads at run time."""
+    if (op, index) in READS_INTEGERS:
+        return np.zeros(shape, np.int64)  # a position that every tensor has
+    if (op, index) in READS_FLAGS:
+        return random.integers(0, 2, shape).astype(bool)
+    return random.standard_normal(shape).astype(np.float32)
 
 
 def _outputs_of_split(kernel: Kernel) -> int:

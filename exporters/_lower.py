@@ -18,7 +18,7 @@ from hirelc_deploy.cost.kernel import ABSENT, Kernel, Operand, number_text
 from hirelc_deploy.cost.network import Channels, Condition, Held, Network, State, Term
 from hirelc_deploy.exporters._base import NO_FLOATS, Floats
 from hirelc_deploy.exporters._float import FloatGraph, name_of, weight_of
-from hirelc_deploy.exporters._plan import ACTIVATIONS, INTEGER, MOVES, computed_by
+from hirelc_deploy.exporters._plan import ACTIVATIONS, INTEGER, MOVES, computed_by, is_before_activation
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.policy import Compute
 
@@ -131,6 +131,8 @@ class Lowering:
         if layer is not None:
             if node.op_type == "Conv":
                 self.hold(node, self.compute_is(layer, Compute.INT8), self.blocked_layer(node, layer))
+            elif is_before_activation(node):
+                self.hold(node, self.compute_is(layer, Compute.INT8), None)
         elif node.op_type in MOVES and node.op_type != "MaxPool":
             self.integer[output] = self.integer.get(read[0]) if read else None
         elif node.op_type in INTEGER | {"MaxPool"} and self._can_be_integer(node):
@@ -263,7 +265,8 @@ class Lowering:
         shape = self.shape(value)
         if value.is_initializer():
             array = value.const_value.numpy() if value.const_value is not None else None
-            if array is not None and array.size <= LITTLE and (array.dtype != np.float32 or array.size == 1):
+            by_value = array is not None and (array.dtype != np.float32 or array.size == 1 or node.op_type == "Resize")
+            if array is not None and by_value and array.size <= LITTLE:
                 return Operand("w", () if array.ndim == 1 else tuple(shape), tuple(array.ravel().tolist()))
             return Operand("w", tuple(shape))
         if node.op_type == "Reshape" and index == 1:

@@ -5,6 +5,7 @@ ONNX Runtime keeps it in float.  What lies between stays in integers where it ha
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -102,7 +103,8 @@ class _Planner:
         held = self.tensors[name_of(x)]
         self.tensors[name_of(x)] = dataclasses.replace(held, read_by=(*held.read_by, name))
         self.integer_nodes.add(name_of(node.outputs[0]))
-        if node.op_type == "Conv":
+        # a session makes one kernel of Gemm and Relu before it looks at what is quantised
+        if node.op_type == "Conv" or is_before_activation(node):
             self.hold_output(node)
 
     def between(self, node: ir.Node) -> None:
@@ -119,17 +121,17 @@ class _Planner:
             self.hold(node.outputs[0], from_integers=True, same_grid_as=first.source)
             return
         name = computed_by(node, self.layer_of)
-        if name not in self.floats:
+        if name not in self.floats and not _counts_padding_beyond(node):
             self.integer_nodes.add(name_of(node.outputs[0]))
             self.hold_output(node, name)
 
     def hold_output(self, node: ir.Node, computed_by: str | None = None) -> None:
         """Hold what the node writes, behind the activation that its kernel takes along."""
         output = node.outputs[0]
-        uses = list(output.uses())
-        if len(uses) == 1 and uses[0].node.op_type in ACTIVATIONS and not output.is_graph_output():
-            self.integer_nodes.add(name_of(uses[0].node.outputs[0]))
-            output = uses[0].node.outputs[0]
+        behind = activation_behind(node)
+        if behind is not None:
+            output = behind.outputs[0]
+            self.integer_nodes.add(name_of(output))
         self.hold(output, from_integers=True, computed_by=computed_by)
 
     def hold(
@@ -142,6 +144,30 @@ class _Planner:
     ) -> None:
         held = Held(name_of(value), _nonnegative(value), from_integers, same_grid_as, computed_by)
         self.tensors.setdefault(name_of(value), held)
+
+
+def activation_behind(node: ir.Node) -> ir.Node | None:
+    """The activation that alone reads what a node writes, where quantising behind it does what it does.
+
+    Not a Clip that begins above nought: the lowest number of a grid that holds nought is no more than that.
+    """
+    output = node.outputs[0]
+    uses = list(output.uses())
+    if len(uses) != 1 or output.is_graph_output() or uses[0].node.op_type not in ACTIVATIONS:
+        return None
+    behind = uses[0].node
+    return None if behind.op_type == "Clip" and _least_of(behind) > 0 else behind
+
+
+def is_before_activation(node: ir.Node) -> bool:
+    """Whether a node is a Gemm that one activation alone reads."""
+    return node.op_type == "Gemm" and activation_behind(node) is not None
+
+
+def _least_of(clip: ir.Node) -> float:
+    """A Clip's lower bound."""
+    low = constant(clip.inputs[1]) if len(clip.inputs) > 1 else None
+    return -math.inf if low is None else float(low)
 
 
 def computed_by(node: ir.Node, layer_of: Mapping[str, str]) -> str:
@@ -165,6 +191,17 @@ def computed_by(node: ir.Node, layer_of: Mapping[str, str]) -> str:
     return f"{node.op_type} of {', '.join(sorted(found)) or 'inputs'}"
 
 
+def _counts_padding_beyond(node: ir.Node) -> bool:
+    """Whether a pool rounds its size up and counts padding: the integer kernel then divides by places that are not
+    there."""
+    attributes = node.attributes
+    return (
+        node.op_type == "AveragePool"
+        and attributes.get_int("ceil_mode", 0) == 1
+        and attributes.get_int("count_include_pad", 0) == 1
+    )
+
+
 def _nonnegative(value: ir.Value) -> bool:
     """Whether the operators before it say that no value can be below zero."""
     node = value.producer()
@@ -173,8 +210,7 @@ def _nonnegative(value: ir.Value) -> bool:
     if node.op_type in ("Relu", "Sigmoid", "Softmax"):
         return True
     if node.op_type == "Clip":
-        low = constant(node.inputs[1]) if len(node.inputs) > 1 else None
-        return low is not None and float(low) >= 0
+        return _least_of(node) >= 0
     if node.op_type in (MOVES | INTEGER) - {"Add"}:
         read = node.inputs[:1] if node.op_type in MOVES else node.inputs
         return all(x is not None and _nonnegative(x) for x in read)

@@ -35,6 +35,7 @@ def with_shapes(graph: FloatGraph, shapes: Mapping[str, tuple[int, ...]]) -> Flo
         assert value.const_value is not None
         dtype = value.const_value.dtype.numpy()
         value.const_value = ir.Tensor(np.zeros(shape, dtype), name=name)
+        value.shape = ir.Shape(shape)
     return small
 
 

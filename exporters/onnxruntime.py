@@ -241,7 +241,7 @@ def computes(file: onnx.GraphProto, session: onnx.GraphProto, tensors: Mapping[s
 
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in file.node:
-        for name in node.input:
+        for name in filter(None, node.input):  # an input that is left out is called "", as is an output
             readers.setdefault(name, []).append(node)
     found: dict[str, str | None] = {}
     for layer, tensor in tensors.items():

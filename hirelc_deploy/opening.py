@@ -19,7 +19,7 @@ from hirelc_deploy.pool import Engine, Pool, in_turn
 from hirelc_deploy.profiles import Target, load_target
 from hirelc_deploy.rundir import RunFolder
 from hirelc_deploy.search.recipe import Recipe
-from hirelc_deploy.task import check_labels
+from hirelc_deploy.task import Classification, check_labels
 from hirelc_deploy.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def opened(
     task = augmented(task or datasets.load_task(settings.data, seed=settings.seed), settings.augment)
     trained = checkpoint.of(model, settings.model) if model else checkpoint.load(settings.model, settings.checkpoint)
     network = graph.trace(trained.model, task.example)
-    _check_labels(trained, task)
+    _check_outputs(trained, task)
     # whatever can be refused was refused before a run begins: a mistake, once mended, begins in a clean folder
     given = choosing.given(asked_for, network, target)
     with (
@@ -115,10 +115,19 @@ def post_training_of(steps: Sequence[str]) -> PostTraining:
     return PostTraining.of(steps, propose=modelopt.factors if MODELOPT in steps else None)
 
 
-def _check_labels(trained: "Checkpoint", task: "Task") -> None:
-    """Labels that the model has no output for would only be noticed in the middle of fine-tuning."""
+def _check_outputs(trained: "Checkpoint", task: "Task") -> None:
+    """Outputs without a row an example, and labels that the model has no output for, would only be noticed in the
+    middle of fine-tuning."""
     with torch.no_grad():
         outputs = graph.forward(trained.model, graph.tensors(task.example, 1))
-    name = "logits" if "logits" in outputs else next(iter(outputs))
+    for name, output in outputs.items():
+        if not output.dim():
+            raise UserError(
+                f"the model's output {name} is one number for all examples of a batch",
+                fix="let forward return what has a row an example, and nothing else",
+            )
+    if not isinstance(task, Classification):
+        return
+    name = task.output_name(outputs)
     if outputs[name].dim() > 1:
         check_labels(task, outputs[name].shape[1])

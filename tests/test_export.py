@@ -19,6 +19,7 @@ from transformers import SwinConfig, SwinForImageClassification
 from hirelc_deploy import graph
 from hirelc_deploy.compress.fold import fold, foldable
 from hirelc_deploy.compress.grids import fitted, put_on
+from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import Exported
 from hirelc_deploy.exporters._calibrate import Range
@@ -164,6 +165,38 @@ class TiedEmbedding(nn.Module):
         return self.head(F.relu(self.inner(self.tokens(tokens))))
 
 
+class Clip(nn.Module):
+    def __init__(self, least: float, most: float) -> None:
+        super().__init__()
+        self.least, self.most = least, most
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(self.least, self.most)
+
+
+class LastState(nn.Module):
+    """Of a recurrent layer nothing but what it ends with: its first output has no name in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.head = nn.GRU(6, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrent(x)[1][-1])
+
+
+class NamesOfItsOwn(nn.Module):
+    """Inputs and outputs that are called like values inside the graph, and one tensor as two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 4)
+
+    def forward(self, linear: Tensor) -> dict[str, Tensor]:
+        logits = self.second(F.relu(self.first(linear)))
+        return {"linear_1": logits.softmax(-1), "softmax": logits, "relu": logits}
+
+
 def floats(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(EXAMPLES, *shape)).astype(np.float32)
 
@@ -199,6 +232,29 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, np.ndarray]]] = {
         lambda: TiedEmbedding(1200),
         {"tokens": np.random.default_rng(0).integers(0, 1200, (EXAMPLES, 7))},
     ),
+    "clip above nought": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), Clip(0.5, 1.0), nn.Conv2d(8, 8, 3), nn.Flatten()),
+        {"x": floats(3, 8, 8)},
+    ),
+    "pool rounded up": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.AvgPool2d(2, ceil_mode=True),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.AvgPool2d(3, stride=2, padding=1, ceil_mode=True),
+            nn.Conv2d(8, 4, 1),
+            nn.Flatten(),
+        ),
+        {"x": floats(3, 9, 9)},
+    ),
+    "linear, relu and norm": (
+        lambda: nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.LayerNorm(16), nn.Linear(16, 8)),
+        {"x": floats(12)},
+    ),
+    "last state": (LastState, {"x": floats(5, 6)}),
+    "names of its own": (NamesOfItsOwn, {"linear": floats(12)}),
     "pooled": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.Flatten()),
         {"x": floats(3, 12, 12)},
@@ -435,8 +491,27 @@ def test_a_tensor_has_one_quantisation_however_many_read_it(tmp_path: Path) -> N
 
 def test_a_float_layer_reads_the_float_tensor_that_an_int8_layer_quantises(tmp_path: Path) -> None:
     """Rounding an input for one reader must not reach the others."""
-    held = plan(case_of("tied").graph, {"first": INT8, "second": INT8}).tensors
+    held = plan(case_of("linear, relu and norm").graph, {"3": INT8}).tensors
+    assert len(held) == 1
     assert not any(tensor.from_integers for tensor in held.values())
+
+
+def test_what_holds_its_weight_in_no_layer_is_written_as_it_is(tmp_path: Path) -> None:
+    """EmbeddingBag becomes a loop, in whose body an Identity is not nothing."""
+    model = nn.Sequential(nn.EmbeddingBag(20, 8), nn.Linear(8, 4)).eval()
+    inputs = {"tokens": np.random.default_rng(0).integers(0, 20, (EXAMPLES, 7))}
+    path = tmp_path / "model.onnx"
+    path.write_bytes(RUNTIME.write(RUNTIME.float_graph(model, inputs, opset=18), {}).data)
+    assert relative_error(RUNTIME.load(path, threads=1).run(inputs), reference(model, inputs)) < FLOAT_TOLERANCE
+
+
+def test_an_output_is_not_called_like_an_input() -> None:
+    class Same(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"x": x + 1}
+
+    with pytest.raises(UserError, match="an input and an output that are called x"):
+        RUNTIME.float_graph(Same().eval(), {"x": floats(4)}, opset=18)
 
 
 @pytest.mark.parametrize("case", [*LAYERS, *NETWORKS])

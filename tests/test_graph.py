@@ -145,6 +145,41 @@ def test_layers_that_are_called_for_nothing_are_left_out_by_name(same: bool) -> 
     assert [group.name for group in graph.groups] == ["silent"]
 
 
+class Words(nn.Module):
+    """A text classifier to which the order of words is all the same, and an item that has one number an example."""
+
+    def __init__(self, pool: str) -> None:
+        super().__init__()
+        self.pool = pool
+        self.words, self.items = nn.Embedding(20, 8), nn.Embedding(9, 8)
+        self.tower, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, words: Tensor, item: Tensor) -> Tensor:
+        read = self.words(words)
+        pooled = read.mean(1) if self.pool == "mean" else read.amax(1)
+        return self.head(torch.relu(pooled)) + self.tower(self.items(item)).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_layers_that_do_not_mind_the_order_of_their_inputs_are_no_constants(pool: str) -> None:
+    graph = trace(Words(pool), {"words": torch.randint(0, 20, (2, 7)), "item": torch.tensor([4, 4])})
+    assert {"tower", "head"} <= {layer.name for layer in graph.layers}
+
+
+def test_a_shuffle_of_channels_into_places_is_refused_and_the_rest_found() -> None:
+    """torch-pruning gives the layer behind it positions that it does not have."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 32, 3, padding=1),
+        nn.PixelShuffle(2),
+        nn.ReLU(),
+        nn.Conv2d(8, 1, 3, padding=1),
+    )
+    graph = trace(model, {"x": torch.randn(2, 1, 8, 8)})
+    assert [group.name for group in graph.groups] == ["0"]
+
+
 def test_inputs_that_may_not_be_exchanged_say_nothing_of_constants() -> None:
     class Strict(Idle):
         def forward(self, x: Tensor, kind: Tensor) -> dict[str, Tensor]:

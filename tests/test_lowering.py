@@ -97,10 +97,18 @@ def decoder() -> nn.Module:
     )
 
 
+def perceptron() -> nn.Module:
+    """Linear layers whose activations are read by what is no layer."""
+    return nn.Sequential(
+        nn.Linear(12, 32), nn.ReLU(), nn.LayerNorm(32), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 16), nn.Softmax(-1)
+    )
+
+
 NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "stages": (Stages, (3, 16, 16)),
     "mixer": (Mixer, (3, 16, 16)),
     "signal": (signal, (3, 32)),
+    "perceptron": (perceptron, (12,)),
     "decoder": (decoder, (3, 16, 16)),
 }
 

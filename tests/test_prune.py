@@ -103,6 +103,21 @@ def test_a_network_without_a_branch_can_be_trained() -> None:
     assert all(parameter.grad is not None for parameter in pruned.parameters())
 
 
+def test_identifiers_may_begin_with_one() -> None:
+    class FromOne(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.inner, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, words: Tensor) -> Tensor:
+            return self.head(torch.relu(self.inner(self.words(words - 1).mean(1))))
+
+    model = FromOne().eval()
+    graph = trace(model, {"words": torch.randint(1, 10, (2, 5))})
+    pruned = cut(model, graph, {"inner": 4})
+    assert pruned.model.get_submodule("inner").out_features == 4
+
+
 def test_the_network_that_was_given_stays_whole_and_modes_are_kept() -> None:
     case = networks.build("residual")
     case.model.train()

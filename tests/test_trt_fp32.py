@@ -211,6 +211,19 @@ def test_what_stays_in_fp32_is_built(kind: type[nn.Module], inputs: dict[str, np
     assert len(build(in_halves(network, asked(network)), "8.6").data) > 10_000
 
 
+def test_its_size_is_told_of_a_pruned_network() -> None:
+    network = made(*RMS_NORM)
+    shapes = {key: tuple(tensor.shape) for key, tensor in network.model.state_dict().items()}
+    narrow = {"stem.weight": (8, 3, 3, 3), "stem.bias": (8,), "inner.weight": (8, 8, 3, 3), "inner.bias": (8,)}
+    floats = dict.fromkeys(SQUARES, Compute.FP32)
+    whole, pruned = (
+        len(RUNTIME.foreseen(network.graph, each, network.precisions(FP16), floats=floats, ir_version=10))
+        for each in (shapes, {**shapes, **narrow, "head.weight": (5, 8)})
+    )
+    fewer = 8 * 3 * 9 + 8 + 16 * 16 * 9 - 8 * 8 * 9 + 8 + 5 * 8
+    assert whole - pruned == pytest.approx(2 * fewer, abs=16)  # and the lengths of what is shorter
+
+
 def test_its_latency_is_told_in_fp32() -> None:
     network = made(*RMS_NORM)
     traced = graph.trace(network.model, network.inputs)

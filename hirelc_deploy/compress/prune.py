@@ -77,8 +77,9 @@ def _verify(pruned: nn.Module, original: nn.Module, graph: ModelGraph, keep: Map
     counted = parameters_after(graph, keep)
     assert parameters == counted, f"{parameters} parameters, not the {counted} that were counted"
     device = next(original.parameters()).device
+    # ones, since identifiers may begin with one
     example = {
-        signature.name: torch.zeros((1, *signature.shape), dtype=getattr(torch, signature.dtype), device=device)
+        signature.name: torch.ones((1, *signature.shape), dtype=getattr(torch, signature.dtype), device=device)
         for signature in graph.inputs
     }
     before, after = (shapes(_in_eval(network, example)) for network in (original, pruned))

@@ -4,7 +4,8 @@ The first an exporter leaves out of the file, the second it may compute once and
 made by a network of its own).  Neither runs, so nothing is gained by what they are stored or computed in.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -87,18 +88,18 @@ def _constant(jittered: nn.Module, inputs: Inputs, layers: Sequence[Layer]) -> l
     With noise on every weight, and not where they read nothing but noughts: what is silent as trained may speak up.
     """
     first = _read(jittered, inputs, layers)
-    try:
-        second = _read(jittered, _others(inputs), layers)
-    except Exception:  # inputs that mean something (lengths, places) may not be exchanged
-        return []
-    same = [
-        name
-        for name, read in first.items()
-        if len(read) == len(second.get(name, ()))
-        and all(one.any() and torch.equal(one, other) for one, other in zip(read, second[name], strict=True))
-    ]
+    others = []
+    for other in _others(inputs):
+        with suppress(Exception):  # inputs that mean something (lengths, places) may not be any
+            others.append(_read(jittered, other, layers))
+    same = [name for name, read in first.items() if all(_are_equal(read, other.get(name, ())) for other in others)]
     # a network that reads nothing of its inputs was not shown others
-    return [LeftOut(name, CONSTANT) for name in same] if len(same) < len(first) else []
+    return [LeftOut(name, CONSTANT) for name in same] if others and len(same) < len(first) else []
+
+
+def _are_equal(read: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether all that is read both times is the same, and more than noughts."""
+    return len(read) == len(other) and all(x.any() and torch.equal(x, y) for x, y in zip(read, other, strict=True))
 
 
 def _read(model: nn.Module, inputs: Inputs, layers: Sequence[Layer]) -> dict[str, list[Tensor]]:
@@ -121,18 +122,30 @@ def _read(model: nn.Module, inputs: Inputs, layers: Sequence[Layer]) -> dict[str
     return found
 
 
-def _others(inputs: Inputs) -> dict[str, Tensor]:
-    """Inputs of the same kinds with other values: integers and flags are exchanged, or some set to nought or one."""
+OTHERS = 3
+"""Other inputs that a network is shown, beside those that are noughts or ones."""
+
+
+def _others(inputs: Inputs) -> Iterator[dict[str, Tensor]]:
+    """Inputs of the same kinds with other values.
+
+    Integers and flags are drawn from those that there are: in another order alone they would be the same to whatever
+    adds them up or looks for the largest.  Where there is but one of them, noughts or ones have to do.
+    """
     random = torch.Generator().manual_seed(SEED)
-    return {name: _other(x, random) for name, x in inputs.items()}
+    for _ in range(OTHERS):
+        drawn = {name: _drawn(x, random) for name, x in inputs.items()}
+        if not any(torch.equal(drawn[name], x) for name, x in inputs.items()):
+            yield drawn
+    yield {name: x if x.is_floating_point() else _uniform(x) for name, x in drawn.items()}
 
 
-def _other(x: Tensor, random: torch.Generator) -> Tensor:
+def _drawn(x: Tensor, random: torch.Generator) -> Tensor:
     if x.is_floating_point():
         spread = x.std() if x.numel() > 1 and x.std() > 0 else 1.0
         return x + spread * torch.randn(x.shape, generator=random).to(x.dtype)
-    exchanged = x.flatten()[torch.randperm(x.numel(), generator=random)].view_as(x)
-    if not torch.equal(exchanged, x):
-        return exchanged
-    some = torch.rand(x.shape, generator=random) < 0.5
-    return torch.where(some, torch.zeros_like(x) if x.any() else torch.ones_like(x), x)
+    return x.flatten()[torch.randint(x.numel(), (x.numel(),), generator=random)].view_as(x)
+
+
+def _uniform(x: Tensor) -> Tensor:
+    return torch.zeros_like(x) if x.any() else torch.ones_like(x)

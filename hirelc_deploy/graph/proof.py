@@ -111,11 +111,12 @@ class _Trial:
             cut_copy = copied(self.model)
             cut(cut_copy, cuts)
             outputs = forward(cut_copy, self.inputs)
+            if shapes(outputs) != self.shapes:
+                return OUTPUT
+            masked = self._masked(groups, cuts)
         except Exception as error:  # a network may fail in any way; its own words are the reason
             return f"with half of its units removed the network fails: {first_line(error)}"
-        if shapes(outputs) != self.shapes:
-            return OUTPUT
-        error_size = relative_error(outputs, self._masked(groups, cuts))
+        error_size = relative_error(outputs, masked)
         if not error_size <= TOLERANCE:
             return f"removing its units is not the same as not reading them (relative error {error_size:.2g})"
         return None
