@@ -43,6 +43,10 @@ class Budget:
         """Those that were given, by name."""
         return {name: limit for name, limit in asdict(self).items() if limit is not None}
 
+    def with_limits_of(self, other: "Budget") -> "Budget":
+        """The same, but for limits that the other has as well: those are the other's."""
+        return Budget(**{**asdict(self), **other.limits})
+
     @property
     def given(self) -> bool:
         """Whether there is any limit at all."""

@@ -3,6 +3,7 @@
 Whatever takes long to import is imported by the verb that needs it: `--help` and `targets` answer at once.
 """
 
+import io
 import os
 import sys
 import traceback
@@ -340,7 +341,7 @@ def gate(
 ) -> ExitStatus:
     """Judge an artifact by its recorded figures, and check that its files are unchanged; nothing is run.
 
-    Without a limit, those that it was exported with hold.
+    The limits that it was exported with hold; one that is given takes the place of its own.
     """
     from hirelc_deploy import console
     from hirelc_deploy.budget import Budget
@@ -528,6 +529,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, by default that of `sys.argv`, and return its exit status (DESIGN: the command line)."""
     # torch's threads spin while they wait for one another: beside other work that makes training four times as long
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):  # a terminal without some sign is no reason to end
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         status = app(arguments, prog_name=NAME, standalone_mode=False)
     except UserError as error:
@@ -542,7 +546,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{NAME} {__version__}: this is an error of the program, not yours; please report it.", file=sys.stderr)
         return ExitStatus.INTERNAL
     if status == INTERRUPTED:  # the library turns KeyboardInterrupt into this status
-        print(f"{NAME}: interrupted; the same command with --resume goes on where it stopped.", file=sys.stderr)
+        print(f"{NAME}: interrupted; a search or an export goes on with --resume, a profile as it is.", file=sys.stderr)
     return status
 
 

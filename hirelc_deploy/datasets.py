@@ -99,6 +99,16 @@ def npz(path: Path, *, seed: int = 0, batch: int = BATCH) -> Classification:
             f"{path} has no array {', '.join(missing)}; it has {', '.join(sorted(members)) or 'none'}",
             fix="np.savez(FILE, x_train=…, y_train=…, x_test=…, y_test=…), and optionally x_search and y_search",
         )
+    for name in wanted:
+        like = members["x_train"] if name.startswith("x_") else members["y_train"]
+        array = members[name]
+        # floats of any width are taken as floats
+        if array.shape[1:] != like.shape[1:] or (name.startswith("x_") and array.dtype.kind != like.dtype.kind):
+            raise UserError(
+                f"{path.name}: {name} holds {array.dtype} of the shape {array.shape[1:]} an example, and {like.name} "
+                f"{like.dtype} of the shape {like.shape[1:]}",
+                fix="store all splits as the model takes them",
+            )
     sources = {
         name: NpzSource(members[f"x_{name}"], members[f"y_{name}"])
         for name in ("train", "test", "search")

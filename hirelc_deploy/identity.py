@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy
 import torch
 
-from hirelc_deploy import __version__
+from hirelc_deploy import __version__, usercode
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.exporters import load_runtime
@@ -47,6 +47,7 @@ def fingerprint(
     return {
         "model": trained.sha256,
         "data": task.fingerprint(),
+        "code": usercode.digest(settings.model, settings.data),
         "target": hashlib.sha256(target.model_dump_json().encode()).hexdigest(),
         "policy": given.digest() if given else "none",
         "kernels": _digest_of(settings.kernels),

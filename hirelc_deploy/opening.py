@@ -129,5 +129,11 @@ def _check_outputs(trained: "Checkpoint", task: "Task") -> None:
     if not isinstance(task, Classification):
         return
     name = task.output_name(outputs)
-    if outputs[name].dim() > 1:
-        check_labels(task, outputs[name].shape[1])
+    shape, places = tuple(outputs[name].shape), task.train.targets.shape[1:]
+    if len(shape) < 2 or shape[2:] != places:
+        raise UserError(
+            f"the model's output {name} has the shape {shape[1:]} an example, and labels have {places}",
+            fix="let forward return one score a class, (examples, classes): flatten what has more axes, and leave "
+            "argmax to the score",
+        )
+    check_labels(task, shape[1])

@@ -95,6 +95,10 @@ def panels(path: Path, count: int, title: str, *, height: float = 3.2) -> Iterat
             panel.axis("off")
         figure.suptitle(title)
         figure.savefig(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}", fix="name a file in a folder of yours"
+        ) from error
     except ValueError as error:  # a suffix that it has no writer for
         raise UserError(f"{path.name} cannot be drawn: {error}", fix="name a .png, .svg or .pdf") from error
     finally:

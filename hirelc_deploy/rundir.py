@@ -36,7 +36,7 @@ NOTE_SECONDS = 10.0
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_FOLDER = {errno.EEXIST, errno.ENOTDIR}
-_NO_PLACE = {errno.ENOENT, errno.EISDIR}
+_NO_PLACE = {errno.ENOENT, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 class RunFolder:
@@ -69,7 +69,7 @@ class RunFolder:
         fingerprint differs, has a damaged journal, or cannot be written.
         """
         with ExitStack() as resources:
-            with _disk_errors(path):
+            with disk_errors(path):
                 for folder in (path, path / "blobs", path / "states"):
                     folder.mkdir(parents=True, exist_ok=True)
                 resources.callback(os.close, _lock(path))
@@ -79,7 +79,7 @@ class RunFolder:
                 _check_same_run(path, journal.entries[0], fingerprint, resume)
             else:
                 _check_no_remains(path)
-                with _disk_errors(path):
+                with disk_errors(path):
                     journal.append({"journal": JOURNAL_SCHEMA, "fingerprint": dict(fingerprint)})
                     _sync_folder(path)
             return cls(path, journal, resources.pop_all())
@@ -103,7 +103,7 @@ class RunFolder:
             text = _to_json(value)
             if json.loads(text) != value:
                 raise TypeError(f"step {key!r} returned a value that JSON changes: {value!r}")
-            with _disk_errors(self.path):
+            with disk_errors(self.path):
                 self._journal.append({"step": key, "value": value})
             self._steps[key] = text
             self._note_seconds()
@@ -121,7 +121,7 @@ class RunFolder:
         data = compute()
         write_atomic(file, data)
         digest = hashlib.sha256(data).hexdigest()
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             self._journal.append({"blob": key, "file": file.name, "sha256": digest})
         self._blobs[key] = digest
         self._note_seconds()
@@ -135,7 +135,7 @@ class RunFolder:
     def load_state(self, name: str) -> bytes | None:
         """The last checkpoint saved, or None.  Raises UserError if the file is damaged."""
         file = self._state_file(name)
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             if not file.exists():
                 return None
             content = file.read_bytes()
@@ -149,7 +149,7 @@ class RunFolder:
 
     def drop_state(self, name: str) -> None:
         """Forget a checkpoint: its step is finished.  Nothing happens if there is none."""
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             self._state_file(name).unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -175,7 +175,7 @@ class RunFolder:
         return self.path / "states" / _file_name(name)
 
     def _read_blob(self, key: str, file: Path) -> bytes:
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             data = file.read_bytes() if file.exists() else None
         if data is None or hashlib.sha256(data).hexdigest() != self._blobs[key]:
             state = "gone" if data is None else "damaged: its checksum differs"
@@ -214,10 +214,16 @@ class _Journal:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file that is seen whole or not at all, even after a power cut.
 
-    Raises UserError if the disk is full or may not be written; the file that was there is kept.
+    What is there and no file, such as /dev/stdout, is written to as it is; a link stays one.  Raises UserError if the
+    disk is full or may not be written; the file that was there is kept.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        with disk_errors(path):
+            path.write_bytes(data)
+        return
     unfinished = path.with_name(f".{path.name}.unfinished")
-    with _disk_errors(path):
+    with disk_errors(path):
         try:
             with unfinished.open("wb", buffering=0) as file:
                 _write_all(file.fileno(), data)
@@ -237,7 +243,7 @@ def _write_all(file: int, data: bytes) -> None:
 
 def _seconds(file: Path) -> float:
     """What was noted; nought of a run that begins.  Raises UserError if that is no number."""
-    with _disk_errors(file):
+    with disk_errors(file):
         text = file.read_bytes() if file.exists() else b"0"
     try:
         return float(text)
@@ -326,7 +332,7 @@ def _file_name(key: str) -> str:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Turn what a user can mend about the disk into a UserError; other errors pass."""
     try:
         yield

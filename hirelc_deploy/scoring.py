@@ -49,7 +49,7 @@ class Scoring:
 
     def of(self, outputs: accuracy.Outputs) -> float:
         """The score of these outputs.  Raises UserError if it is no finite number."""
-        score = self._task.score(outputs, self._task.search.targets)
+        score = accuracy.task_score(self._task, outputs, self._task.search.targets)
         if not math.isfinite(score):
             raise UserError(
                 f"the score on the search split is {score}",

@@ -18,6 +18,7 @@ from hirelc_deploy.config import require_at_least
 from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.cost.needs import Family, families
 from hirelc_deploy.cost.network import Network
+from hirelc_deploy.cpu import RELEVANT_FLAGS, has_dot_product
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import Arrays
@@ -104,10 +105,12 @@ def profile(settings: ProfileSettings) -> Profiled:
 
 @contextmanager
 def _machine(settings: ProfileSettings, target: Target) -> Iterator[Machine]:
-    """What is measured on.  Raises UserError if its runtime is older than the target's."""
+    """What is measured on.  Raises UserError if it is not the target, or its runtime is older than the target's."""
     runtime = load_runtime(target.runtime.name)
     if settings.host is None:
-        yield Here(runtime, threads=settings.threads)
+        here = Here(runtime, threads=settings.threads)
+        _check_device(target, here, "this machine", "give --host user@device")
+        yield here
         return
     with remote.connected(settings.host, runtime, threads=settings.threads, python=settings.host_python) as device:
         if _numbers(device.version) < _numbers(target.runtime.min_version):
@@ -116,7 +119,20 @@ def _machine(settings: ProfileSettings, target: Target) -> Iterator[Machine]:
                 f"{target.runtime.min_version}",
                 fix="install a newer one there, or lower runtime.min_version in a target of your own",
             )
+        _check_device(target, device, settings.host, "name the device, or a target of your own for this one")
         yield device
+
+
+def _check_device(target: Target, machine: Machine, name: str, fix: str) -> None:
+    """Times that one CPU takes are no times of another.  Raises UserError if instruction sets differ."""
+    has = frozenset(machine.where.flags)
+    wanted = target.flags(has) & RELEVANT_FLAGS
+    if not wanted <= has or has_dot_product(wanted) != has_dot_product(has):
+        raise UserError(
+            f"{name} has {', '.join(sorted(has)) or 'no instruction sets that are known'}, and {target.name} "
+            f"{', '.join(sorted(wanted))}: its kernels take other times",
+            fix=fix,
+        )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -60,6 +60,17 @@ def call(spec: str) -> Any:
         return _run(spec, _callable(module, name, module_name))
 
 
+def digest(*specs: str) -> str:
+    """SHA-256 of the files among specs FILE.py:callable: another forward, or another score, is another run."""
+    found = hashlib.sha256()
+    for spec in specs:
+        path = Path(spec.rpartition(":")[0])
+        if path.suffix == ".py":
+            with reading(path):
+                found.update(path.read_bytes())
+    return found.hexdigest()
+
+
 def _dotted(name: str) -> bool:
     return all(part.isidentifier() for part in name.split("."))
 

@@ -32,9 +32,14 @@ class Outcome:
 def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" = None) -> Outcome:
     """Measure an artifact again on this machine, write the figures into its manifest, and judge it.
 
+    A file that is not the one of the manifest is not measured: the artifact fails, and keeps its figures.
+
     The data is loaded anew by its spec, or is `task`.  Raises UserError if it is not the data of the manifest.
     """
     manifest = manifests.read(folder)
+    if any(check.ok is False for check in judge.unchanged(folder, manifest.artifact)):
+        # figures of another file would be no figures of this artifact
+        return judged(folder, manifest, allow_estimates=allow_estimates)
     task, runtime = _same_task(manifest, task), load_runtime(manifest.runtime.name)
     seen = measure(
         folder,

@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from hirelc_deploy.errors import UserError
-from hirelc_deploy.rundir import write_atomic
+from hirelc_deploy.rundir import disk_errors, write_atomic
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,14 @@ def read_table(path: Path) -> list[Row]:
     """The rows of a table; none where there is no file.  Raises UserError for a broken line, by its number."""
     if not path.exists():
         return []
-    lines = csv.reader(io.StringIO(path.read_text(encoding="utf-8")))
+    with disk_errors(path):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path} is no table: it is not text", fix="name a .csv that `profile` has written"
+            ) from error
+    lines = csv.reader(io.StringIO(text))
     head = next(lines, [])
     if tuple(head) != COLUMNS:
         raise UserError(
@@ -66,7 +73,8 @@ def write_table(path: Path, rows: Iterable[Row]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     writer.writerows(_cells(last[key]) for key in sorted(last, key=_order))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text.getvalue().encode())
 
 

@@ -29,6 +29,10 @@ from exporting import DigitNet
 def net():
     return DigitNet(8)
 
+def pixels():
+    from torch import nn
+    return nn.Sequential(DigitNet(8), nn.Unflatten(1, (10, 1, 1)))
+
 def broken():
     widths = {"small": 8}
     return DigitNet(widths["large"])
@@ -59,8 +63,16 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def npz(name: str, *, shape: tuple[int, ...] = (1, 8, 8), labels: int = 10, hole: float = 0.0) -> None:
-    arrays = {f"x_{split}": np.zeros((120, *shape), np.float32) for split in ("train", "test")}
+def npz(
+    name: str,
+    *,
+    shape: tuple[int, ...] = (1, 8, 8),
+    test_shape: tuple[int, ...] | None = None,
+    labels: int = 10,
+    hole: float = 0.0,
+) -> None:
+    shapes = {"train": shape, "test": test_shape or shape}
+    arrays = {f"x_{split}": np.zeros((120, *each), np.float32) for split, each in shapes.items()}
     arrays["x_train"][7] = hole
     np.savez(name, **arrays, y_train=np.arange(120) % labels, y_test=np.arange(120) % labels)  # type: ignore[arg-type]
 
@@ -113,6 +125,10 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[s
         ({"data": "none.npz"}, "none.npz does not exist", "path"),
         ({"data": "labels.npz"}, "label 11, and the model has 10 outputs", "numbered from 0"),
         ({"data": "nan.npz"}, "data holds NaN or infinity: input of example 7", "remove such examples"),
+        ({"data": "sizes.npz"}, "x_test holds float32 of the shape (1, 6, 8) an example", "as the model takes them"),
+        ({"model": "net.py:pixels", "checkpoint": None}, "shape (10, 1, 1) an example", "flatten"),
+        ({"policy": "foreign.json", "search": "recipe"}, "policy says what is built", "leave one out"),
+        ({"out": "."}, "out is the folder that you are in", "--out out/net"),
         ({"data": "colour.npz"}, "the model does not run on the task's example", "as `forward` takes them"),
         ({"data": "images"}, "train/dog holds no images", "remove"),
         ({"target": "hots"}, "'hots'", "did you mean host?"),
@@ -120,6 +136,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[s
         ({"recipe": "kepe=50%"}, "kepe", "did you mean keep?"),
         ({"policy": "none.json"}, "none.json cannot be read", "policy.json"),
         ({"policy": "foreign.json"}, "'blocks.0.conv1', which is no layer of this network", "did you mean"),
+        ({"config": "twice.toml"}, "says max_drop twice", "leave one of them out"),
         ({"config": "export.toml"}, "unknown key 'max-latancy'", "did you mean max-latency?"),
         ({"max_size": "400"}, "'400' is a size without a unit", "400KB"),
         ({"min_speedup": "-1"}, "the limit speedup = -1.0 can never be judged", "above 0"),
@@ -133,6 +150,8 @@ def test_a_mistake_is_told_in_one_message_and_leaves_nothing_behind(
             npz("labels.npz", labels=12)
         case "nan.npz":
             npz("nan.npz", hole=float("nan"))
+        case "sizes.npz":
+            npz("sizes.npz", test_shape=(1, 6, 8))
         case "colour.npz":
             npz("colour.npz", shape=(3, 8, 8))
         case "images":
@@ -142,6 +161,7 @@ def test_a_mistake_is_told_in_one_message_and_leaves_nothing_behind(
         '{"format": "int", "bits": 8, "granularity": "channel", "compute": "int8"}}}'
     )
     Path("export.toml").write_text('max-latancy = "5ms"\n')
+    Path("twice.toml").write_text("max-drop = 1.0\nmax_drop = 0.1\n")
     said = refusal(export(**changed), capsys)
     assert what in said[0]
     assert fix in said[1]

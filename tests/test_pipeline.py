@@ -471,6 +471,14 @@ def test_verify_measures_again_and_keeps_what_was_believed(copied: Path) -> None
         assert getattr(outcome.manifest, kept) == getattr(before, kept)
 
 
+def test_verify_measures_no_other_file(copied: Path) -> None:
+    before = manifests.read(copied)
+    shutil.copy(copied / "baseline.onnx", copied / "model.onnx")
+    outcome = verification.verify(copied, task=digits())
+    assert outcome.status == ExitStatus.BUDGET_MISSED
+    assert manifests.read(copied).measured == before.measured
+
+
 def test_verify_refuses_other_data_and_leaves_the_figures(copied: Path) -> None:
     before = (copied / "manifest.json").read_bytes()
     with pytest.raises(UserError, match="not the data that this artifact was measured on"):

@@ -152,6 +152,7 @@ def other_data(folder: Path) -> str:
         ("recipe", "keep=25%,compute=int8", "settings.recipe was keep=50%,compute=int8 and is keep=25%,compute=int8"),
         ("checkpoint", "other.pt", "model was "),
         ("data", "other.npz", "data was "),
+        ("model", "edited.py:net", "code was "),
     ],
 )
 def test_something_else_is_not_resumed(
@@ -167,6 +168,10 @@ def test_something_else_is_not_resumed(
         value = str(Path(command.options["checkpoint"]).with_name(value))
     if option == "data":
         value = other_data(tmp_path)
+    if option == "model":  # the same weights, and another forward
+        source = Path(command.options["model"].rpartition(":")[0])
+        value = f"{source.with_name('edited.py')}:net"
+        source.with_name("edited.py").write_text(source.read_text() + "\n# edited\n")
     journal = calm.out / "run" / "journal.jsonl"
     before = journal.read_bytes(), decided(calm.out)
     assert main(command.arguments(calm.out, resume=True, **{option: value})) == ExitStatus.USER_ERROR

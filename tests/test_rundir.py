@@ -272,6 +272,17 @@ def test_an_error_of_the_step_itself_is_not_blamed_on_the_disk(tmp_path: Path) -
         run.step("step", broken)
 
 
+def test_a_report_may_go_to_a_device_or_through_a_link(tmp_path: Path) -> None:
+    write_atomic(Path(os.devnull), b"x")
+    assert not Path(os.devnull).is_file()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_atomic(tmp_path / "link", b"x")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"x"
+    with pytest.raises(UserError, match="cannot be written: Is a directory"):
+        write_atomic(tmp_path, b"x")
+
+
 def test_processes_beside_it_note_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several would write the same file at once, and one of them find its own gone."""
     monkeypatch.setattr(rundir, "NOTE_SECONDS", 0.0)

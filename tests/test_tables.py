@@ -7,9 +7,10 @@ import pytest
 from hirelc_deploy import cli
 from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.cost.prices import kernel_of
-from hirelc_deploy.errors import ExitStatus
+from hirelc_deploy.cpu import cpu_flags
+from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.policy import Compute
-from hirelc_deploy.profiles import FOLDER
+from hirelc_deploy.profiles import FOLDER, load_target
 from hirelc_deploy.profiles._table import Row, read_table, write_table
 from hirelc_deploy.verify import profiling
 
@@ -92,6 +93,25 @@ def test_what_cannot_be_measured_is_told_in_one_message(
     error = capsys.readouterr().err
     assert any(part in error for part in message.split("|"))
     assert "Traceback" not in error
+
+
+def test_times_of_this_machine_are_no_times_of_another(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["profile", "--target", "raspberry-pi-5", "--model", model, "--input", "3x8x8"]
+    if load_target("raspberry-pi-5").flags(cpu_flags()) <= cpu_flags():
+        pytest.skip("this is such a machine")
+    assert cli.main(arguments) == ExitStatus.USER_ERROR
+    error = capsys.readouterr().err
+    assert "its kernels take other times" in error
+    assert "--host" in error
+
+
+def test_a_table_that_cannot_be_kept_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is not a folder"):
+        write_table(tmp_path / "file" / "table.csv", [])
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is no table: it is not text"):
+        read_table(tmp_path / "bytes.csv")
 
 
 # -- cliffs --------------------------------------------------------------------------------------------------

@@ -235,7 +235,9 @@ def test_a_drop_is_positive_when_a_lower_score_was_better() -> None:
 @pytest.mark.parametrize("compressed", [False, True])
 def test_npz(tmp_path: Path, compressed: bool) -> None:
     x = np.asfortranarray(np.random.default_rng(0).standard_normal((40, 3, 5, 5)))
-    path = write_npz(tmp_path / "data.npz", compressed=compressed, x_train=x)
+    path = write_npz(
+        tmp_path / "data.npz", compressed=compressed, x_train=x, x_test=np.zeros((12, 3, 5, 5), np.float32)
+    )
     task = load_task(str(path), batch=32)
     assert task.spec == str(path)
     inputs, target = task.train.take(np.arange(task.train.examples))

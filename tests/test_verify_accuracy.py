@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.task import ArraySource, Classification, Task
-from hirelc_deploy.verify.accuracy import compare, outputs, paired_interval, side_by_side
+from hirelc_deploy.verify.accuracy import compare, outputs, paired_interval, side_by_side, task_score
 
 EXAMPLES, CLASSES = 2000, 4
 
@@ -115,6 +115,32 @@ def test_a_score_that_is_no_number_is_not_passed_on() -> None:
     before, after = ({"output": np.full(EXAMPLES, error, np.float32)} for error in (0.5, np.nan))
     with pytest.raises(UserError, match="compressed model's score is nan"):
         compare(regression(), before, after, targets, seed=0)
+
+
+class Answering(Task):
+    """A score that answers whatever it is told to."""
+
+    def __init__(self, answer: object) -> None:
+        super().__init__(*(ArraySource({"x": np.zeros((40, 1))}, np.zeros(40)) for _ in range(2)))
+        self.answer = answer
+
+    def loss(self, outputs: Mapping[str, Tensor], target: Tensor) -> Tensor:
+        return outputs["x"].mean()
+
+    def score(self, outputs: Mapping[str, np.ndarray], targets: np.ndarray) -> float:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("answer", [None, "ten", KeyError("output")], ids=str)
+def test_a_score_of_the_users_own_that_fails_is_told_in_its_words(answer: object) -> None:
+    with pytest.raises(UserError, match=r"the task's score fails: (TypeError|ValueError|KeyError)"):
+        task_score(Answering(answer), {"x": np.zeros((4, 1))}, np.zeros(4))
+
+
+def test_a_score_may_be_any_number() -> None:
+    assert type(task_score(Answering(np.float32(0.5)), {"x": np.zeros((4, 1))}, np.zeros(4))) is float
 
 
 def test_scoring_needs_no_torch_of_its_own() -> None:

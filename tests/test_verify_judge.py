@@ -250,6 +250,9 @@ def test_limits_of_the_command_line_replace_those_of_the_manifest(tmp_path: Path
     make(tmp_path)
     assert gate(tmp_path, Budget(drop=0.4), allow_estimates=False).status == ExitStatus.BUDGET_MISSED
     assert gate(tmp_path, Budget(), allow_estimates=False).status == ExitStatus.OK
+    # those of other figures hold as they did
+    verdict = gate(tmp_path, Budget(speedup=0.01), allow_estimates=False)
+    assert {"size_bytes", "drop", "speedup"} <= {check.name for check in verdict.checks}
 
 
 def test_one_changed_byte_fails_the_gate(tmp_path: Path) -> None:

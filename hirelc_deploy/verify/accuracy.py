@@ -101,8 +101,21 @@ def _rows(arrays: Outputs, picks: np.ndarray) -> dict[str, np.ndarray]:
     return {name: array[picks] for name, array in arrays.items()}
 
 
+def task_score(task: "Task", of: Outputs, targets: np.ndarray) -> float:
+    """What the task says of outputs.  Raises UserError, with the words of whatever the user's code raised."""
+    try:
+        return float(task.score(of, targets))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the task's score fails: {type(error).__name__}: {error}",
+            fix="it is called with outputs by name and targets, both as arrays, and returns one number",
+        ) from error
+
+
 def _score(task: "Task", name: str, of: Outputs, targets: np.ndarray) -> float:
-    score = task.score(of, targets)
+    score = task_score(task, of, targets)
     if not math.isfinite(score):
         raise UserError(
             f"the {name} model's score is {score}",

@@ -58,7 +58,7 @@ def judge(
 
 
 def gate(folder: Path, budget: Budget | None, allow_estimates: bool) -> Verdict:
-    """Judge an artifact folder as it lies there, against `budget` or, without one, the limits of its manifest.
+    """Judge an artifact folder as it lies there, by the limits of its manifest; those of `budget` take their place.
 
     Nothing is run: the file is hashed and its size taken again, and the figures are those of the manifest.
     Raises UserError if there is no valid manifest.
@@ -68,7 +68,7 @@ def gate(folder: Path, budget: Budget | None, allow_estimates: bool) -> Verdict:
     not_recorded = Check(LOADS, None, None, None)
     loaded = next((check for check in manifest.checks if check.name == LOADS), not_recorded)
     return judge(
-        budget if budget is not None and budget.given else manifest.budget,
+        manifest.budget if budget is None else manifest.budget.with_limits_of(budget),
         _with_size_on_disk(folder, manifest),
         manifest.layers,
         of_the_file=(loaded, *intact),
