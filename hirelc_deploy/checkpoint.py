@@ -289,6 +289,12 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], path: Path, spec: str
             f"{len(wrong)} weights of {path.name} have another shape than in {spec}: {'; '.join(shapes)}",
             fix="build the network as it was trained (number of classes, widths): FILE.py:callable can pass them",
         )
+    other = [name for name in weights if own[name].is_floating_point() and not weights[name].is_floating_point()]
+    if other:
+        raise UserError(
+            f"{other[0]} of {path.name} holds {weights[other[0]].dtype}, not floats",
+            fix="is it a checkpoint of a network that was quantised? this one begins with floats",
+        )
     model.load_state_dict(dict(weights), strict=False)  # names are checked above, with better words
 
 

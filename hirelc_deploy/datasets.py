@@ -6,6 +6,7 @@
 
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -121,6 +122,10 @@ def npz(path: Path, *, seed: int = 0, batch: int = BATCH) -> Classification:
     return task
 
 
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, EOFError, NotImplementedError, RuntimeError)
+"""What reading an archive raises that is none, or no whole one: the last two of compressions and locks it pretends."""
+
+
 @dataclass(frozen=True)
 class NpzMember:
     """One array of an .npz file by its header; nothing of the array has been read."""
@@ -141,8 +146,13 @@ class NpzMember:
             if self.offset is not None and self.shape and 0 not in self.shape:
                 order: Any = "F" if self.fortran_order else "C"
                 return np.memmap(self.path, self.dtype, "r", self.offset, self.shape, order)
-            with np.load(self.path, allow_pickle=False) as archive:
-                return archive[self.name]
+            try:
+                with np.load(self.path, allow_pickle=False) as archive:
+                    return archive[self.name]
+            except DAMAGE as error:
+                raise UserError(
+                    f"{self.name} of {self.path} is damaged: {error}", fix="write the file again"
+                ) from error
 
 
 def npz_members(path: Path) -> Mapping[str, NpzMember]:
@@ -151,7 +161,7 @@ def npz_members(path: Path) -> Mapping[str, NpzMember]:
         try:
             with zipfile.ZipFile(file) as archive:
                 return {info.filename.removesuffix(".npy"): _member(path, archive, info) for info in archive.infolist()}
-        except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        except DAMAGE as error:
             raise UserError(
                 f"{path} is no .npz file: {error}", fix="write it with np.savez(FILE, x_train=…)"
             ) from error

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 RUN_FOLDER = "run"
 
+ARTIFACT_FILES = ("manifest.json", "policy.json", "model.onnx")
+"""Names that an export writes."""
+
 
 @contextmanager
 def opened(
@@ -57,6 +61,7 @@ def opened(
     _check_outputs(trained, task)
     # whatever can be refused was refused before a run begins: a mistake, once mended, begins in a clean folder
     given = choosing.given(asked_for, network, target)
+    _check_free(settings.out)
     with (
         RunFolder.open(
             settings.out / RUN_FOLDER, fingerprint(settings, target, task, trained, given), settings.resume
@@ -102,6 +107,13 @@ def _workbench(
         engine=engine,
         adviser=modelopt.kept_in_fp32 if settings.fp16_check == AUTOCAST else None,
     )
+
+
+def _check_free(out: Path) -> None:
+    """Raises UserError for a folder that holds such files and no run: they are another's, and would be replaced."""
+    found = [name for name in ARTIFACT_FILES if (out / name).exists()]
+    if found and not (out / RUN_FOLDER).exists():
+        raise UserError(f"{out} holds {found[0]} and no run that made it", fix="choose another --out, or empty it")
 
 
 def _asks_modelopt(settings: ExportSettings) -> bool:

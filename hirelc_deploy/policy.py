@@ -175,15 +175,15 @@ class Policy:
     def from_dict(cls, data: Any) -> "Policy":
         """The inverse of `to_dict`.  Raises UserError, naming the entry, for data of another shape."""
         try:
-            keep = {str(name): _count(name, count) for name, count in data["keep"].items()}
+            keep = {str(name): _whole(f"keep[{name!r}]", count) for name, count in data["keep"].items()}
             precisions = {
                 str(name): Precision(
-                    Storage(p["format"], int(p["bits"]), parse_granularity(p["granularity"])),
+                    Storage(str(p["format"]), _whole("bits", p["bits"]), parse_granularity(p["granularity"])),
                     Compute(p["compute"]),
                 )
                 for name, p in data["precisions"].items()
             }
-            order = tuple(data.get("order", PRUNE_FIRST))
+            order: tuple[Any, ...] = tuple(map(str, data.get("order", PRUNE_FIRST)))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(
                 f"the policy cannot be read: {type(error).__name__}: {error}",
@@ -199,7 +199,7 @@ class Policy:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _count(name: str, count: Any) -> int:
-    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        raise ValueError(f"keep[{name!r}] is {count!r}, not a count")
-    return count
+def _whole(name: str, number: Any) -> int:
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise ValueError(f"{name} is {number!r}, not a whole number")
+    return number

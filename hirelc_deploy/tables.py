@@ -24,6 +24,7 @@ from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import Arrays
 from hirelc_deploy.profiles import Target, load_target
 from hirelc_deploy.profiles._table import read_table
+from hirelc_deploy.rundir import disk_errors
 from hirelc_deploy.verify import profiling, remote
 from hirelc_deploy.verify.machines import Here, Machine
 
@@ -178,7 +179,7 @@ def _listed(path: Path) -> list[Family]:
     """The kernels of a file, one a line.  Raises UserError for a line that is no kernel, by its number."""
     if not path.exists():
         raise UserError(f"there is no file {path}", fix=f"--shapes takes a CSV with {','.join(SHAPES_COLUMNS)}")
-    with path.open(encoding="utf-8", newline="") as file:
+    with disk_errors(path), path.open(encoding="utf-8", newline="") as file:
         lines = csv.DictReader(file)
         if not set(SHAPES_COLUMNS) <= set(lines.fieldnames or ()):
             raise UserError(
@@ -190,8 +191,10 @@ def _listed(path: Path) -> list[Family]:
 
 def _family(path: Path, number: int, line: dict[str, str]) -> Family:
     try:
-        kernel = Kernel.parse(*(line[name] for name in SHAPES_COLUMNS))
+        kernel = Kernel.parse(*(line[name] or "" for name in SHAPES_COLUMNS))
+        if not kernel.operands or any(0 in operand.shape for operand in kernel.operands):
+            raise ValueError("a kernel reads something, and no size is 0")
     except ValueError as error:
         raise UserError(f"{path.name}, line {number}: {error}", fix="mend or delete the line") from error
     inputs, outputs = kernel.channels
-    return Family(kernel, (inputs,), (outputs,), is_one=kernel.weight is None or kernel.is_depthwise)
+    return Family(kernel, (inputs,), (outputs,), kernel.has_one_count)

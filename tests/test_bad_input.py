@@ -60,6 +60,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_file(weights, "net.safetensors")
     torch.save({**weights, "head.bias": torch.full((10,), float("nan"))}, "nan.pt")
     torch.save({"state_dict": RunsCode()}, "code.pt")
+    torch.save({name: tensor.int() for name, tensor in weights.items()}, "whole.pt")
+    Path("theirs").mkdir()
+    Path("theirs", "policy.json").write_text("mine")
     return tmp_path
 
 
@@ -128,12 +131,15 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[s
         ({"data": "sizes.npz"}, "x_test holds float32 of the shape (1, 6, 8) an example", "as the model takes them"),
         ({"model": "net.py:pixels", "checkpoint": None}, "shape (10, 1, 1) an example", "flatten"),
         ({"policy": "foreign.json", "search": "recipe"}, "policy says what is built", "leave one out"),
+        ({"out": "theirs"}, "theirs holds policy.json and no run that made it", "choose another --out"),
+        ({"checkpoint": "whole.pt"}, "stem.weight of whole.pt holds torch.int32, not floats", "quantised"),
         ({"out": "."}, "out is the folder that you are in", "--out out/net"),
         ({"data": "colour.npz"}, "the model does not run on the task's example", "as `forward` takes them"),
         ({"data": "images"}, "train/dog holds no images", "remove"),
         ({"target": "hots"}, "'hots'", "did you mean host?"),
         ({"recipe": "keep=50"}, "keep is '50'", "keep=50%"),
         ({"recipe": "kepe=50%"}, "kepe", "did you mean keep?"),
+        ({"policy": "half.json"}, "bits is 4.7, not a whole number", "policy.json"),
         ({"policy": "none.json"}, "none.json cannot be read", "policy.json"),
         ({"policy": "foreign.json"}, "'blocks.0.conv1', which is no layer of this network", "did you mean"),
         ({"config": "twice.toml"}, "says max_drop twice", "leave one of them out"),
@@ -159,6 +165,10 @@ def test_a_mistake_is_told_in_one_message_and_leaves_nothing_behind(
     Path("foreign.json").write_text(
         '{"keep": {}, "precisions": {"blocks.0.conv1": '
         '{"format": "int", "bits": 8, "granularity": "channel", "compute": "int8"}}}'
+    )
+    Path("half.json").write_text(
+        '{"keep": {}, "precisions": {"stem": '
+        '{"format": "int", "bits": 4.7, "granularity": "channel", "compute": "int8"}}}'
     )
     Path("export.toml").write_text('max-latancy = "5ms"\n')
     Path("twice.toml").write_text("max-drop = 1.0\nmax_drop = 0.1\n")

@@ -80,6 +80,11 @@ def test_a_target_of_ones_own_keeps_its_table_beside_it(model: str, tmp_path: Pa
         (("--model", "{model}", "--input", "3x8x8", "--max-time", "5"), "is a time without a unit"),
         (("--shapes", "{folder}/none.csv"), "there is no file"),
         (("--shapes", "{folder}/wrong.csv"), "wrong.csv, line 1: the columns are operator"),
+        (
+            ("--shapes", "{folder}/short.csv"),
+            "short.csv, line 2: '' is no Compute|short.csv, line 2: '' is not a valid",
+        ),
+        (("--shapes", "{folder}/empty.csv"), "empty.csv, line 2: a kernel reads something, and no size is 0"),
         (("--shapes", "{folder}/broken.csv"), "broken.csv, line 3: 'x:' is no operand|broken.csv, line 3: 'eight'"),
     ],
 )
@@ -87,6 +92,8 @@ def test_what_cannot_be_measured_is_told_in_one_message(
     arguments: tuple[object, ...], message: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "wrong.csv").write_text("operator\n")
+    (tmp_path / "short.csv").write_text("op,attributes,operands,compute\nAdd,,x:1x9\n")
+    (tmp_path / "empty.csv").write_text("op,attributes,operands,compute\nAdd,,x:0x9 x:0x9,fp32\n")
     (tmp_path / "broken.csv").write_text("op,attributes,operands,compute\nAdd,,x:1x9 x:1x9,fp32\nAdd,,eight,fp32\n")
     filled = [str(each).format(model=model, folder=tmp_path) for each in arguments]
     assert profile(*filled) == ExitStatus.USER_ERROR

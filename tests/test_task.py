@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from hirelc_deploy.checkpoint import load
 from hirelc_deploy.datasets import load_task, npz_members
 from hirelc_deploy.demo import CHECKPOINT, DATA, MODEL, train
+from hirelc_deploy.errors import UserError
 from hirelc_deploy.task import (
     EXAMPLE,
     ArraySource,
@@ -244,6 +246,15 @@ def test_npz(tmp_path: Path, compressed: bool) -> None:
     assert inputs["input"].dtype == np.float32
     np.testing.assert_array_equal(inputs["input"], x[task.train.indices].astype(np.float32))
     np.testing.assert_array_equal(target, np.arange(40)[task.train.indices] % 4)
+
+
+def test_a_damaged_archive_is_told_wherever_the_damage_is(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "data.npz", compressed=True)
+    sound = path.read_bytes()
+    for position in range(40, len(sound), len(sound) // 50):
+        path.write_bytes(sound[:position] + bytes([sound[position] ^ 0xFF]) + sound[position + 1 :])
+        with suppress(UserError):  # or nothing that matters was hit
+            load_task(str(path))
 
 
 def test_uncompressed_arrays_are_mapped_and_not_read_into_memory(tmp_path: Path) -> None:
