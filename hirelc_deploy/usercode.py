@@ -61,11 +61,14 @@ def call(spec: str) -> Any:
 
 
 def digest(*specs: str) -> str:
-    """SHA-256 of the files among specs FILE.py:callable: another forward, or another score, is another run."""
+    """SHA-256 of the files among specs FILE.py:callable: another forward, or another score, is another run.
+
+    Of what was handed over in memory a spec is only a name, of which there may be no file.
+    """
     found = hashlib.sha256()
     for spec in specs:
         path = Path(spec.rpartition(":")[0])
-        if path.suffix == ".py":
+        if path.suffix == ".py" and path.is_file():
             with reading(path):
                 found.update(path.read_bytes())
     return found.hexdigest()

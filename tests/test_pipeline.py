@@ -395,6 +395,14 @@ def test_a_network_that_cannot_be_traced_is_quantised_and_the_user_is_told(
     assert note in capsys.readouterr().err
 
 
+def test_what_is_in_memory_may_be_called_like_files_that_are_not_there(tmp_path: Path) -> None:
+    named = {"model": "nowhere.py:net", "data": "nowhere.py:data"}
+    outcome = export(
+        tmp_path / "out", nn.Sequential(nn.Linear(4, 5)), random_task(x=(4,)), recipe="compute=fp32", **named
+    )
+    assert outcome.manifest.model.spec == "nowhere.py:net"
+
+
 def test_several_inputs_and_nested_outputs_keep_their_names(tmp_path: Path) -> None:
     task = random_task(sound=(4,), x=(3, 8, 8))
     model = networks.build("two_inputs").model
