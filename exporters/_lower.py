@@ -18,7 +18,7 @@ from hirelc_deploy.cost.kernel import ABSENT, Kernel, Operand, number_text
 from hirelc_deploy.cost.network import Channels, Condition, Held, Network, State, Term
 from hirelc_deploy.exporters._base import NO_FLOATS, Floats
 from hirelc_deploy.exporters._float import FloatGraph, name_of, weight_of
-from hirelc_deploy.exporters._plan import ACTIVATIONS, INTEGER, MOVES, computed_by, is_before_activation
+from hirelc_deploy.exporters._plan import ACTIVATIONS, INTEGER, MOVES, activation_behind, computed_by, writes_integers
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.policy import Compute
 
@@ -129,10 +129,8 @@ class Lowering:
         if output in self.integer:
             return  # the kernel before has taken it along
         if layer is not None:
-            if node.op_type == "Conv":
+            if writes_integers(node):
                 self.hold(node, self.compute_is(layer, Compute.INT8), self.blocked_layer(node, layer))
-            elif is_before_activation(node):
-                self.hold(node, self.compute_is(layer, Compute.INT8), None)
         elif node.op_type in MOVES and node.op_type != "MaxPool":
             self.integer[output] = self.integer.get(read[0]) if read else None
         elif node.op_type in INTEGER | {"MaxPool"} and self._can_be_integer(node):
@@ -147,15 +145,15 @@ class Lowering:
         uses = list(output.uses())
         if len(uses) != 1 or output.is_graph_output():
             return
-        behind = uses[0].node
-        if behind.op_type in ACTIVATIONS and integer is not None:
+        behind, clips = uses[0].node, activation_behind(node) is not None
+        if clips and integer is not None:
             self.integer[behind.outputs[0]] = integer
         if self.layer(node) and behind.op_type in FUSED_ACTIVATIONS:
             if blocked is not None:
                 self.blocked[behind.outputs[0]] = blocked
             # in integers only what clips is free
-            self.fused[behind] = () if behind.op_type in ACTIVATIONS else (blocked,) if blocked else ()
-        elif behind.op_type in ACTIVATIONS and integer is not None:
+            self.fused[behind] = () if clips else (blocked,) if blocked else ()
+        elif clips and integer is not None:
             self.fused[behind] = (*self.fused.get(behind, ()), integer)
 
     def blocked_layer(self, node: ir.Node, layer: str) -> Condition | None:
@@ -351,9 +349,12 @@ class Lowering:
         return len(uses) == 1 and uses[0].node.op_type in ("Add", "Mul") and self._is_image(value)
 
     def _is_inside(self, value: ir.Value) -> bool:
-        """Whether no kernel writes the value: the activation behind it is part of the kernel."""
+        """Whether no kernel writes the value: the activation behind it is part of the kernel, or runs in integers as it
+        does."""
         uses = list(value.uses())
-        return len(uses) == 1 and uses[0].node in self.fused and uses[0].node.op_type != "Add"
+        if len(uses) != 1 or uses[0].node not in self.fused or uses[0].node.op_type == "Add":
+            return False
+        return self.integer.get(value) is None or self.integer.get(uses[0].node.outputs[0]) is not None
 
     def _not(self, condition: Condition | None) -> Condition | None:
         return None if condition is None else _other(condition, self.computes)

@@ -103,8 +103,7 @@ class _Planner:
         held = self.tensors[name_of(x)]
         self.tensors[name_of(x)] = dataclasses.replace(held, read_by=(*held.read_by, name))
         self.integer_nodes.add(name_of(node.outputs[0]))
-        # a session makes one kernel of Gemm and Relu before it looks at what is quantised
-        if node.op_type == "Conv" or is_before_activation(node):
+        if writes_integers(node):
             self.hold_output(node)
 
     def between(self, node: ir.Node) -> None:
@@ -159,9 +158,10 @@ def activation_behind(node: ir.Node) -> ir.Node | None:
     return None if behind.op_type == "Clip" and _least_of(behind) > 0 else behind
 
 
-def is_before_activation(node: ir.Node) -> bool:
-    """Whether a node is a Gemm that one activation alone reads."""
-    return node.op_type == "Gemm" and activation_behind(node) is not None
+def writes_integers(node: ir.Node) -> bool:
+    """Whether an int8 layer's output is quantised whoever reads it: a convolution's, and that of a Gemm which one
+    activation alone reads, since a session makes one kernel of both before it looks at what is quantised."""
+    return node.op_type == "Conv" or (node.op_type == "Gemm" and activation_behind(node) is not None)
 
 
 def _least_of(clip: ir.Node) -> float:

@@ -104,11 +104,25 @@ def perceptron() -> nn.Module:
     )
 
 
+def clipped() -> nn.Module:
+    """A Clip that a convolution takes along, one that begins above nought, and a Tanh: integers end before both."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.Hardtanh(0.0, 6.0),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.Hardtanh(0.5, 6.0),
+        nn.Conv2d(16, 16, 1),
+        nn.Tanh(),
+        nn.Conv2d(16, 5, 1),
+    )
+
+
 NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "stages": (Stages, (3, 16, 16)),
     "mixer": (Mixer, (3, 16, 16)),
     "signal": (signal, (3, 32)),
     "perceptron": (perceptron, (12,)),
+    "clipped": (clipped, (3, 16, 16)),
     "decoder": (decoder, (3, 16, 16)),
 }
 
