@@ -93,6 +93,18 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), ""])
 
 
+def between_marks(page: str, mark: str, text: str) -> str:
+    """The page with this text between `<!-- mark -->` and `<!-- end of mark -->`."""
+    begin, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->\n"
+    head, _, rest = page.partition(begin)
+    return f"{head}{begin}{text}{end}{rest.partition(end)[2]}"
+
+
+def cpu_text(name: str, flags: Iterable[str]) -> str:
+    """A processor, for a page."""
+    return f"{name} ({', '.join(flags)})"
+
+
 def save(record: Any, path: Path) -> None:
     """Write a result file, with six significant digits: more than any measurement here holds."""
     path.write_text(json.dumps(_rounded(record), indent=1) + "\n")

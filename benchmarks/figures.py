@@ -8,14 +8,11 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from _bench import CPU_KINDS, cpu_kind, markdown, record_export
+from _bench import CPU_KINDS, RESULTS, ROOT, between_marks, cpu_kind, cpu_text, markdown, record_export
 
 from hirelc_deploy.verify.manifest import Manifest
 
-ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 
 FASHION = "`python benchmarks/fashion_mnist.py {}`"
 ROWS = (
@@ -46,7 +43,7 @@ def table() -> str:
     ]
     rows = [_row(*each) for each in on_record]
     manifests = [manifest for _, manifest, _ in on_record]
-    machines = {f"{m.environment.cpu} ({', '.join(m.environment.flags)})" for m in manifests}
+    machines = {cpu_text(m.environment.cpu, m.environment.flags) for m in manifests}
     runtimes = {f"{m.runtime.name} {m.runtime.version}" for m in manifests}
     where = f"CPUs: {'; '.join(sorted(machines))}. {'; '.join(sorted(runtimes))}, one thread, batch 1."
     return f"{HEAD}{''.join(rows)}\n{where}\n"
@@ -73,9 +70,7 @@ def _row(name: str, manifest: Manifest, command: str) -> str:
 
 def with_table(readme: str) -> str:
     """The README with today's table between its marks."""
-    head, _, rest = readme.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}{table()}{END}{tail}"
+    return between_marks(readme, "figures", table())
 
 
 PREDICTIONS = ROOT / "docs" / "predictions.md"

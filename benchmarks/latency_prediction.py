@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _bench import RESULTS, ROOT, machine, markdown, save
+from _bench import RESULTS, ROOT, cpu_text, machine, markdown, save
 from _networks import NETWORKS, bench_of, hasten, random_policies
 from scipy.stats import spearmanr
 
@@ -315,7 +315,7 @@ def section(target: str, setting: Setting, record: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"## {', '.join([f'`{target}`', *told])}\n",
-            f"CPU: {taken_on['cpu']} ({', '.join(taken_on['flags'])}), onnxruntime "
+            f"CPU: {cpu_text(taken_on['cpu'], taken_on['flags'])}, onnxruntime "
             f"{taken_on['packages']['onnxruntime']}.\n",
             markdown(head, rows),
             speed,

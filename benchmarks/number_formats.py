@@ -21,7 +21,7 @@ import against_onnxruntime
 import large_models
 import post_training
 import size_prediction
-from _bench import RESULTS, ROOT, load_task, machine, markdown, save, workbench
+from _bench import RESULTS, ROOT, between_marks, cpu_text, load_task, machine, markdown, save, workbench
 from _graphs import shape_of
 
 from hirelc_deploy.exporters import load_runtime
@@ -240,7 +240,7 @@ def section(network: str, record: Mapping[str, Any]) -> str:
     )
     return (
         f"## `{network}`\n\nfp32: {baseline['size_bytes'] / 1000:.1f} KB, {baseline['accuracy']:.2f} %, "
-        f"{baseline['latency_cpu_ms']:.2f} ms. CPU: {taken_on['cpu']} ({', '.join(taken_on['flags'])}).\n\n"
+        f"{baseline['latency_cpu_ms']:.2f} ms. CPU: {cpu_text(taken_on['cpu'], taken_on['flags'])}.\n\n"
         f"{markdown((*head, 'drop, post-training', 'drop, fine-tuned'), cells)}"
     )
 
@@ -250,7 +250,6 @@ def _tuned(row: Mapping[str, Any] | None) -> str:
 
 
 README = ROOT / "README.md"
-BEGIN, END = "<!-- formats -->\n", "<!-- end of formats -->\n"
 HIGHLIGHTS = ("int8/int8", "int4/int8", "int4/fp32", "int3/fp32", "int2/fp32", "vector1/fp32")
 
 
@@ -262,8 +261,7 @@ def with_highlights(readme: str) -> str:
     record = json.loads(path.read_text())
     rows = [_highlight(name, record["rows"]) for name in HIGHLIGHTS]
     table = markdown(("every layer of `wide`", "file", "smaller", "faster", "drop, points [95 %]", "trained"), rows)
-    head, _, rest = readme.partition(BEGIN)
-    return f"{head}{BEGIN}{table}{END}{rest.partition(END)[2]}"
+    return between_marks(readme, "formats", table)
 
 
 def _highlight(name: str, every: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

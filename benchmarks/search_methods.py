@@ -15,12 +15,12 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _bench import RESULTS, ROOT, machine, markdown, save, workbench
+from _bench import RESULTS, ROOT, between_marks, cpu_text, machine, markdown, save, workbench
 from _networks import hasten
 
 from hirelc_deploy import compare as comparing
@@ -173,7 +173,7 @@ def page() -> str:
             sections.append(
                 f"## {title.format(found.network)}\n\n{found.evaluations} evaluations, {ran}, a drop of "
                 f"{found.goal.drop_max:g} points allowed, one standard error of a score "
-                f"{found.record['score_error']:.2f}; {on['cpu']} ({', '.join(on['flags'])})."
+                f"{found.record['score_error']:.2f}; {cpu_text(on['cpu'], on['flags'])}."
                 f"{WITHOUT_RECIPES if step == 'parts' else ''}\n\n"
                 + markdown(
                     (*comparing.HEAD, "hypervolume, drops below nought counted"),
@@ -194,7 +194,7 @@ class Compared:
     network: str
     record: dict[str, Any]
 
-    @property
+    @cached_property
     def runs(self) -> list[Run]:
         return [comparing.read(run) for run in self.record["runs"]]
 
@@ -225,7 +225,6 @@ def compared(step: str) -> list[Compared]:
 
 
 README = ROOT / "README.md"
-BEGIN, END = "<!-- methods -->\n", "<!-- end of methods -->\n"
 
 
 def with_methods(readme: str) -> str:
@@ -246,8 +245,7 @@ def with_methods(readme: str) -> str:
             )
         )
     columns = ("network", "seeds", "`hierarchical` [least, most]", "after half of the evaluations", "the next best")
-    head, _, rest = readme.partition(BEGIN)
-    return f"{head}{BEGIN}{markdown(columns, rows)}{END}{rest.partition(END)[2]}"
+    return between_marks(readme, "methods", markdown(columns, rows))
 
 
 def with_luck(runs: Sequence[Run], goal: Goal[float]) -> dict[str, float]:
@@ -285,7 +283,7 @@ def section_of_targets(network: str, found: dict[str, Any]) -> str:
     return (
         f"## `{network}`: the same search for two targets\n\n{found['evaluations']} evaluations each, a drop of "
         f"{MAX_DROP:g} points and a tenth of the original's bytes allowed, so that latency is what is left to gain; "
-        f"{on['cpu']} ({', '.join(on['flags'])}).  The two policies differ in {layers} layers and {groups} groups.\n\n"
+        f"{cpu_text(on['cpu'], on['flags'])}.  The two policies differ in {layers} layers and {groups} groups.\n\n"
         + markdown(("on", "searched for", "faster, by its table", "predicted / measured", "file", "drop"), rows)
     )
 

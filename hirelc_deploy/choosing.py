@@ -42,8 +42,10 @@ def given(asked: Policy | Recipe | None, network: "ModelGraph", target: "Target"
     """The policy that it comes to on this network and target; None if it has to be searched or measured for."""
     if isinstance(asked, Recipe):
         space = search_space(network, target)
+        if asked.compute is not None:
+            return asked.policy(space)
         asked.require_fit(space)
-        return None if asked.compute is None else asked.policy(space)
+        return None
     return None if asked is None else completed(asked, network, target)
 
 

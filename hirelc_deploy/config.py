@@ -170,7 +170,7 @@ class ExportSettings:
         if self.search is not None and (self.recipe is not None or self.policy is not None):
             given = "recipe" if self.recipe is not None else "policy"
             raise UserError(f"{given} says what is built, and search {self.search} looks for it", fix="leave one out")
-        if not str(self.out).strip() or self.out == Path():
+        if Path(str(self.out).strip()) == Path():  # as an empty variable makes it
             raise UserError("out is the folder that you are in", fix="name one for the artifact: --out out/net")
         if self.augment and not self.epochs:
             raise UserError(
@@ -308,13 +308,7 @@ def export_settings(given: Mapping[str, Any], file: Path | None = None) -> Expor
     Raises UserError for an unknown key of the file, with the nearest one, for a value that cannot be read, with its
     key, and for a required option that neither has.
     """
-    in_file: dict[str, Any] = {}
-    for key, value in ({} if file is None else read_toml(file)).items():
-        assert file is not None
-        name = _known(key, file)
-        if name in in_file:
-            raise UserError(f"{file} says {key} twice, with a dash and with an underscore", fix="leave one of them out")
-        in_file[name] = value
+    in_file = {} if file is None else _in_file(file)
     on_line = {name: value for name, value in given.items() if value is not None}
     values = read_options(in_file | on_line)
     for field in fields(ExportSettings):
@@ -324,6 +318,17 @@ def export_settings(given: Mapping[str, Any], file: Path | None = None) -> Expor
                 fix=f'give --{field.name}, or {field.name} = "…" in the file that --config names',
             )
     return ExportSettings(**values)
+
+
+def _in_file(file: Path) -> dict[str, Any]:
+    """What a TOML file gives, by the options' names."""
+    found: dict[str, Any] = {}
+    for key, value in read_toml(file).items():
+        name = _known(key, file)
+        if name in found:
+            raise UserError(f"{file} says {key} twice, with a dash and with an underscore", fix="leave one of them out")
+        found[name] = value
+    return found
 
 
 def _known(key: str, file: Path) -> str:

@@ -58,6 +58,12 @@ def flags_of_sysctl(text: str) -> frozenset[str]:
     return frozenset(flags)
 
 
+def stands_for(here: frozenset[str], wanted: frozenset[str]) -> bool:
+    """Whether a processor with the flags `here` takes the times of one with `wanted`: it has them all, and no dot
+    products that the other has not."""
+    return wanted <= here and has_dot_product(wanted) == has_dot_product(here)
+
+
 def has_dot_product(flags: frozenset[str]) -> bool:
     """Whether 8-bit products are summed in 32 bits at once; without, they may saturate in 16 bits on x86."""
     return not DOT_PRODUCT_FLAGS.isdisjoint(flags)

@@ -21,6 +21,7 @@ from hirelc_deploy.profiles import Target, load_target
 from hirelc_deploy.rundir import RunFolder
 from hirelc_deploy.search.recipe import Recipe
 from hirelc_deploy.task import Classification, check_labels
+from hirelc_deploy.verify import manifest as manifests
 from hirelc_deploy.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 
 RUN_FOLDER = "run"
 
-ARTIFACT_FILES = ("manifest.json", "policy.json", "model.onnx")
+POLICY_FILE = "policy.json"
+
+ARTIFACT_FILES = (manifests.FILE_NAME, POLICY_FILE, "model.onnx")
 """Names that an export writes."""
 
 

@@ -9,7 +9,7 @@ from hirelc_deploy.alternatives import against_recipes, predicted, write_front
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import load_runtime
-from hirelc_deploy.opening import budget_of, opened
+from hirelc_deploy.opening import POLICY_FILE, budget_of, opened
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.profiles import load_target
 from hirelc_deploy.rundir import RunFolder, write_atomic
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from hirelc_deploy.task import Task
 
-POLICY_FILE = "policy.json"
 FRONT_FOLDER = "front"
 
 

@@ -18,7 +18,7 @@ from hirelc_deploy.config import require_at_least
 from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.cost.needs import Family, families
 from hirelc_deploy.cost.network import Network
-from hirelc_deploy.cpu import RELEVANT_FLAGS, has_dot_product
+from hirelc_deploy.cpu import RELEVANT_FLAGS, stands_for
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import Arrays
@@ -128,7 +128,7 @@ def _check_device(target: Target, machine: Machine, name: str, fix: str) -> None
     """Times that one CPU takes are no times of another.  Raises UserError if instruction sets differ."""
     has = frozenset(machine.where.flags)
     wanted = target.flags(has) & RELEVANT_FLAGS
-    if not wanted <= has or has_dot_product(wanted) != has_dot_product(has):
+    if not stands_for(has, wanted):
         raise UserError(
             f"{name} has {', '.join(sorted(has)) or 'no instruction sets that are known'}, and {target.name} "
             f"{', '.join(sorted(wanted))}: its kernels take other times",
@@ -197,4 +197,4 @@ def _family(path: Path, number: int, line: dict[str, str]) -> Family:
     except ValueError as error:
         raise UserError(f"{path.name}, line {number}: {error}", fix="mend or delete the line") from error
     inputs, outputs = kernel.channels
-    return Family(kernel, (inputs,), (outputs,), kernel.has_one_count)
+    return Family(kernel, (inputs,), (outputs,))

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hirelc_deploy.config import nearest
-from hirelc_deploy.cpu import has_dot_product
+from hirelc_deploy.cpu import has_dot_product, stands_for
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.policy import Compute, Precision
 
@@ -166,8 +166,7 @@ class Target(_Table):
         """Whether a machine with these instruction sets can stand for the target: its latencies are then measured."""
         if self.basis == "estimate":
             return False
-        wanted = self.flags(here)
-        return wanted <= here and has_dot_product(wanted) == has_dot_product(here)
+        return stands_for(here, self.flags(here))
 
     def computes_for(self, op: str) -> tuple[Compute, ...]:
         """The arithmetic that an operator such as Conv2d can run in."""

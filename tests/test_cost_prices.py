@@ -154,7 +154,7 @@ def test_without_any_row_there_is_no_table() -> None:
 
 
 def family(counts: tuple[int, ...]) -> Family:
-    return Family(CONV, counts, counts, is_one=False)
+    return Family(CONV, counts, counts)
 
 
 def measured(wanted: Family, us) -> int:  # type: ignore[no-untyped-def]
@@ -196,7 +196,7 @@ def test_where_the_axes_do_not_multiply_places_off_the_lines_are_measured() -> N
 
 
 def test_errors_that_no_policy_would_notice_are_no_reason_to_measure() -> None:
-    large, small = family(COUNTS), Family(POOL, COUNTS, COUNTS, is_one=True)
+    large, small = family(COUNTS), Family(POOL, COUNTS, COUNTS)
     for each, us in ((large, 10_000.0), (small, 1.0)):
         each.known[each.reference] = us
     neglect([large, small])

@@ -83,7 +83,7 @@ def test_what_the_runtime_has_no_kernel_for_is_said() -> None:
 
 
 def conv(counts: tuple[int, ...]) -> Family:
-    return Family(Kernel.parse("Conv", "", "x:1x16x4x4 w:16x16x1x1 w:16", "fp32"), counts, counts, is_one=False)
+    return Family(Kernel.parse("Conv", "", "x:1x16x4x4 w:16x16x1x1 w:16", "fp32"), counts, counts)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_a_profile_ends_when_its_time_is_up(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("hasty")
 def test_what_there_is_no_kernel_for_is_reported_and_the_rest_measured(tmp_path: Path) -> None:
     tables = Tables(tmp_path / "own.csv", tmp_path / "own.csv")
-    none = Family(NO_KERNEL, (2,), (2,), is_one=True)
+    none = Family(NO_KERNEL, (2,), (2,))
     refused = profile([none, conv((8,))], tables, Here(RUNTIME, threads=1))
     assert refused.keys() == {NO_KERNEL.family}
     assert [row.op for row in read_table(tables.own)] == ["Conv", "Conv"]

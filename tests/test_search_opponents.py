@@ -1,6 +1,5 @@
 """Methods without agents on a problem whose optimum is known, and what they all stand on."""
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -9,7 +8,7 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from toy_search import BEST, BEST_COST, COUNTS, DROP_MAX, MEMORY_BYTES, MENDED, TIED, chosen, toy
+from toy_search import BEST, BEST_COST, COUNTS, DROP_MAX, MEMORY_BYTES, MENDED, TIED, chosen, small, toy
 
 from hirelc_deploy.budget import Budget, Figures, met
 from hirelc_deploy.policy import FP16, FP32, INT8, Compute, PerTensor, Policy, Precision, Storage
@@ -17,17 +16,7 @@ from hirelc_deploy.search.additive import UNFITTED, DropModel, damages, draw, ef
 from hirelc_deploy.search.front import front, hypervolume, most_added, points, volume
 from hirelc_deploy.search.goal import LEAST, MOST, Goal, Multipliers
 from hirelc_deploy.search.greedy_order import rungs, sequence
-from hirelc_deploy.search.problem import (
-    Evaluations,
-    GroupVariable,
-    LayerFacts,
-    LayerVariable,
-    Prices,
-    Problem,
-    Rows,
-    Sensitivity,
-    Spent,
-)
+from hirelc_deploy.search.problem import Evaluations, Prices, Spent
 from hirelc_deploy.search.space import Evaluation
 
 METHODS = ("grid", "random_search", "greedy", "greedy_order", "knapsack", "evolution")
@@ -177,37 +166,6 @@ def test_limits_on_prices_are_kept(method: str, budget: Budget) -> None:
     prices_only = Budget(size_bytes=budget.size_bytes, latency_ms=budget.latency_ms, speedup=budget.speedup)
     assert all(met(prices_only, evaluation.figures) for evaluation in found)
     assert met(budget, chosen(toy(budget).problem, found).figures)
-
-
-def small(options: Sequence[Precision], damage: Sequence[float]) -> Problem:
-    """Three layers of a network that no channel may be taken from, each bit of which takes a microsecond."""
-    names = ("a", "b", "c")
-
-    def costs(rows: Rows) -> Prices:
-        bits = np.array([option.storage.bits for option in options])[rows[:, :3]].sum(1)
-        return Prices(1000.0 + 100 * bits, 0.1 + 0.001 * bits)
-
-    bare = Problem(
-        variables=(
-            *(LayerVariable(each, tuple(options), (each,)) for each in names),
-            GroupVariable("g", (32,), ("a",)),
-        ),
-        blocks={name: (name,) for name in names},
-        budget=Budget(drop=1.0),
-        before=Figures(),
-        costs=costs,
-        sensitivity=Sensitivity(dict.fromkeys(names, np.array(damage)) | {"g": np.zeros(1)}, dict.fromkeys(names, 1.0)),
-        layers=dict.fromkeys(names, LayerFacts(macs=1000, parameters=1000)),
-        evaluate=lambda policy: Evaluation(policy, figures(policy), 90.0),
-        recipes={str(option): Policy(dict.fromkeys(names, option), {"g": 32}) for option in options},
-    )
-
-    def figures(policy: Policy) -> Figures:
-        row = bare.row(policy)[None]
-        prices, drop = costs(row), 20 * float(bare.damage(row).sum())
-        return Figures(latency_ms=float(prices.latency_ms[0]), size_bytes=round(float(prices.size_bytes[0])), drop=drop)
-
-    return replace(bare, before=replace(figures(bare.policy(bare.as_trained)), speedup=1.0))
 
 
 @pytest.mark.parametrize("options", [(FP32,), (FP32, FP16), (FP32, FP16, INT8)], ids=len)

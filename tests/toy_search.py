@@ -240,3 +240,34 @@ def _drop(problem: Problem, rows: Rows) -> np.ndarray:
         pruning = truly[:, [at[group] for group, blocks in GROUPS.items() if block in blocks]].sum(1)
         total = total + TOGETHER * np.sqrt(rounding * pruning)
     return np.asarray(CHANCE_DROP * (1 - np.exp(-DROP_PER_DAMAGE * total**BENT / CHANCE_DROP)))
+
+
+def small(options: Sequence[Precision], damage: Sequence[float]) -> Problem:
+    """Three layers of a network that no channel may be taken from, each bit of which takes a microsecond."""
+    names = ("a", "b", "c")
+
+    def costs(rows: Rows) -> Prices:
+        bits = np.array([option.storage.bits for option in options])[rows[:, :3]].sum(1)
+        return Prices(1000.0 + 100 * bits, 0.1 + 0.001 * bits)
+
+    bare = Problem(
+        variables=(
+            *(LayerVariable(each, tuple(options), (each,)) for each in names),
+            GroupVariable("g", (32,), ("a",)),
+        ),
+        blocks={name: (name,) for name in names},
+        budget=Budget(drop=1.0),
+        before=Figures(),
+        costs=costs,
+        sensitivity=Sensitivity(dict.fromkeys(names, np.array(damage)) | {"g": np.zeros(1)}, dict.fromkeys(names, 1.0)),
+        layers=dict.fromkeys(names, LayerFacts(macs=1000, parameters=1000)),
+        evaluate=lambda policy: Evaluation(policy, figures(policy), 90.0),
+        recipes={str(option): Policy(dict.fromkeys(names, option), {"g": 32}) for option in options},
+    )
+
+    def figures(policy: Policy) -> Figures:
+        row = bare.row(policy)[None]
+        prices, drop = costs(row), 20 * float(bare.damage(row).sum())
+        return Figures(latency_ms=float(prices.latency_ms[0]), size_bytes=round(float(prices.size_bytes[0])), drop=drop)
+
+    return replace(bare, before=replace(figures(bare.policy(bare.as_trained)), speedup=1.0))

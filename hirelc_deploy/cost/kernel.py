@@ -104,11 +104,8 @@ class Kernel:
                 return shape[-2], shape[-1]
             if self.op == "Gemm":
                 return shape[1], shape[0]
-            if self.is_depthwise:
-                return shape[0], shape[0]
-            if self.is_transposed:
-                return shape[0], shape[1] * self.groups
-            return shape[1] * self.groups, shape[0]
+            first, second = shape[0], shape[1] * self.groups
+            return (first, second) if self.is_transposed else (second, first)
         read = self.operands[0].shape
         return (read[1], read[1]) if len(read) == 4 and self._scales else (1, 1)
 
@@ -157,9 +154,8 @@ class Kernel:
             return (inputs, outputs)
         if self.op == "Gemm":
             return (outputs, inputs)
-        if self.is_transposed:
-            return (inputs, 1 if self.is_depthwise else outputs // self.groups, *shape[2:])
-        return (outputs, 1 if self.is_depthwise else inputs // self.groups, *shape[2:])
+        first, second = (inputs, outputs) if self.is_transposed else (outputs, inputs)
+        return (first, 1 if self.is_depthwise else second // self.groups, *shape[2:])
 
     @cached_property
     def family(self) -> str:

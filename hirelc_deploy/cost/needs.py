@@ -44,13 +44,16 @@ class Family:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     """The channels that policies can ask for, ascending."""
-    is_one: bool
-    """Whether inputs and outputs are the same number."""
     work: float = 0.0
     """Of the network's kernels of this family, in multiply-accumulates and bytes: which family comes first."""
     known: dict[Place, float] = field(default_factory=dict)
     negligible_us: float = 0.0
     """An error that does not count, however large it is beside the kernel's own time."""
+
+    @property
+    def is_one(self) -> bool:
+        """Whether inputs and outputs are the same number."""
+        return self.kernel.has_one_count
 
     @property
     def reference(self) -> Place:
@@ -142,7 +145,7 @@ def families(network: Network) -> list[Family]:
         if before is not None:
             inputs, outputs = _merged(before.inputs, inputs), _merged(before.outputs, outputs)
         work = (before.work if before else 0.0) + kernel.macs + kernel.bytes
-        found[kernel.family] = Family(kernel, inputs, outputs, kernel.has_one_count, work)
+        found[kernel.family] = Family(kernel, inputs, outputs, work)
     return sorted(found.values(), key=lambda family: -family.work)
 
 

@@ -137,7 +137,8 @@ def _others(inputs: Inputs) -> Iterator[dict[str, Tensor]]:
         drawn = {name: _drawn(x, random) for name, x in inputs.items()}
         if not any(torch.equal(drawn[name], x) for name, x in inputs.items()):
             yield drawn
-    yield {name: x if x.is_floating_point() else _uniform(x) for name, x in drawn.items()}
+    if not all(x.is_floating_point() for x in drawn.values()):
+        yield {name: x if x.is_floating_point() else _uniform(x) for name, x in drawn.items()}
 
 
 def _drawn(x: Tensor, random: torch.Generator) -> Tensor:
