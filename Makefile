@@ -17,6 +17,7 @@ help:
 	@echo "make lint   lint and types only"
 	@echo "make test-runtimes  files of every format on the oldest ONNX Runtime and on today's"
 	@echo "make modelopt  an environment for nvidia-modelopt, which can be compared against"
+	@echo "make openvino  an environment for ONNX Runtime with another provider, which tests measure by"
 	@echo "make wheel  build dist/*.whl"
 	@echo "make clean  remove what was made here, the environment included"
 
@@ -45,9 +46,20 @@ $(MODELOPT)/.installed: | $(VENV)/.installed
 		onnx-graphsurgeon onnxslim lief polygraphy
 	touch $@
 
+# ONNX Runtime's builds for other providers take the place of the one that is used here: an environment of its own, too.
+OPENVINO := .venv-openvino
+.PHONY: openvino
+openvino: $(OPENVINO)/.installed
+
+$(OPENVINO)/.installed: | $(VENV)/.installed
+	$(BIN)/python -m venv --clear --without-pip $(OPENVINO)
+	$(BIN)/python -m pip --python $(OPENVINO) install --quiet --no-deps 'onnxruntime-openvino==1.24.1' numpy
+	touch $@
+
 # One thread a worker: two workers that take all cores each only wait for one another.
 test: lint
 	-$(MAKE) modelopt
+	-$(MAKE) openvino
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 # mypy knows nothing of setuptools' package-dir, so it is shown the packages where they are installed.
@@ -63,7 +75,7 @@ wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(MODELOPT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(MODELOPT) $(OPENVINO) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # Files of every number format on the oldest ONNX Runtime that the profiles promise, and on today's.
 # The last Python that it has wheels for is 3.11; its own dependencies are for tools that are not used.

@@ -168,7 +168,27 @@ Host = Annotated[
     str | None,
     typer.Option(
         metavar="USER@DEVICE",
-        help="Build the engine on a device with TensorRT, over ssh, and measure it there.",
+        help="Measure on this device, over ssh. For TensorRT the engine is built there; for ONNX Runtime it needs "
+        "Python, numpy and onnxruntime.",
+        rich_help_panel=RUN,
+    ),
+]
+ProviderName = Annotated[
+    str | None,
+    typer.Option(
+        "--provider",
+        metavar="NAME",
+        help="Measure by this execution provider of ONNX Runtime, on the host or here: cuda, tensorrt, tensorrt-rtx or "
+        "openvino.",
+        rich_help_panel=RUN,
+    ),
+]
+HostPython = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="The Python that has ONNX Runtime, on the host (default python3), or here for a provider (default this "
+        "one).",
         rich_help_panel=RUN,
     ),
 ]
@@ -291,6 +311,8 @@ def export(
     threads: Threads = None,
     batch: Batch = None,
     host: Host = None,
+    provider: ProviderName = None,
+    host_python: HostPython = None,
     host_trtexec: HostTrtexec = None,
     tensorboard: Tensorboard = None,
     out: Out = None,
@@ -314,16 +336,17 @@ def verify(
     folder: Artifact,
     allow_estimates: AllowEstimates = None,
     host: Host = None,
+    provider: ProviderName = None,
+    host_python: HostPython = None,
     host_trtexec: HostTrtexec = None,
 ) -> ExitStatus:
     """Measure an artifact again, on this machine or on its device, and judge it by the limits it was exported with."""
     from hirelc_deploy import verification
+    from hirelc_deploy.config import Elsewhere
 
-    if host is not None:
-        from hirelc_deploy.config import TRTEXEC
-
-        trtexec = host_trtexec or TRTEXEC
-        return _close(verification.verify_on(folder, host, trtexec=trtexec, allow_estimates=bool(allow_estimates)))
+    elsewhere = Elsewhere(host, provider, host_python, host_trtexec)
+    if elsewhere:
+        return _close(verification.verify_elsewhere(folder, elsewhere, allow_estimates=bool(allow_estimates)))
     return _close(verification.verify(folder, allow_estimates=bool(allow_estimates)))
 
 

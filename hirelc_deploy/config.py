@@ -6,6 +6,7 @@ names and the same notation, so that an option can be moved from one to the othe
 
 import difflib
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -24,6 +25,10 @@ ORDERS = ("prune-first", "quantize-first", "auto")
 IMPORTANCES = ("l2", "taylor")
 TRTEXEC = "trtexec"
 """The command on a device that has it where its shell looks."""
+HOST_PYTHON = "python3"
+"""Likewise."""
+PROVIDERS = ("cuda", "tensorrt", "tensorrt-rtx", "openvino")
+"""What ONNX Runtime can run a file by, beside its own kernels for CPUs (`hirelc_deploy.verify.providers`)."""
 POST_TRAINING_STEPS = ("statistics", "equalise", "smooth", "feed-back", "biases")
 """What is done to weights that are not fine-tuned: BatchNorm's statistics are estimated again, channels are scaled so
 that layers have even ranges, and between a norm and what reads it, errors of rounding are fed back into weights not yet
@@ -86,6 +91,44 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """Where an artifact is measured that is not run by this process.  Raises UserError for what does not go together.
+
+    A device that `ssh` reaches, another provider of ONNX Runtime, or both.
+    """
+
+    host: str | None = None
+    """For `ssh`; None for this machine."""
+    provider: str | None = None
+    """One of PROVIDERS; None for TensorRT's own program, or for the CPU, as the target has it."""
+    host_python: str | None = None
+    """The Python that has the runtime, there; None for HOST_PYTHON, and without a host for the one that runs this."""
+    host_trtexec: str | None = None
+    """The command of TensorRT's own program; None for TRTEXEC."""
+
+    def __post_init__(self) -> None:
+        if self.provider is not None:
+            _require_one_of("provider", self.provider, PROVIDERS)
+        if self.host_trtexec is not None and (self.host is None or self.provider is not None):
+            why = "no host is given" if self.host is None else f"provider {self.provider} takes its place"
+            raise UserError(f"host-trtexec says what builds engines on a host, and {why}", fix="leave one out")
+        if self.host_python is not None and self.host is None and self.provider is None:
+            raise UserError(
+                "host-python says what runs the file, and neither host nor provider is given",
+                fix="give one of them, or leave host-python out",
+            )
+
+    @property
+    def python(self) -> str:
+        """The command that runs ONNX Runtime."""
+        return self.host_python or (HOST_PYTHON if self.host is not None else sys.executable)
+
+    def __bool__(self) -> bool:
+        """Whether anything is run elsewhere."""
+        return self.host is not None or self.provider is not None
+
+
+@dataclass(frozen=True)
 class ExportSettings:
     """Everything that `export` may be told, with its defaults.  Raises UserError for what cannot be meant.
 
@@ -137,14 +180,23 @@ class ExportSettings:
     batch: int = 1
     """Examples an inference that is measured."""
     host: str | None = None
-    """A device with TensorRT, for `ssh`: the engine is built and measured there."""
-    host_trtexec: str = TRTEXEC
+    """A device, for `ssh`: the artifact is measured there; where the target is TensorRT, its engine is built there."""
+    provider: str | None = None
+    """One of PROVIDERS, by which ONNX Runtime then runs the file, on the host or here."""
+    host_python: str | None = None
+    host_trtexec: str | None = None
     tensorboard: Path | None = None
     """A folder for TensorBoard: what the search did."""
     out: Path = Path("out/export")
     resume: bool = False
 
+    @property
+    def elsewhere(self) -> Elsewhere:
+        """Where the artifact is measured in the end, beside here."""
+        return Elsewhere(self.host, self.provider, self.host_python, self.host_trtexec)
+
     def __post_init__(self) -> None:
+        self.elsewhere  # noqa: B018 - refuses what does not go together
         for name, choices in (
             ("search", SEARCHES),
             ("order", ORDERS),
@@ -286,6 +338,8 @@ OPTIONS: Mapping[str, Option] = {
     "threads": Option("threads", _whole),
     "batch": Option("batch", _whole),
     "host": Option("host", _text),
+    "provider": Option("provider", _text),
+    "host_python": Option("host_python", _text),
     "host_trtexec": Option("host_trtexec", _text),
     "tensorboard": Option("tensorboard", _path),
     "out": Option("out", _path),

@@ -33,6 +33,8 @@ DECIDES_NOTHING = frozenset(
         "policy",
         "kernels",
         "host",
+        "provider",
+        "host_python",
         "host_trtexec",
     }
 )

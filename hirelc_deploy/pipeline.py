@@ -7,19 +7,17 @@ from typing import TYPE_CHECKING, Any
 from hirelc_deploy import __version__, choosing, console, demo as demonstration
 from hirelc_deploy.alternatives import against_recipes, predicted, write_front
 from hirelc_deploy.config import ExportSettings
-from hirelc_deploy.errors import UserError
-from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.opening import POLICY_FILE, budget_of, opened
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.profiles import load_target
 from hirelc_deploy.rundir import RunFolder, write_atomic
-from hirelc_deploy.verification import Outcome, judged, verify_on
-from hirelc_deploy.verify import manifest as manifests, remote
+from hirelc_deploy.verification import Outcome, check_elsewhere, judged, verify_elsewhere
+from hirelc_deploy.verify import manifest as manifests
 from hirelc_deploy.verify.accuracy import Outputs
 from hirelc_deploy.verify.environment import environment
 from hirelc_deploy.verify.layers import layer_records
 from hirelc_deploy.verify.manifest import Artifact, Manifest, PredictionError
-from hirelc_deploy.verify.measure import BASELINE_FILE, BASELINE_FP16_FILE, Measurement, measure
+from hirelc_deploy.verify.measure import BASELINE_FILE, BASELINE_FP16_FILE, InProcess, Measurement, measure
 from hirelc_deploy.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -39,8 +37,8 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
     """
     budget = budget_of(settings)
     asked_for = choosing.asked_for(settings)
-    if settings.host is not None:
-        _check_host(settings.target, settings.host)
+    if settings.elsewhere:
+        check_elsewhere(load_target(settings.target), settings.elsewhere)
     with opened(settings, asked_for, model=model, task=task) as (bench, trained, given):
         run, task, target, network = bench.run, bench.task, bench.target, bench.graph
         choice = choosing.choose(settings, budget, bench, asked_for, given)
@@ -115,29 +113,11 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             ),
         )
         outcome = judged(settings.out, manifest, allow_estimates=settings.allow_estimates)
-    if settings.host is None:
+    if not settings.elsewhere:
         return outcome
-    return verify_on(
-        settings.out,
-        settings.host,
-        trtexec=settings.host_trtexec,
-        allow_estimates=settings.allow_estimates,
-        task=task,
-        target=target,
+    return verify_elsewhere(
+        settings.out, settings.elsewhere, allow_estimates=settings.allow_estimates, task=task, target=target
     )
-
-
-def _check_host(spec: str, host: str) -> None:
-    """Whether there is something to build there and the device answers: before hours are spent, not after."""
-    target = load_target(spec)
-    if not load_runtime(target.runtime.name).builds_on_device:
-        raise UserError(
-            f"a file for {target.name} is measured where this program runs, and --host is for what TensorRT builds on "
-            "a device",
-            fix="leave --host out; `verify` on the device itself measures the artifact there",
-        )
-    with remote.linked(host):
-        pass
 
 
 def demo(out: Path, *, resume: bool = False) -> Outcome:
@@ -176,14 +156,16 @@ def _measured(
             file,
             tensors,
             bench.task,
-            bench.runtime,
+            InProcess(
+                bench.runtime,
+                settings.threads,
+                seconds=bench.target.timing.min_seconds,
+                warmup=bench.target.timing.warmup_rounds,
+            ),
             baseline_fp16=baseline_fp16,
-            threads=settings.threads,
             batch=settings.batch,
             seed=settings.seed,
             simulated=simulated(),
-            seconds=bench.target.timing.min_seconds,
-            warmup=bench.target.timing.warmup_rounds,
         )
         return seen.model_copy(update={"pace": pace}).model_dump(mode="json")
 

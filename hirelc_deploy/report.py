@@ -182,13 +182,12 @@ def _gains(manifest: Manifest) -> tuple[Row, ...]:
 
 
 def _needs(manifest: Manifest) -> tuple[Row, ...]:
-    """What a process needs beside time to run."""
-    if manifest.measured.memory_bytes is None or manifest.measured.load_ms is None:
-        return ()
-    return (
+    """What a process needs beside time to run; a limit on what nobody could measure is shown as well."""
+    found = (
         _need(manifest, "peak memory", "memory_bytes", manifest.error.memory_pct),
         _need(manifest, "load", "load_ms", manifest.error.load_pct),
     )
+    return tuple(row for row in found if row.after != text.NOT_MEASURED or row.check is not None)
 
 
 def _need(manifest: Manifest, what: str, name: str, off_pct: float | None) -> Row:

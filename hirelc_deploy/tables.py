@@ -1,7 +1,6 @@
 """Fills the table of a target: which kernels a network needs there, measured once and kept."""
 
 import csv
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,11 +13,10 @@ from hirelc_deploy import checkpoint, console, datasets, graph, plots
 from hirelc_deploy.choices import search_space
 from hirelc_deploy.compress.distil import as_tensors
 from hirelc_deploy.compress.fold import fold, foldable
-from hirelc_deploy.config import require_at_least
+from hirelc_deploy.config import HOST_PYTHON, require_at_least
 from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.cost.needs import Family, families
 from hirelc_deploy.cost.network import Network
-from hirelc_deploy.cpu import RELEVANT_FLAGS, stands_for
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import Arrays
@@ -26,7 +24,7 @@ from hirelc_deploy.profiles import Target, load_target
 from hirelc_deploy.profiles._table import read_table
 from hirelc_deploy.rundir import disk_errors
 from hirelc_deploy.verify import profiling, remote
-from hirelc_deploy.verify.machines import Here, Machine
+from hirelc_deploy.verify.machines import Here, Machine, check_flags, check_version
 
 SHAPES_COLUMNS = ("op", "attributes", "operands", "compute")
 
@@ -48,7 +46,7 @@ class ProfileSettings:
     """Where to write; None for the target's own place."""
     host: str | None = None
     """A device that `ssh` reaches, instead of this machine."""
-    host_python: str = "python3"
+    host_python: str = HOST_PYTHON
     """The device's Python that has the runtime."""
     threads: int = 1
     batch: int = 1
@@ -110,34 +108,14 @@ def _machine(settings: ProfileSettings, target: Target) -> Iterator[Machine]:
     runtime = load_runtime(target.runtime.name)
     if settings.host is None:
         here = Here(runtime, threads=settings.threads)
-        _check_device(target, here, "this machine", "give --host user@device")
+        check_flags(target, here.where.flags, "this machine", "give --host user@device")
         yield here
         return
     with remote.connected(settings.host, runtime, threads=settings.threads, python=settings.host_python) as device:
-        if _numbers(device.version) < _numbers(target.runtime.min_version):
-            raise UserError(
-                f"{settings.host} has {runtime.name} {device.version}, and {target.name} begins with "
-                f"{target.runtime.min_version}",
-                fix="install a newer one there, or lower runtime.min_version in a target of your own",
-            )
-        _check_device(target, device, settings.host, "name the device, or a target of your own for this one")
+        check_version(target, device.version, settings.host)
+        fix = "name the device, or a target of your own for this one"
+        check_flags(target, device.where.flags, settings.host, fix)
         yield device
-
-
-def _check_device(target: Target, machine: Machine, name: str, fix: str) -> None:
-    """Times that one CPU takes are no times of another.  Raises UserError if instruction sets differ."""
-    has = frozenset(machine.where.flags)
-    wanted = target.flags(has) & RELEVANT_FLAGS
-    if not stands_for(has, wanted):
-        raise UserError(
-            f"{name} has {', '.join(sorted(has)) or 'no instruction sets that are known'}, and {target.name} "
-            f"{', '.join(sorted(wanted))}: its kernels take other times",
-            fix=fix,
-        )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def plot(target: str, path: Path) -> None:

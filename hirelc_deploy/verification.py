@@ -1,20 +1,21 @@
 """An artifact measured again, here or on its device, and judged."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hirelc_deploy import datasets, report as reports
 from hirelc_deploy.budget import Check
-from hirelc_deploy.config import TRTEXEC
+from hirelc_deploy.config import TRTEXEC, Elsewhere
+from hirelc_deploy.cpu import cpu_flags, stands_for
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.profiles import Target, load_target, target_names
-from hirelc_deploy.verify import engines, judge, manifest as manifests, remote
+from hirelc_deploy.verify import engines, judge, manifest as manifests, ort_device, remote
 from hirelc_deploy.verify.environment import environment
 from hirelc_deploy.verify.manifest import Artifact, Manifest, PredictionError
-from hirelc_deploy.verify.measure import BASELINE_FP16_FILE, Measurement, foretold, measure
+from hirelc_deploy.verify.measure import BASELINE_FP16_FILE, InProcess, OnDevice, foretold, measure
+from hirelc_deploy.verify.providers import Provider, provider_of
 
 if TYPE_CHECKING:
     from hirelc_deploy.task import Task
@@ -40,15 +41,15 @@ def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" =
     if any(check.ok is False for check in judge.unchanged(folder, manifest.artifact)):
         # figures of another file would be no figures of this artifact
         return judged(folder, manifest, allow_estimates=allow_estimates)
+    _can_be_measured_here(manifest)
     task, runtime = _same_task(manifest, task), load_runtime(manifest.runtime.name)
     seen = measure(
         folder,
         manifest.artifact.path,
-        {layer.name: layer.tensor for layer in manifest.layers if layer.tensor is not None},
+        _tensors(manifest),
         task,
-        runtime,
+        InProcess(runtime, manifest.environment.threads),
         baseline_fp16=BASELINE_FP16_FILE if manifest.baseline_fp16 else None,
-        threads=manifest.environment.threads,
         batch=manifest.environment.batch,
         seed=manifest.search.seed,
     )
@@ -62,82 +63,151 @@ def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" =
             is_final=not runtime.builds_on_device,
         )
     where = environment(threads=manifest.environment.threads, batch=manifest.environment.batch, clock=seen.clock)
-    again = _with(manifest, seen, runtime.version(), where, baseline_fp16=seen.baseline_fp16)
+    again = _with(manifest, OnDevice(seen, where, runtime.version()))
     return judged(folder, again, allow_estimates=allow_estimates)
 
 
-def verify_on(
+def verify_elsewhere(
     folder: Path,
-    host: str,
+    elsewhere: Elsewhere,
     *,
-    trtexec: str = TRTEXEC,
     allow_estimates: bool = False,
     task: "Task | None" = None,
     target: Target | None = None,
 ) -> Outcome:
-    """Build an artifact's engine on a device that `ssh` reaches, measure it there, and judge it.
+    """Measure an artifact on a device that `ssh` reaches, or by another provider of ONNX Runtime, and judge it.
 
-    The engine takes the file's place as the artifact.  `target` is that of the export, where it is at hand: a user's
-    own is a file that the manifest does not name.  Raises UserError if the device cannot be reached, refuses the
-    file, or has another TensorRT than the target, and as `verify`.
+    For TensorRT without a provider an engine is built on the device, and takes the file's place as the artifact.
+    `target` is that of the export, where it is at hand: a user's own is a file that the manifest does not name.  Raises
+    UserError if the device cannot be reached, refuses the file, or is not the target, and as `verify`.
     """
     manifest = manifests.read(folder)
     runtime = load_runtime(manifest.runtime.name)
-    if not runtime.builds_on_device:
-        raise UserError(
-            f"{manifest.artifact.path} is a file of {runtime.name}, which is measured where this program runs",
-            fix="run `verify` on the device itself; --host is for what TensorRT builds there",
-        )
-    task = _same_task(manifest, task)
-    tensors = {layer.name: layer.tensor for layer in manifest.layers if layer.tensor is not None}
     if target is None and manifest.target in target_names():
         target = load_target(manifest.target)
-    with remote.linked(host) as link:
+    if runtime.builds_on_device and elsewhere.provider is None:
+        found, artifact = _by_trtexec(folder, manifest, elsewhere, task, target)
+        loaded = f"built and run by TensorRT {found.version}"
+    else:
+        if manifest.artifact.path.endswith(runtime.suffix) and any(
+            check.ok is False for check in judge.unchanged(folder, manifest.artifact)
+        ):
+            return judged(folder, manifest, allow_estimates=allow_estimates)
+        found, artifact = _by_onnxruntime(folder, manifest, elsewhere, task, target)
+        loaded = f"loaded by onnxruntime {found.version}"
+    again = _with(manifest, found, provider=elsewhere.provider, artifact=artifact)
+    return judged(folder, again, allow_estimates=allow_estimates, loaded=Check(judge.LOADS, None, loaded, True))
+
+
+def check_elsewhere(target: Target, elsewhere: Elsewhere) -> None:
+    """Whether a device answers and has what is needed, before hours are spent and not after.
+
+    Raises UserError where it does not.
+    """
+    if load_runtime(target.runtime.name).builds_on_device and elsewhere.provider is None:
+        with remote.linked(_host_of(elsewhere)) as link:
+            engines.Board(link, elsewhere.host_trtexec or TRTEXEC)
+        return
+    with remote.reached(elsewhere.host) as link:
+        ort_device.check(remote.Runner(link, elsewhere.python, _provider_of(elsewhere)), target)
+
+
+def _by_trtexec(
+    folder: Path, manifest: Manifest, elsewhere: Elsewhere, task: "Task | None", target: Target | None
+) -> tuple[OnDevice, Artifact]:
+    task = _same_task(manifest, task)
+    with remote.linked(_host_of(elsewhere)) as link:
         found = engines.measure_on(
-            engines.Board(link, trtexec),
+            engines.Board(link, elsewhere.host_trtexec or TRTEXEC),
             folder,
-            f"model{runtime.suffix}",
-            tensors,
+            f"model{load_runtime(manifest.runtime.name).suffix}",
+            _tensors(manifest),
             task,
             min_version=engines.FIRST_VERSION if target is None else target.runtime.min_version,
             batch=manifest.environment.batch,
             seed=manifest.search.seed,
         )
-    again = _with(
-        manifest,
-        found.seen,
-        found.version,
-        found.environment,
-        found.notes,
-        baseline_fp16=found.baseline_fp16,
-        artifact=Artifact.of(folder / engines.ENGINE_FILE),
-    )
-    loaded = Check(judge.LOADS, None, f"built and run by TensorRT {found.version}", True)
-    return judged(folder, again, allow_estimates=allow_estimates, loaded=loaded)
+    return found, Artifact.of(folder / engines.ENGINE_FILE)
 
 
-def _with(
-    manifest: Manifest,
-    seen: Measurement,
-    version: str,
-    where: manifests.Environment,
-    notes: Iterable[str] = (),
-    **changed: Any,
-) -> Manifest:
-    """A manifest with what was measured anew, by this version of its runtime; what it warned of before is left out."""
+def _by_onnxruntime(
+    folder: Path, manifest: Manifest, elsewhere: Elsewhere, task: "Task | None", target: Target | None
+) -> tuple[OnDevice, Artifact]:
+    task, file = _same_task(manifest, task), f"model{load_runtime(manifest.runtime.name).suffix}"
+    batch = manifest.environment.batch
+    with ort_device.connected(
+        elsewhere.host,
+        elsewhere.python,
+        _provider_of(elsewhere),
+        task,
+        threads=manifest.environment.threads,
+        batch=batch,
+    ) as place:
+        if target is not None:
+            ort_device.check(place.runner, target)
+        seen = measure(
+            folder,
+            file,
+            _tensors(manifest),
+            task,
+            place,
+            baseline_fp16=BASELINE_FP16_FILE if manifest.baseline_fp16 else None,
+            batch=batch,
+            seed=manifest.search.seed,
+        )
+        found = OnDevice(seen, place.environment(batch=batch), place.runner.version, place.notes())
+    return found, Artifact.of(folder / file)
+
+
+def _can_be_measured_here(manifest: Manifest) -> None:
+    """Raises UserError where an artifact's figures are those of a device, and this machine would put its own there."""
+    if manifest.runtime.provider is not None:
+        raise UserError(
+            f"its figures were measured on {manifest.environment.cpu}, by the provider {manifest.runtime.provider}",
+            fix=f"measure it so again: --provider {manifest.runtime.provider}, with --host where it was one",
+        )
+    if manifest.measured.basis.latency != "measured" or manifest.target not in target_names():
+        return
+    target = load_target(manifest.target)
+    if not stands_for(cpu_flags(), target.flags(cpu_flags())):
+        raise UserError(
+            f"its figures were measured on {manifest.environment.cpu}, and this machine is no {manifest.target}",
+            fix="measure it there: hirelc-deploy verify DIR --host user@device",
+        )
+
+
+def _provider_of(elsewhere: Elsewhere) -> Provider | None:
+    return None if elsewhere.provider is None else provider_of(elsewhere.provider)
+
+
+def _host_of(elsewhere: Elsewhere) -> str:
+    if elsewhere.host is None:
+        raise ValueError("without a host there is no device that builds")
+    return elsewhere.host
+
+
+def _tensors(manifest: Manifest) -> dict[str, str]:
+    """Layer -> where its weights lie in the file."""
+    return {layer.name: layer.tensor for layer in manifest.layers if layer.tensor is not None}
+
+
+def _with(manifest: Manifest, found: OnDevice, *, provider: str | None = None, **changed: Any) -> Manifest:
+    """A manifest with what was measured anew; what it warned of before is left out."""
+    seen = found.seen
     outdated = judge.warnings(manifest.budget, manifest.measured, manifest.baseline_fp16)
     return manifest.model_copy(
         update={
             "created": manifests.now(),
-            "runtime": manifests.RuntimeRecord(name=manifest.runtime.name, version=version),
+            "runtime": manifests.RuntimeRecord(name=manifest.runtime.name, version=found.version, provider=provider),
             "baseline": seen.baseline,
+            "baseline_fp16": seen.baseline_fp16,
             "measured": seen.measured,
             "error": PredictionError.between(manifest.predicted, seen.measured, agreement=manifest.error.agreement),
             "layers": tuple(
                 layer.model_copy(update={"runs_as": seen.runs_as.get(layer.name)}) for layer in manifest.layers
             ),
-            "environment": where,
-            "notes": (*(note for note in manifest.notes if note not in outdated), *notes),
+            "environment": found.environment,
+            "notes": (*(note for note in manifest.notes if note not in outdated), *found.notes),
             **changed,
         }
     )

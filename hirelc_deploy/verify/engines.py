@@ -5,7 +5,7 @@ beside it the original's in fp32 and in fp16, since INT8 has to beat both.
 """
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,12 +20,12 @@ from hirelc_deploy.exporters._trt_exec import JETPACK, Times
 from hirelc_deploy.rundir import write_atomic
 from hirelc_deploy.verify import accuracy
 from hirelc_deploy.verify.manifest import Baseline, Environment, Measured, MeasuredBasis, Percentiles
-from hirelc_deploy.verify.measure import BASELINE_FILE, BASELINE_FP16_FILE, Measurement, example
+from hirelc_deploy.verify.measure import BASELINE_FILE, BASELINE_FP16_FILE, Measurement, OnDevice, example, together
 from hirelc_deploy.verify.power import Power, drawn, watched
 
 if TYPE_CHECKING:
     from hirelc_deploy.exporters._base import Arrays
-    from hirelc_deploy.task import Batch, Task
+    from hirelc_deploy.task import Task
     from hirelc_deploy.verify.remote import Link
 
 ENGINE_FILE = "model.engine"
@@ -33,22 +33,7 @@ ENGINE_FILE = "model.engine"
 FIRST_VERSION = "10.0"
 """Of TensorRT: earlier ones build no strongly typed engines."""
 
-MOST_BYTES = 1 << 25
-"""Of inputs that go to the device in one job."""
-
 ARTIFACT, BASELINE, HALVES = "artifact", "baseline", "baseline_fp16"
-
-
-@dataclass(frozen=True)
-class OnDevice:
-    """What a device said of an artifact."""
-
-    seen: Measurement
-    baseline_fp16: Baseline
-    environment: Environment
-    version: str
-    """Of its TensorRT."""
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -193,8 +178,8 @@ def measure_on(
         if name == ARTIFACT:
             write_atomic(folder / ENGINE_FILE, engine)
     sessions = {name: _Session(board, name) for name in built}
-    searched, search_targets = accuracy.outputs(sessions[ARTIFACT], _together(task.search))
-    outputs, targets = accuracy.side_by_side(sessions, _together(task.test))
+    searched, search_targets = accuracy.outputs(sessions[ARTIFACT], together(task.search))
+    outputs, targets = accuracy.side_by_side(sessions, together(task.test))
     compared = accuracy.compare(task, outputs[BASELINE], outputs[ARTIFACT], targets, seed)
     latencies = {name: each.latency_ms for name, each in built.items()}
     gpu_ms = {name: float(np.median(each.times.gpu_ms)) for name, each in built.items()}
@@ -205,6 +190,12 @@ def measure_on(
             accuracy=compared.before,
             latency_ms=latencies[BASELINE],
             energy_mj=baseline.energy_mj,
+        ),
+        baseline_fp16=Baseline(
+            size_bytes=built[HALVES].size_bytes,
+            accuracy=task.score(outputs[HALVES], targets),
+            latency_ms=latencies[HALVES],
+            energy_mj=built[HALVES].energy_mj,
         ),
         measured=Measured(
             size_bytes=artifact.size_bytes,
@@ -223,15 +214,8 @@ def measure_on(
         clock="wall",
         p50_ms=latencies[ARTIFACT].p50,
     )
-    halves_score = task.score(outputs[HALVES], targets)
     return OnDevice(
         seen=seen,
-        baseline_fp16=Baseline(
-            size_bytes=built[HALVES].size_bytes,
-            accuracy=halves_score,
-            latency_ms=latencies[HALVES],
-            energy_mj=built[HALVES].energy_mj,
-        ),
         environment=Environment(
             cpu=board.name,
             flags=(),
@@ -255,24 +239,6 @@ def measure_on(
 
 def _note_on(power: Power) -> str:
     return f"energy: the board draws {power.watts:.3g} W while the engine is timed ({' + '.join(power.rails)})"
-
-
-def _together(batches: "Iterable[Batch]") -> "Iterator[Batch]":
-    """Batches put together to as much as one job takes: a program that starts anew for each has a price."""
-    held: list[Batch] = []
-    for batch in batches:
-        held.append(batch)
-        if sum(array.nbytes for inputs, _ in held for array in inputs.values()) >= MOST_BYTES:
-            yield _one(held)
-            held = []
-    if held:
-        yield _one(held)
-
-
-def _one(held: "Sequence[Batch]") -> "Batch":
-    names = held[0][0]
-    inputs = {name: np.concatenate([np.asarray(each[name]) for each, _ in held]) for name in names}
-    return inputs, np.concatenate([target for _, target in held])
 
 
 def _numbers(version: str) -> tuple[int, ...]:

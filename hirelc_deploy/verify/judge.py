@@ -105,7 +105,7 @@ def runs_as_check(layers: Sequence[LayerRecord]) -> Check:
     if wrong:
         return Check(RUNS_AS, limit, text.listed(wrong), False)
     if unread:
-        return Check(RUNS_AS, limit, text.listed(unread), None)
+        return Check(RUNS_AS, limit, "cannot be read" if len(unread) == len(left) else text.listed(unread), None)
     return Check(RUNS_AS, limit, limit, True)
 
 

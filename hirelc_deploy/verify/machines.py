@@ -1,11 +1,14 @@
 """Where kernels are measured: this machine, or a device that is reached over ssh (`remote`)."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from hirelc_deploy.cpu import relevant_flags
+from hirelc_deploy.cpu import RELEVANT_FLAGS, relevant_flags, stands_for
+from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters._base import KernelFile, NoKernelError, Request, Runtime
+from hirelc_deploy.profiles import Target
 from hirelc_deploy.verify import timing
 from hirelc_deploy.verify.environment import power_mode
 
@@ -22,6 +25,31 @@ class Where:
     """The CPU's, as far as they decide which kernels run, sorted."""
     power_mode: str
     threads: int
+
+
+def check_version(target: Target, version: str, name: str) -> None:
+    """Raises UserError if what a device has of a target's runtime is older than the target."""
+    if _numbers(version) < _numbers(target.runtime.min_version):
+        raise UserError(
+            f"{name} has {target.runtime.name} {version}, and {target.name} begins with {target.runtime.min_version}",
+            fix="install a newer one there, or lower runtime.min_version in a target of your own",
+        )
+
+
+def check_flags(target: Target, flags: Iterable[str], name: str, fix: str) -> None:
+    """Times that one CPU takes are no times of another.  Raises UserError if instruction sets differ."""
+    has = frozenset(flags)
+    wanted = target.flags(has) & RELEVANT_FLAGS
+    if not stands_for(has, wanted):
+        raise UserError(
+            f"{name} has {', '.join(sorted(has)) or 'no instruction sets that are known'}, and {target.name} "
+            f"{', '.join(sorted(wanted))}: its kernels take other times",
+            fix=fix,
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 class Machine(Protocol):

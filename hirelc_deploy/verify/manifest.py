@@ -56,8 +56,12 @@ def p50(latency_ms: Percentiles | None) -> float | None:
 
 
 class RuntimeRecord(Record):
+    """What the file is for, and what ran it."""
+
     name: str
     version: str
+    provider: str | None = None
+    """That of ONNX Runtime which ran the file, where it is not the runtime's own."""
 
 
 class ModelRecord(Record):

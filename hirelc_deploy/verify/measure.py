@@ -1,18 +1,18 @@
 """One artifact measured beside its baseline: bytes, milliseconds, and scores of the files themselves."""
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from hirelc_deploy.verify import accuracy, timing
-from hirelc_deploy.verify.manifest import Baseline, Measured, MeasuredBasis, Percentiles, Record
+from hirelc_deploy.verify.manifest import Baseline, Environment, Measured, MeasuredBasis, Percentiles, Record
 
 if TYPE_CHECKING:
-    from hirelc_deploy.exporters._base import Arrays, Runtime
-    from hirelc_deploy.task import Task
+    from hirelc_deploy.exporters._base import Arrays, Footprint, Runtime, Session
+    from hirelc_deploy.task import Batch, Task
 
 BASELINE_FILE = "baseline.onnx"
 """In every artifact folder: the stripped fp32 file, so that anyone can measure again."""
@@ -20,6 +20,10 @@ BASELINE_FILE = "baseline.onnx"
 
 BASELINE_FP16_FILE = "baseline_fp16.onnx"
 """The same in fp16, on targets that compute in it: what is faster than fp32 there need not be faster than this."""
+
+
+MOST_BYTES = 1 << 25
+"""Of inputs that go to a device in one job."""
 
 
 class Measurement(Record):
@@ -38,22 +42,106 @@ class Measurement(Record):
     """How many times slower the machine was than when its tables were made."""
 
 
+@dataclass(frozen=True)
+class OnDevice:
+    """What was seen of an artifact, and where."""
+
+    seen: Measurement
+    environment: Environment
+    version: str
+    """Of its runtime."""
+    notes: tuple[str, ...] = ()
+
+
+def together(batches: "Iterable[Batch]") -> "Iterator[Batch]":
+    """Batches put together to as much as one job on a device takes: a program that starts anew for each has a price."""
+    held: list[Batch] = []
+    for batch in batches:
+        held.append(batch)
+        if sum(array.nbytes for inputs, _ in held for array in inputs.values()) >= MOST_BYTES:
+            yield _one(held)
+            held = []
+    if held:
+        yield _one(held)
+
+
+def _one(held: "Sequence[Batch]") -> "Batch":
+    names = held[0][0]
+    inputs = {name: np.concatenate([np.asarray(each[name]) for each, _ in held]) for name in names}
+    return inputs, np.concatenate([target for _, target in held])
+
+
+class Place(Protocol):
+    """Where an artifact is measured, and by what it is run."""
+
+    @property
+    def clock(self) -> timing.Clock:
+        """That ratios are taken on."""
+        ...
+
+    def load(self, path: Path) -> "Session":
+        """A file, ready to run.  Raises UserError if it cannot be loaded."""
+        ...
+
+    def timed(self, sessions: "Mapping[str, Session]", inputs: "Arrays") -> dict[str, timing.Timing]:
+        """Files that it has loaded, side by side on the same inputs."""
+        ...
+
+    def batches(self, split: "Iterable[Batch]") -> "Iterable[Batch]":
+        """A split in pieces of the size that is best here."""
+        ...
+
+    def footprint(self, path: Path, inputs: "Arrays") -> "Footprint | None":
+        """Memory and load time of a file in a process of its own; None where they are not told."""
+        ...
+
+    def runs_as(self, path: Path, tensors: Mapping[str, str]) -> dict[str, str | None]:
+        """Layer -> what it computes in; None where that cannot be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """This process, on this machine."""
+
+    runtime: "Runtime"
+    threads: int
+    seconds: float = timing.SECONDS
+    warmup: int = timing.WARMUP_RUNS
+
+    @property
+    def clock(self) -> timing.Clock:
+        return timing.clock_for(self.threads)
+
+    def load(self, path: Path) -> "Session":
+        return self.runtime.load(path, threads=self.threads)
+
+    def timed(self, sessions: "Mapping[str, Session]", inputs: "Arrays") -> dict[str, timing.Timing]:
+        return timing.interleave(sessions, inputs, threads=self.threads, warmup=self.warmup, seconds=self.seconds)
+
+    def batches(self, split: "Iterable[Batch]") -> "Iterable[Batch]":
+        return split
+
+    def footprint(self, path: Path, inputs: "Arrays") -> "Footprint | None":
+        return self.runtime.footprint(path, inputs, threads=self.threads)
+
+    def runs_as(self, path: Path, tensors: Mapping[str, str]) -> dict[str, str | None]:
+        return self.runtime.runs_as(path, tensors, threads=self.threads)
+
+
 def measure(
     folder: Path,
     file: str,
     tensors: Mapping[str, str],
     task: "Task",
-    runtime: "Runtime",
+    place: Place,
     *,
     baseline_fp16: str | None = None,
-    threads: int,
     batch: int,
     seed: int,
     simulated: accuracy.Outputs | None = None,
-    seconds: float = timing.SECONDS,
-    warmup: int = timing.WARMUP_RUNS,
 ) -> Measurement:
-    """Measure `file` and the baseline in `folder` on this machine, in this process, in turns.
+    """Measure `file` and the baseline in `folder` at a place, in turns.
 
     `tensors` says where each layer's weights lie in the file; `simulated` holds the outputs that PyTorch foresaw
     on the search split; `baseline_fp16` is a file that is measured with them.  This is what reads the test split.
@@ -61,16 +149,15 @@ def measure(
     paths = {"baseline": folder / BASELINE_FILE, "artifact": folder / file}
     if baseline_fp16 is not None:
         paths["halves"] = folder / baseline_fp16
-    sessions = {name: runtime.load(path, threads=threads) for name, path in paths.items()}
+    sessions = {name: place.load(path) for name, path in paths.items()}
     inputs = example(task, batch)
-    times = timing.interleave(sessions, inputs, threads=threads, warmup=warmup, seconds=seconds)
-    clock = timing.clock_for(threads)
-    speedup = timing.ratio(times["baseline"], times["artifact"], clock=clock, seed=seed)
+    times = place.timed(sessions, inputs)
+    speedup = timing.ratio(times["baseline"], times["artifact"], clock=place.clock, seed=seed)
     sizes = {name: path.stat().st_size for name, path in paths.items()}
-    needs = {name: _needs(runtime, path, inputs, threads) for name, path in paths.items()}
+    needs = {name: _needs(place, path, inputs) for name, path in paths.items()}
 
-    searched, search_targets = accuracy.outputs(sessions["artifact"], task.search)
-    outputs, targets = accuracy.side_by_side(sessions, task.test)
+    searched, search_targets = accuracy.outputs(sessions["artifact"], place.batches(task.search))
+    outputs, targets = accuracy.side_by_side(sessions, place.batches(task.test))
     compared = accuracy.compare(task, outputs["baseline"], outputs["artifact"], targets, seed)
     scores = {"baseline": compared.before}
     if "halves" in paths:
@@ -101,9 +188,9 @@ def measure(
             basis=MeasuredBasis(size="measured", accuracy="measured", latency="measured"),
             **needs["artifact"],
         ),
-        runs_as=runtime.runs_as(paths["artifact"], tensors, threads=threads),
-        clock=clock,
-        p50_ms=times["artifact"].p50_ms(clock),
+        runs_as=place.runs_as(paths["artifact"], tensors),
+        clock=place.clock,
+        p50_ms=times["artifact"].p50_ms(place.clock),
         simulated_agreement=None if simulated is None else task.agreement(simulated, searched),
     )
 
@@ -135,9 +222,9 @@ def foretold(
     return Measurement.model_validate(figures | {"p50_ms": artifact_ms})
 
 
-def _needs(runtime: "Runtime", path: Path, inputs: "Arrays", threads: int) -> dict[str, Any]:
+def _needs(place: Place, path: Path, inputs: "Arrays") -> dict[str, Any]:
     """Memory and load time, as both records of the manifest have them."""
-    found = runtime.footprint(path, inputs, threads=threads)
+    found = place.footprint(path, inputs)
     return {} if found is None else asdict(found)
 
 

@@ -8,21 +8,25 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hirelc_deploy.cpu import RELEVANT_FLAGS, flags_of_cpuinfo
 from hirelc_deploy.errors import UserError
-from hirelc_deploy.exporters._base import KernelFile, NoKernelError, Optimise, Request, Runtime
+from hirelc_deploy.exporters._base import Arrays, KernelFile, NoKernelError, Optimise, Request, Runtime
 from hirelc_deploy.verify import timing
 from hirelc_deploy.verify.machines import WARMUP_RUNS, Where
+from hirelc_deploy.verify.providers import Provider
 
 SSH_VARIABLE = "HIRELC_DEPLOY_SSH"
 """A command to use instead of `ssh`, such as `ssh -F FILE`."""
@@ -34,6 +38,7 @@ OPTIONS = shlex.split(
 
 SSH_FAILED = 255
 NOT_FOUND = 127
+RUNNER = "runner.py"
 ATTEMPTS = 4
 PAUSE_S = 2.0
 """Before the first repetition; twice as long before each further one."""
@@ -80,27 +85,80 @@ class Link:
         sent = _tar(files)
         return _untar(attempts(lambda: _call(self._ssh, self.host, whole, sent), self.host))
 
+    def python(self, python: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Run `runner.py` of these files by a Python of the device; the files that it writes.  Raises as `job`."""
+        return self.job(f"{shlex.quote(python)} {RUNNER} && rm -f *.onnx *.npz *.py job.json", files)
 
-class Remote:
-    """A device on which kernels are timed."""
 
-    def __init__(
-        self,
-        link: Link,
-        runtime: Runtime,
-        *,
-        threads: int,
-        python: str,
-    ) -> None:
-        """Made by `connected`.  Raises UserError if the device cannot be reached or lacks what is needed."""
-        self.runtime = runtime
+class Local:
+    """This machine, where each job is a process of its own: of another Python, with another runtime."""
+
+    host = "this machine"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def python(self, python: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Run `runner.py` of these files; the files that it writes.  Raises UserError if it fails."""
+        job = self.folder / "job"
+        shutil.rmtree(job, ignore_errors=True)
+        job.mkdir()
+        for name, data in files.items():
+            (job / name).write_bytes(data)
+        try:
+            done = subprocess.run([python, RUNNER], cwd=job, capture_output=True, check=False)
+        except OSError as error:
+            raise UserError(
+                f"{python} cannot be run: {error.strerror}", fix="--host-python names a Python with onnxruntime"
+            ) from error
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().splitlines()
+            ended = f"signal {-done.returncode}" if done.returncode < 0 else f"status {done.returncode}"
+            raise UserError(
+                f"{python} ended with {ended}: {said[-1] if said else 'nothing was said'}",
+                fix="does its onnxruntime run anything else, and is there memory left?",
+            )
+        return {path.name: path.read_bytes() for path in job.iterdir() if path.is_file() and path.name not in files}
+
+
+class Runner:
+    """ONNX Runtime for Python on a device: what it is, and what its sessions do."""
+
+    def __init__(self, link: "Link | Local", python: str, provider: Provider | None = None) -> None:
+        """Raises UserError if the device cannot be reached, or lacks Python, the runtime or the provider."""
+        self.host = link.host
+        self.provider = provider
         self._link, self._python = link, python
-        about, _ = self._job({"action": "about"})
-        flags = tuple(sorted(flags_of_cpuinfo(about["cpuinfo"]) & RELEVANT_FLAGS))
-        self.version: str = about["runtime"]
-        self.where = Where(f"{runtime.name} {self.version}", flags, about["power_mode"], threads)
+        self.about, _ = self.job({"action": "about"}, {})
+        self.version: str = self.about["runtime"]
+        self.flags = tuple(sorted(flags_of_cpuinfo(self.about["cpuinfo"]) & RELEVANT_FLAGS))
+
+    def job(
+        self, job: Mapping[str, Any], files: Mapping[str, bytes], options: Mapping[str, str] | None = None
+    ) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """Do a job on the device, by the provider with these options; its result, and the files that it wrote.
+
+        Raises UserError, in the runtime's words, for what it refuses.
+        """
+        script = (resources.files("hirelc_deploy.verify") / "_runner.py").read_bytes()
+        whole = dict(job) | {"provider": None if self.provider is None else self.provider.job(options or {})}
+        back = self._link.python(self._python, {"job.json": json.dumps(whole).encode(), RUNNER: script, **files})
+        result = json.loads(back["result.json"])
+        if "missing" in result:
+            raise UserError(
+                f"{self.host} has no {result['missing']} for {result['python']}",
+                fix=f"install it there: {result['python']} -m pip install onnxruntime numpy",
+            )
+        if "refused" in result:
+            by = "ONNX Runtime" if self.provider is None else self.provider.called
+            fix = "is the runtime there at least the version that the target names?"
+            if self.provider is not None:
+                fix = self.provider.fix_for(result["refused"])
+            raise UserError(f"{self.host}, {by}: {result['refused']}", fix=fix)
+        return result, back
 
     def answers(self, requests: Sequence[Request]) -> list[Any]:
+        """What `Machine.answers` says, by the CPU's provider."""
         files: dict[str, bytes] = {}
         asked: list[dict[str, Any]] = []
         for i, request in enumerate(requests):
@@ -108,44 +166,67 @@ class Remote:
             if isinstance(request, Optimise):
                 asked.append({"file": f"{i}.onnx"})
             else:
-                files[f"{i}.npz"] = _npz(request.inputs)
+                files[f"{i}.npz"] = packed(request.inputs)
                 asked.append({"file": f"{i}.onnx", "names": list(request.names), "inputs": f"{i}.npz"})
-        result, back = self._job({"action": "answers", "requests": asked}, files)
+        result, back = self.job({"action": "answers", "requests": asked}, files)
         return [_answer(each, back) for each in result["answers"]]
 
-    def timed(self, files: Sequence[KernelFile], rounds: int) -> list[timing.Timing]:
+    def timed(
+        self,
+        files: Sequence[tuple[bytes, Arrays]],
+        *,
+        threads: int,
+        warmup: int,
+        rounds: tuple[int, int],
+        seconds: float = 0.0,
+        optimise: bool,
+        options: Mapping[str, str] | None = None,
+    ) -> list[timing.Timing]:
+        """Files, each on its own inputs, side by side, in at least and at most so many rounds, for so many seconds."""
         sent: dict[str, bytes] = {}
-        for i, file in enumerate(files):
-            sent |= {f"{i}.onnx": file.data, f"{i}.npz": _npz(file.inputs)}
+        for i, (file, inputs) in enumerate(files):
+            sent |= {f"{i}.onnx": file, f"{i}.npz": packed(inputs)}
         job = {
             "action": "timed",
             "files": [{"file": f"{i}.onnx", "inputs": f"{i}.npz"} for i in range(len(files))],
-            "threads": self.where.threads,
-            "warmup": WARMUP_RUNS,
+            "threads": threads,
+            "optimise": optimise,
+            "warmup": warmup,
             "rounds": rounds,
+            "seconds": seconds,
             "visit_ms": timing.VISIT_MS,
-            "pause_s": timing.pause_s(self.where.threads),
+            "pause_s": timing.pause_s(threads),
         }
-        result, _ = self._job(job, sent)
+        result, _ = self.job(job, sent, options)
         return [
             timing.Timing(tuple(timing.Visit(tuple(wall_ms), cpu_ms) for wall_ms, cpu_ms in visits))
             for visits in result["rounds"]
         ]
 
-    def _job(
-        self, job: Mapping[str, Any], files: Mapping[str, bytes] | None = None
-    ) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """Do a job on the device; its result, and the files that it wrote by name."""
-        runner = (resources.files("hirelc_deploy.verify") / "_runner.py").read_bytes()
-        command = f"{shlex.quote(self._python)} runner.py && rm -f *.onnx *.npz runner.py job.json"
-        back = self._link.job(command, {"job.json": json.dumps(job).encode(), "runner.py": runner, **(files or {})})
-        result = json.loads(back["result.json"])
-        if "missing" in result:
-            raise UserError(
-                f"{self._link.host} has no {result['missing']} for {result['python']}",
-                fix=f"install it there: {result['python']} -m pip install onnxruntime numpy",
-            )
-        return result, back
+
+class Remote:
+    """A device on which kernels are timed."""
+
+    def __init__(self, link: Link, runtime: Runtime, *, threads: int, python: str) -> None:
+        """Made by `connected`.  Raises UserError if the device cannot be reached or lacks what is needed."""
+        self.runtime = runtime
+        self._runner = Runner(link, python)
+        self.version = self._runner.version
+        self.where = Where(
+            f"{runtime.name} {self.version}", self._runner.flags, self._runner.about["power_mode"], threads
+        )
+
+    def answers(self, requests: Sequence[Request]) -> list[Any]:
+        return self._runner.answers(requests)
+
+    def timed(self, files: Sequence[KernelFile], rounds: int) -> list[timing.Timing]:
+        return self._runner.timed(
+            [(file.data, file.inputs) for file in files],
+            threads=self.where.threads,
+            warmup=WARMUP_RUNS,
+            rounds=(rounds, rounds),
+            optimise=False,
+        )
 
 
 @contextmanager
@@ -156,6 +237,17 @@ def connected(host: str, runtime: Runtime, *, threads: int, python: str = "pytho
     """
     with linked(host) as link:
         yield Remote(link, runtime, threads=threads, python=python)
+
+
+@contextmanager
+def reached(host: str | None) -> Iterator[Link | Local]:
+    """A device that `ssh` reaches, or without one this machine; with a folder that is removed at the end."""
+    if host is not None:
+        with linked(host) as link:
+            yield link
+        return
+    with tempfile.TemporaryDirectory(prefix="hirelc-deploy-") as folder:
+        yield Local(Path(folder))
 
 
 @contextmanager
@@ -223,7 +315,8 @@ def _answer(each: Mapping[str, Any], back: Mapping[str, bytes]) -> Any:
     return {name: (tuple(shape), dtype) for name, (shape, dtype) in each["shapes"].items()}
 
 
-def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+def packed(arrays: Arrays) -> bytes:
+    """As np.load reads it."""
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type]
     return file.getvalue()
