@@ -70,5 +70,12 @@ class Loaded:
         self._outputs = [output.name for output in session.get_outputs()]
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The outputs of one batch by name."""
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+        """The outputs of one batch by name.  Raises UserError where the file does not run on it."""
+        try:
+            values = self._session.run(self._outputs, dict(inputs))
+        except Exception as error:
+            raise UserError(
+                f"ONNX Runtime {version()} does not run the file on some examples: {str(error).splitlines()[0]}",
+                fix="does the model run on them? token ids have to lie below its vocabulary",
+            ) from error
+        return dict(zip(self._outputs, values, strict=True))

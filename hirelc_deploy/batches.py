@@ -71,7 +71,16 @@ class Batches:
     def take(self, positions: np.ndarray, *, view: int = 0) -> Batch:
         """The examples at these positions of the split; of a view they are the same each time."""
         indices = self.indices[positions]
-        inputs, target = self.source.take(indices)
+        try:
+            inputs, target = self.source.take(indices)
+        except UserError:
+            raise
+        except Exception as error:  # a source can be the user's, and so is whatever it raises
+            raise UserError(
+                f"the {self.split} data cannot be read, examples {indices.min()} to {indices.max()}: "
+                f"{type(error).__name__}: {error}",
+                fix="take(indices) returns inputs by name and targets, both as arrays with a row an index",
+            ) from error
         if view and self.augment is not None:
             inputs = self._changed(inputs, indices, view)
         for name, array in (*inputs.items(), ("target", target)):

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from hirelc_deploy.config import nearest
 from hirelc_deploy.copying import copied
@@ -57,6 +58,14 @@ def load(model_spec: str, checkpoint: Path | None = None) -> Checkpoint:
 
 
 def _ready(model: nn.Module, spec: str, *, where: str) -> Checkpoint:
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise UserError(
+            f"{spec} has weights that have no shape before it has run: {_some(lazy)}",
+            fix="run it once on an example where it is built, or name the numbers of inputs",
+        )
+    if next(model.children(), None) is None:
+        model = nn.Sequential(model)  # a layer has its name from the module that it is in
     model = model.cpu().float().eval()
     for parameter in model.parameters():
         if parameter.is_floating_point():

@@ -5,12 +5,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from hirelc_deploy import checkpoint, choosing, console, datasets, graph, kernels, modelopt
 from hirelc_deploy.augment import augmented
 from hirelc_deploy.budget import Budget
-from hirelc_deploy.compress.distil import FineTuning
+from hirelc_deploy.compress.distil import FineTuning, loss_of
 from hirelc_deploy.compress.posttraining import PostTraining
 from hirelc_deploy.config import AUTOCAST, MODELOPT, ExportSettings
 from hirelc_deploy.errors import UserError
@@ -20,7 +21,7 @@ from hirelc_deploy.pool import Engine, Pool, in_turn
 from hirelc_deploy.profiles import Target, load_target
 from hirelc_deploy.rundir import RunFolder
 from hirelc_deploy.search.recipe import Recipe
-from hirelc_deploy.task import Classification, check_labels
+from hirelc_deploy.task import EXAMPLE, Classification, check_labels
 from hirelc_deploy.verify import manifest as manifests
 from hirelc_deploy.workbench import Workbench
 
@@ -62,6 +63,9 @@ def opened(
     trained = checkpoint.of(model, settings.model) if model else checkpoint.load(settings.model, settings.checkpoint)
     network = graph.trace(trained.model, task.example)
     _check_outputs(trained, task)
+    _check_integers(trained, task)
+    if settings.epochs:
+        _check_loss(trained, task)
     # whatever can be refused was refused before a run begins: a mistake, once mended, begins in a clean folder
     given = choosing.given(asked_for, network, target)
     _check_free(settings.out)
@@ -152,3 +156,31 @@ def _check_outputs(trained: "Checkpoint", task: "Task") -> None:
             "argmax to the score",
         )
     check_labels(task, shape[1])
+
+
+def _check_integers(trained: "Checkpoint", task: "Task") -> None:
+    """Whether the model takes the least and the greatest of what its inputs of integers are: token ids are below a
+    vocabulary, and one that is not would only be noticed when its batch comes."""
+    whole = [name for name, array in task.example.items() if np.issubdtype(array.dtype, np.integer)]
+    for batches in (task.train, task.search) if whole else ():
+        seen: dict[str, list[int]] = {name: [] for name in whole}
+        for inputs, _ in batches:
+            for name in whole:
+                seen[name] += [int(inputs[name].min()), int(inputs[name].max())]
+        for name, values in seen.items():
+            for value in (min(values), max(values)):
+                changed = {**task.example, name: np.full_like(task.example[name], value)}
+                try:
+                    with torch.no_grad():
+                        graph.forward(trained.model, graph.tensors(changed, 1))
+                except IndexError as error:
+                    raise UserError(
+                        f"the {batches.split} data has {value} in {name}, and the model does not run on it: {error}",
+                        fix="is it the model of this data? token ids begin at 0 and lie below its vocabulary",
+                    ) from error
+
+
+def _check_loss(trained: "Checkpoint", task: "Task") -> None:
+    """A loss that fails would only be noticed when fine-tuning begins."""
+    inputs, target = task.train.take(np.arange(min(EXAMPLE, task.train.examples)))
+    loss_of(task, graph.forward(trained.model, graph.tensors(inputs, len(target))), target)

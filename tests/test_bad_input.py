@@ -245,3 +245,104 @@ def test_a_full_disk_keeps_what_is_done_and_another_export_does_not_touch_it(
     assert "settings.recipe was compute=int8 and is compute=fp32" in what
     assert "another --out" in fix
     assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == files
+
+
+# -- what the user's own code does ---------------------------------------------------------------------------
+
+CODE = """
+import numpy as np
+import torch
+from torch import nn
+
+from hirelc_deploy.task import ArraySource, Classification, Task
+
+ids = np.arange(240).reshape(120, 2) % 20
+labels = np.arange(120) % 2
+
+def words():
+    return nn.Sequential(nn.Embedding(20, 4), nn.Flatten(), nn.Linear(8, 2))
+
+def lazy():
+    return nn.Sequential(nn.Embedding(20, 4), nn.Flatten(), nn.LazyLinear(2))
+
+def task():
+    return Classification(ArraySource(ids, labels), ArraySource(ids, labels))
+
+def beyond():
+    late = ids.copy()
+    late[100] = 20
+    return Classification(ArraySource(late, labels), ArraySource(ids, labels))
+
+class Broken(ArraySource):
+    def take(self, indices):
+        if 100 in indices:
+            raise KeyError("example 100")
+        return super().take(indices)
+
+def unreadable():
+    return Classification(Broken(ids, labels), ArraySource(ids, labels))
+
+class Own(Classification):
+    def loss(self, outputs, target):
+        return torch.zeros(len(target), device="nowhere")
+
+def failing():
+    return Own(ArraySource(ids, labels), ArraySource(ids, labels))
+
+class Each(Classification):
+    def loss(self, outputs, target):
+        return nn.functional.cross_entropy(self._logits(outputs), target, reduction="none")
+
+def unreduced():
+    return Each(ArraySource(ids, labels), ArraySource(ids, labels))
+"""
+
+
+@pytest.mark.parametrize(
+    ("changed", "what", "fix"),
+    [
+        (
+            {"model": "code.py:lazy"},
+            "has weights that have no shape before it has run: 2.weight, 2.bias",
+            "run it once",
+        ),
+        ({"data": "code.py:beyond"}, "the train data has 20 in input, and the model does not run on it", "vocabulary"),
+        ({"data": "code.py:unreadable"}, "the train data cannot be read, examples 0 to 119: KeyError", "take(indices)"),
+        ({"data": "code.py:failing"}, "the task's loss fails: RuntimeError", "returns the mean over the batch"),
+        ({"data": "code.py:unreduced"}, "the task's loss returns a tensor of shape (8,)", "the mean over the batch"),
+    ],
+)
+def test_what_a_users_code_does_wrong_is_told_before_a_run_begins(
+    here: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, str], what: str, fix: str
+) -> None:
+    Path("code.py").write_text(CODE)
+    given = {"model": "code.py:words", "data": "code.py:task", "epochs": "1", "checkpoint": None} | changed
+    said = refusal(export(**given), capsys)
+    assert what in said[0]
+    assert fix in said[1]
+    assert not Path("out").exists()
+
+
+def test_test_examples_that_the_file_does_not_run_on_are_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("code.py").write_text(
+        f"{CODE}\ndef late():\n    bad = ids.copy()\n    bad[5] = 20\n"
+        "    return Classification(ArraySource(ids, labels), ArraySource(bad, labels))\n"
+    )
+    given = export(model="code.py:words", data="code.py:late", checkpoint=None, recipe="storage=int8")
+    assert main(given) == ExitStatus.USER_ERROR
+    error = capsys.readouterr().err
+    assert "does not run the file on some examples" in error
+    assert "Traceback" not in error
+
+
+def test_a_network_that_is_one_layer_is_exported(here: Path) -> None:
+    Path("one.py").write_text(
+        "import numpy as np\nfrom torch import nn\nfrom hirelc_deploy.task import ArraySource, Classification\n"
+        "x = np.random.default_rng(0).normal(size=(120, 16)).astype('float32')\ny = np.arange(120) % 8\n"
+        "def net():\n    return nn.Linear(16, 8)\n"
+        "def task():\n    return Classification(ArraySource(x, y), ArraySource(x, y))\n"
+    )
+    given = export(model="one.py:net", data="one.py:task", checkpoint=None, recipe="storage=int4,compute=int8")
+    assert main(given) == ExitStatus.OK
+    (layer,) = manifests.read(Path("out")).layers
+    assert (layer.op, layer.storage, layer.runs_as) == ("Linear", "int4/channel", "int8")

@@ -22,6 +22,8 @@ from hirelc_deploy.errors import UserError
 from hirelc_deploy.graph import forward
 from hirelc_deploy.task import LEAST_VARIANCE, Batches, Inputs, Task
 
+LOSS_TAKES = "it is called with outputs by name and targets, both as tensors, and returns the mean over the batch"
+
 CACHE_BYTES = 1 << 30
 """Outputs of the original up to this size, of all views together, are kept in memory; others are computed in every
 step."""
@@ -183,6 +185,20 @@ class _Moments:
         return self._squares / self._count - (self._sum / self._count) ** 2
 
 
+def loss_of(task: Task, outputs: Mapping[str, Tensor], target: np.ndarray) -> Tensor:
+    """What the task says of a batch.  Raises UserError, with the words of whatever the user's code raised."""
+    try:
+        loss = task.loss(outputs, torch.from_numpy(target))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the task's loss fails: {type(error).__name__}: {error}", fix=LOSS_TAKES) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise UserError(f"the task's loss returns {shape}", fix=LOSS_TAKES)
+    return loss
+
+
 def distil(
     student: nn.Module,
     teacher: Teacher,
@@ -240,9 +256,7 @@ def distil(
             simulation.train(True)
             outputs = forward(student, as_tensors(inputs))
             original = teacher.outputs(positions, inputs, view=view)
-            loss = teacher.distance(outputs, original) + settings.task_weight * task.loss(
-                outputs, torch.from_numpy(target)
-            )
+            loss = teacher.distance(outputs, original) + settings.task_weight * loss_of(task, outputs, target)
             if loss.grad_fn is None:
                 raise UserError(
                     "the loss does not depend on any weight in a way that can be followed",
