@@ -71,6 +71,8 @@ class Lowering:
         self.reads, self.writes = _channels(model)
         self.integer: dict[ir.Value, Condition | None] = {}
         """When integer kernels write a value; None: never."""
+        self.product: dict[ir.Value, Condition] = {}
+        """Likewise of a product, which is written in integers only where it is read so."""
         self.blocked: dict[ir.Value, Condition | None] = {}
         """When a value is held in blocks of channels."""
         self.channels: dict[ir.Value, Channels] = {}
@@ -129,8 +131,12 @@ class Lowering:
         if output in self.integer:
             return  # the kernel before has taken it along
         if layer is not None:
+            integer = self.compute_is(layer, Compute.INT8)
             if writes_integers(node):
-                self.hold(node, self.compute_is(layer, Compute.INT8), self.blocked_layer(node, layer))
+                self.hold(node, integer, self.blocked_layer(node, layer))
+            elif integer is not None and (readers := self._in_integers(output)):
+                read_so = self.state(f"read in integers {name_of(output)}", "any", readers)
+                self.product[output] = self.state(f"in integers {name_of(output)}", "all", [integer, read_so])
         elif node.op_type in MOVES and node.op_type != "MaxPool":
             self.integer[output] = self.integer.get(read[0]) if read else None
         elif node.op_type in INTEGER | {"MaxPool"} and self._can_be_integer(node):
@@ -155,6 +161,11 @@ class Lowering:
             self.fused[behind] = () if clips else (blocked,) if blocked else ()
         elif clips and integer is not None:
             self.fused[behind] = (*self.fused.get(behind, ()), integer)
+
+    def _in_integers(self, value: ir.Value) -> list[Condition]:
+        """When each layer that reads a value reads it in integers."""
+        layers = (self.layer(use.node) for use in value.uses() if use.idx == 0)
+        return [each for layer in layers if layer and (each := self.compute_is(layer, Compute.INT8))]
 
     def blocked_layer(self, node: ir.Node, layer: str) -> Condition | None:
         if not self._is_image(node.outputs[0]):
@@ -280,7 +291,7 @@ class Lowering:
         """What brings a tensor from how it is written to how it is read."""
         if self._is_inside(value):
             return
-        integer, blocked = self.integer.get(value), self.blocked.get(value)
+        integer, blocked = self.integer.get(value, self.product.get(value)), self.blocked.get(value)
         in_integers, in_floats, in_blocks, by_places = self._reading(value)
         if in_integers and (integer is None or in_integers != [integer]):
             wanted = self.state(f"quantised {name_of(value)}", "any", in_integers)

@@ -84,7 +84,13 @@ def plan(graph: FloatGraph, precisions: Mapping[str, Precision], *, floats: Coll
             planner.layer(node, layer)
         elif node.op_type in INTEGER | MOVES:
             planner.between(node)
-    return Plan(planner.tensors, frozenset(planner.integer_nodes))
+    # a session makes an integer kernel of a product only if all that read it read the same: a product that an integer
+    # layer reads is read in integers by everybody
+    tensors = {
+        name: dataclasses.replace(tensor, from_integers=tensor.from_integers or name in planner.integer_nodes)
+        for name, tensor in planner.tensors.items()
+    }
+    return Plan(tensors, frozenset(planner.integer_nodes))
 
 
 class _Planner:

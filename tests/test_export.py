@@ -496,6 +496,30 @@ def test_a_float_layer_reads_the_float_tensor_that_an_int8_layer_quantises(tmp_p
     assert not any(tensor.from_integers for tensor in held.values())
 
 
+class Coder(nn.Module):
+    """A Linear layer that the next one reads and whoever uses the network as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code, self.mean = nn.Linear(16, 32), nn.Linear(32, 8)
+        self.decode, self.out = nn.Linear(8, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean = self.mean(torch.relu(self.code(x)))
+        return self.out(torch.relu(self.decode(mean))), mean
+
+
+def test_a_product_that_is_read_in_integers_and_in_floats_runs_in_integers(tmp_path: Path) -> None:
+    """Where only one of the readers reads integers, ONNX Runtime makes no integer kernel of the product."""
+    torch.manual_seed(0)
+    model, inputs = Coder().eval(), {"x": floats(16)}
+    exported, path = write(Case.of(model, inputs), INT8, tmp_path)
+    assert set(RUNTIME.runs_as(path, exported.tensors, threads=1).values()) == {"int8"}
+    found, wanted = RUNTIME.load(path, threads=1).run(inputs), reference(model, inputs)
+    assert found.keys() == wanted.keys()
+    assert relative_error(found, wanted) < INT8_TOLERANCE
+
+
 def test_what_holds_its_weight_in_no_layer_is_written_as_it_is(tmp_path: Path) -> None:
     """EmbeddingBag becomes a loop, in whose body an Identity is not nothing."""
     model = nn.Sequential(nn.EmbeddingBag(20, 8), nn.Linear(8, 4)).eval()

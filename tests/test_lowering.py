@@ -104,6 +104,19 @@ def perceptron() -> nn.Module:
     )
 
 
+class Coder(nn.Module):
+    """A product that another one reads, and floats as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code, self.mean = nn.Linear(12, 32), nn.Linear(32, 8)
+        self.decode, self.out = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.mean(F.relu(self.code(x)))
+        return self.out(F.relu(self.decode(mean))) * torch.tanh(mean)
+
+
 def clipped() -> nn.Module:
     """A Clip that a convolution takes along, one that begins above nought, and a Tanh: integers end before both."""
     return nn.Sequential(
@@ -122,6 +135,7 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mixer": (Mixer, (3, 16, 16)),
     "signal": (signal, (3, 32)),
     "perceptron": (perceptron, (12,)),
+    "coder": (Coder, (12,)),
     "clipped": (clipped, (3, 16, 16)),
     "decoder": (decoder, (3, 16, 16)),
 }
