@@ -126,7 +126,7 @@ def best_for(bench: Workbench, target: str, evaluations: int) -> Evaluation:
     seen = Evaluations(problem, evaluations, lambda each: told(target, len(seen.seen), each))
     with suppress(Spent):
         search(problem, seen, seed=0)
-    goal = Goal.of(problem.budget, problem.before)
+    goal = Goal.of_problem(problem)
     rewards = goal.reward(np.array([each.drop for each in seen.seen]), prices_of(seen.seen), HARD)
     return seen.seen[int(np.argmax(rewards))]
 
@@ -299,7 +299,7 @@ def told(run: str, number: int, evaluation: Evaluation) -> None:
 
 def record(problem: Problem, runs: list[Run], evaluations: int) -> dict[str, Any]:
     """What a result file holds."""
-    goal = Goal.of(problem.budget, problem.before)
+    goal = Goal.of_problem(problem)
     print(comparing.markdown(comparing.table(runs, goal, evaluations)))
     return {
         "machine": machine(),

@@ -295,7 +295,7 @@ def compare(settings: ExportSettings, names: Sequence[str], seeds: int) -> list[
             runs = run(
                 problem, bench.run, names, every, evaluations, lambda name, *_: advance(name), settings.tensorboard
             )
-        goal = Goal.of(problem.budget, problem.before)
+        goal = Goal.of_problem(problem)
         rows = table(runs, goal, evaluations)
         record = {"evaluations": evaluations, "goal": asdict(goal), "runs": [asdict(each) for each in runs]}
         write_atomic(settings.out / RESULT_FILE, (json.dumps(record, indent=1) + "\n").encode())

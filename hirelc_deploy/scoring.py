@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,6 +17,10 @@ from hirelc_deploy.verify import accuracy
 if TYPE_CHECKING:
     from hirelc_deploy.exporters._base import Arrays, Session
     from hirelc_deploy.subject import Subject
+
+
+RESAMPLES = 200
+"""Of the search split, for the error of a score that is no share: told to some 5 %."""
 
 
 class Scoring:
@@ -37,11 +42,34 @@ class Scoring:
     def error(self, examples: int, *, drop: float = 0.0) -> float:
         """Standard error, on so many examples, of a score that is worse than the original's by a `drop`.
 
-        Of a share in percent it is known; of other scores it is taken as nothing.  A network that is all but perfect
-        scores with next to no error, and one that may lose two points more with a larger one.
+        Of a share in percent it is known; of other scores it is seen of the original's, on examples that are drawn
+        anew.  A network that is all but perfect scores with next to no error, and one that may lose two points more
+        with a larger one.
         """
         share = (self.original - self._task.drop(drop, 0.0)) / 100
-        return 100 * math.sqrt(share * (1 - share) / examples) if self._task.unit == "%" and 0 <= share <= 1 else 0.0
+        if self._task.unit == "%" and 0 <= share <= 1:
+            return 100 * math.sqrt(share * (1 - share) / examples)
+        return self._spread / math.sqrt(examples)
+
+    @cached_property
+    def _spread(self) -> float:
+        """The standard deviation of one example's part in the original's score; nought where resamples have none."""
+        found: float = self._subject.run.step("spread of the score", self._resampled)
+        return found
+
+    def _resampled(self) -> float:
+        outputs, targets = self.outputs(self._subject.model), self._task.search.targets
+        random = np.random.default_rng(0)
+        scores = []
+        for _ in range(RESAMPLES):
+            picks = random.integers(len(targets), size=len(targets))
+            drawn = {name: output[picks] for name, output in outputs.items()}
+            try:
+                scores.append(accuracy.task_score(self._task, drawn, targets[picks]))
+            except UserError:  # a score may need examples of every kind
+                return 0.0
+        spread = float(np.std(scores)) * math.sqrt(len(targets))
+        return spread if math.isfinite(spread) else 0.0
 
     def outputs(self, model: nn.Module) -> accuracy.Outputs:
         """What a model says of the split."""

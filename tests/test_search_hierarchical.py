@@ -11,7 +11,7 @@ from toy_search import BEST_COST, COUNTS, DROP_MAX, MENDED, TIED, chosen, toy
 
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.search import hierarchical
-from hirelc_deploy.search.additive import DropModel, goal_of, recipe_ladder
+from hirelc_deploy.search.additive import DropModel, recipe_ladder
 from hirelc_deploy.search.agents import OwnGame
 from hirelc_deploy.search.board import DAMAGE, LATENCY, MODE, MODES, SIZE, Board, Goals
 from hirelc_deploy.search.council import Council, count
@@ -300,7 +300,7 @@ def test_limits_that_nothing_meets_are_approached_to_the_last_evaluation() -> No
     evaluations = Evaluations(limited.problem, many)
     search(limited.problem, evaluations, seed=0)
     assert len(evaluations.seen) == many
-    goal = Goal.of(limited.problem.budget, limited.problem.before)
+    goal = Goal.of_problem(limited.problem)
     drops = np.array([each.drop for each in evaluations.seen])
     rewards = goal.reward(drops, prices_of(evaluations.seen), HARD)
     assert rewards[RECIPES:].max() > rewards[:RECIPES].max()
@@ -363,4 +363,4 @@ def test_a_pick_for_the_goal_is_what_is_expected_to_be_cheaper_than_the_cheapest
     free = replace(problem, budget=Budget(size_bytes=10**9))
     two = hierarchical._Search(free, Evaluations(free, 9), seed=0, parts=Parts())
     rewards = two._promise(drops, np.full(4, LEAST_DEVIATION), prices)
-    assert rewards == pytest.approx(goal_of(free).reward(drops, prices, HARD)), "without a limit on the drop"
+    assert rewards == pytest.approx(Goal.of_problem(free).reward(drops, prices, HARD)), "without a limit on the drop"

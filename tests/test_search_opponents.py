@@ -12,7 +12,7 @@ from toy_search import BEST, BEST_COST, COUNTS, DROP_MAX, MEMORY_BYTES, MENDED, 
 
 from hirelc_deploy.budget import Budget, Figures, met
 from hirelc_deploy.policy import FP16, FP32, INT8, Compute, PerTensor, Policy, Precision, Storage
-from hirelc_deploy.search.additive import UNFITTED, DropModel, damages, draw, efficient, fit, goal_of
+from hirelc_deploy.search.additive import UNFITTED, DropModel, damages, draw, efficient, fit
 from hirelc_deploy.search.front import front, hypervolume, most_added, points, volume
 from hirelc_deploy.search.goal import LEAST, MOST, Goal, Multipliers
 from hirelc_deploy.search.greedy_order import rungs, sequence
@@ -187,8 +187,8 @@ def test_a_limit_that_nothing_keeps_is_come_close_to() -> None:
 
 def test_the_weaker_step_comes_first_until_both_ladders_are_climbed() -> None:
     problem = toy().problem
-    places = {row.tobytes(): place for place, row in reversed(rungs(problem, goal_of(problem)).items())}
-    rows = sequence(problem, UNFITTED, goal_of(problem))
+    places = {row.tobytes(): place for place, row in reversed(rungs(problem, Goal.of_problem(problem)).items())}
+    rows = sequence(problem, UNFITTED, Goal.of_problem(problem))
     climbed = [(0, 0), *(places[row.tobytes()] for row in rows)]
     for (width, bits), after in pairwise(climbed):
         assert after in {(width + 1, bits), (width, bits + 1)}
@@ -303,6 +303,9 @@ def test_a_limit_on_speedup_is_one_on_latency() -> None:
     # a file that is slower than the original's misses any limit on latency, unless a speed-up below 1 was asked for
     assert Goal.of(Budget(latency_ms=300.0), before).latency_ms_max == 100.0
     assert Goal.of(Budget(latency_ms=300.0, speedup=0.5), before).latency_ms_max == 200.0
+    assert Goal.of(Budget(), before, score_spread=0.6).drop_max == pytest.approx(0.02)
+    assert Goal.of(Budget(drop=-1.0), before, score_spread=0.6).drop_max == pytest.approx(0.02)
+    assert Goal.of(Budget(drop=2.0), before, score_spread=0.6).drop_max == 2.0
     goal = Goal.of(Budget(size_bytes=400), before)
     assert (goal.drop_max, goal.latency_ms_max, goal.size_bytes_max) == (1.0, None, 400)
     assert (goal.latency_weight, goal.size_weight) == (1.0, 0.0)

@@ -127,7 +127,7 @@ def damages(problem: Problem, rows: Rows) -> np.ndarray:
 
 def noise(problem: Problem) -> float:
     """What no drop is told apart from nought by, in the score's unit."""
-    return max(problem.score_error, LEAST_NOISE * goal_of(problem).drop_max)
+    return max(problem.score_error, LEAST_NOISE * Goal.of_problem(problem).drop_max)
 
 
 def fit(problem: Problem, seen: Sequence[Evaluation]) -> DropModel:
@@ -135,7 +135,7 @@ def fit(problem: Problem, seen: Sequence[Evaluation]) -> DropModel:
     if not seen:
         return UNFITTED
     rows = np.array([problem.row(evaluation.policy) for evaluation in seen])
-    parts, floor, limit = damages(problem, rows), noise(problem), goal_of(problem).drop_max
+    parts, floor, limit = damages(problem, rows), noise(problem), Goal.of_problem(problem).drop_max
     logs = np.log(np.maximum([evaluation.drop for evaluation in seen], 0.0) + floor)
     left = np.maximum(problem.left_of(seen), 0.0)
     counts = 1 / (1 + np.abs(np.log((left + floor) / (limit + floor))))
@@ -168,11 +168,6 @@ def alike(problem: Problem, rows: Rows, others: Rows) -> np.ndarray:
 # -- what is wanted -------------------------------------------------------------------------------------------------
 
 
-def goal_of(problem: Problem) -> Goal:
-    """The user's."""
-    return Goal.of(problem.budget, problem.before)
-
-
 def leaning(goal: Goal, lean: Lean) -> Goal:
     """The same with its weights of latency and size multiplied."""
     return replace(goal, latency_weight=goal.latency_weight * lean[0], size_weight=goal.size_weight * lean[1])
@@ -196,7 +191,7 @@ def affordable(problem: Problem, rows: Rows) -> Rows:
     """Those that keep the limits on prices; if none does, the one that misses them by the least."""
     if not len(rows):
         return rows
-    missed = excess(goal_of(problem), problem.costs(rows))
+    missed = excess(Goal.of_problem(problem), problem.costs(rows))
     return rows[missed <= max(0.0, missed.min())]
 
 
@@ -216,7 +211,7 @@ def most_wanted(evaluations: Evaluations, rows: Rows, model: DropModel, turn: in
     problem = evaluations.problem
     if turn % 2 and (found := widest(evaluations, rows, model)) is not None:
         return found
-    goal, prices = goal_of(problem), problem.costs(rows)
+    goal, prices = Goal.of_problem(problem), problem.costs(rows)
     left = problem.left(model.drop(problem, rows), prices)
     part = left / (PARTS[turn // 2 % len(PARTS)] * goal.drop_max)
     price = cost(goal, prices) + MISSED_DROP * np.maximum(0.0, part - 1) + TIE * part
@@ -226,7 +221,7 @@ def most_wanted(evaluations: Evaluations, rows: Rows, model: DropModel, turn: in
 def widest(evaluations: Evaluations, rows: Rows, model: DropModel) -> np.ndarray | None:
     """The row that adds most hypervolume to what was seen, (variables,), as far as a model knows; None if none does."""
     problem = evaluations.problem
-    corner = reference(goal_of(problem))
+    corner = reference(Goal.of_problem(problem))
     seen, prices = points(problem, evaluations.seen), problem.costs(rows)
     left = problem.left(model.drop(problem, rows), prices)
     found = most_added(places_of(left, prices, problem.before), seen, corner)
@@ -294,7 +289,7 @@ def follow(problem: Problem, evaluations: Evaluations, trace: Trace) -> None:
     expects it.  Then come the policies of the path that add most hypervolume.  Returns when no path leads to anything
     new or nothing is left to spend; raises Spent.
     """
-    goal, empty = goal_of(problem), 0
+    goal, empty = Goal.of_problem(problem), 0
     for lean in cycle(LEANS):
         if empty == len(DOUBTS) or not evaluations.left:
             return

@@ -90,7 +90,7 @@ class Board:
 
     def __init__(self, problem: Problem, *, corrected_by_fisher: bool = True) -> None:
         self.problem = problem
-        self.base = Goal.of(problem.budget, problem.before)
+        self.base = Goal.of_problem(problem)
         self.blocks = tuple(problem.blocks)
         self._layers = [[problem.position[name] for name in layers] for layers in problem.blocks.values()]
         inside, across = _groups(problem)

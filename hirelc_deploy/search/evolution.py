@@ -29,12 +29,11 @@ from hirelc_deploy.search.additive import (
     efficient,
     excess,
     fit,
-    goal_of,
     most_wanted,
     recipes,
     unseen,
 )
-from hirelc_deploy.search.goal import REFERENCE_DROPS
+from hirelc_deploy.search.goal import REFERENCE_DROPS, Goal
 from hirelc_deploy.search.problem import Evaluations, Problem, Rows
 
 RANDOM = 1000
@@ -96,7 +95,7 @@ def evolved(problem: Problem, model: DropModel, start: Rows, *, seed: int) -> Ro
 
 def _predicted(problem: Problem, model: DropModel, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Drop, log bytes and log milliseconds, (policies, 3); by how much prices and drop break bounds, (policies, 2)."""
-    goal, prices = goal_of(problem), problem.costs(rows)
+    goal, prices = Goal.of_problem(problem), problem.costs(rows)
     drop = problem.left(model.drop(problem, rows), prices)
     beyond = np.full(len(rows), -1.0) if problem.budget.drop is None else drop / goal.drop_max - REFERENCE_DROPS
     objectives = np.column_stack([drop, np.log(prices.size_bytes), np.log(prices.latency_ms)])

@@ -18,7 +18,7 @@ import numpy as np
 from hirelc_deploy.budget import Budget, excess, judge, met
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.search.additive import halved_ladder
-from hirelc_deploy.search.goal import Goal
+from hirelc_deploy.search.goal import SPREAD_PART, Goal
 from hirelc_deploy.search.problem import Evaluations, Prices, Problem
 from hirelc_deploy.search.space import Choice, Evaluation
 
@@ -39,11 +39,6 @@ CHEAPER = 0.5
 what was left of the finished policies on record (benchmarks/mending.py).  One power for both, as both count
 alike in what is minimised: so of two policies that cost as much the milder one is never told to be the harder, and
 nothing is gained by storing more bits or by running slower."""
-
-SPREAD_PART = 1 / 30
-"""Hardness is told in limits on the drop, or in this part of the standard deviation of one example's score where that
-is more: what is mended hardly depends on what was allowed.  A thirtieth is one point for a classifier that is right
-nine of ten times."""
 
 MOST_TIMES, FURTHER, FURTHER_UNHARMED = 120.0, 1.5, 2.0
 """How hard a policy may be at most, in that unit and times the hardest that was seen to be mended: what is left tells
@@ -130,7 +125,7 @@ class Finishing:
         self._most = most
         self._note = note
         self._pairs: dict[str, Pair] = {}
-        self._goal = Goal.of(problem.budget, problem.before)
+        self._goal = Goal.of_problem(problem)
         limit = problem.budget.drop
         errors = math.hypot(problem.score_error, problem.test_error)
         self._safe = math.inf if limit is None else _safe(limit, errors)
@@ -169,7 +164,7 @@ class Finishing:
     def reprice(self, problem: Problem, told: Callable[[Evaluation], Evaluation]) -> None:
         """Go on with the problem as its prices are told by now; `told` says what evaluations are by them."""
         self._problem = problem
-        self._goal = Goal.of(problem.budget, problem.before)
+        self._goal = Goal.of_problem(problem)
         self._pairs = {digest: (told(before), after) for digest, (before, after) in self._pairs.items()}
 
     def some(self, seen: Sequence[Evaluation]) -> bool:
@@ -222,7 +217,8 @@ class Finishing:
 
     @property
     def _unit(self) -> float:
-        """What hardness is told in, in the score's unit."""
+        """What hardness is told in, in the score's unit: the limit on the drop, or a part of the score's spread where
+        that is more, since what is mended hardly depends on what was allowed."""
         return max(self._goal.drop_max, SPREAD_PART * self._problem.score_spread)
 
     @property

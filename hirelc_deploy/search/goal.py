@@ -5,11 +5,11 @@
         - w_ms log(ms / ms_fp32) - w_B log(bytes / bytes_fp32)
 
 Every term is in units of its budget.  A drop is what fine-tuning is told to leave of it (`Problem.left`).  Where no
-drop was allowed or forbidden, drop_max is DROP_UNIT.  A weight is nought where its figure has a budget: below the
-budget there is nothing to gain.  A budget of a speed-up is one of milliseconds: ms_max = ms_fp32 / speedup; with one of
-milliseconds alone the original's are one as well, since a file that is slower is judged to miss it.  Memory is
-worth nothing but its budget, and that is no term where no law tells what a runtime needs (`Figures.memory_bytes` of the
-original is None).
+drop was allowed or forbidden, drop_max is SPREAD_PART of the standard deviation of one example's score, or DROP_UNIT
+where that is not known.  A weight is nought where its figure has a budget: below the budget there is nothing to gain.
+A budget of a speed-up is one of milliseconds: ms_max = ms_fp32 / speedup; with one of milliseconds alone the original's
+are one as well, since a file that is slower is judged to miss it.  Memory is worth nothing but its budget, and that is
+no term where no law tells what a runtime needs (`Figures.memory_bytes` of the original is None).
 """
 
 from collections.abc import Collection
@@ -19,10 +19,13 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from hirelc_deploy.budget import Budget, Figures
-from hirelc_deploy.search.problem import Prices
+from hirelc_deploy.search.problem import Prices, Problem
+
+SPREAD_PART = 1 / 30
+"""A thirtieth is one point for a classifier that is right nine of ten times."""
 
 DROP_UNIT = 1.0
-"""In the score's unit: what counts as one where no limit says."""
+"""In the score's unit: what counts as one where neither a limit nor the score's spread says."""
 
 GROWTH, DECAY = 1.5, 0.9
 """Of a multiplier while its budget is missed, and while it holds."""
@@ -70,8 +73,11 @@ class Goal(Generic[N]):
     memory_bytes_max: float | None = None
 
     @staticmethod
-    def of(budget: Budget, before: Figures) -> "Goal[float]":
-        """What a user's budget asks for.  Raises ValueError where the original's own figures are not known."""
+    def of(budget: Budget, before: Figures, *, score_spread: float = 0.0) -> "Goal[float]":
+        """What a user's budget asks for; `score_spread` as in `Problem`.
+
+        Raises ValueError where the original's own figures are not known.
+        """
         if before.latency_ms is None or before.size_bytes is None:
             raise ValueError("the original's latency and size have to be known")
         limits = [] if budget.latency_ms is None else [budget.latency_ms]
@@ -79,7 +85,7 @@ class Goal(Generic[N]):
         if budget.latency_ms is not None and budget.speedup is None:  # NOT_SLOWER is judged with it
             limits.append(before.latency_ms)
         return Goal(
-            drop_max=budget.drop if budget.drop is not None and budget.drop > 0 else DROP_UNIT,
+            drop_max=budget.drop if budget.drop and budget.drop > 0 else SPREAD_PART * score_spread or DROP_UNIT,
             latency_ms_max=min(limits, default=None),
             size_bytes_max=budget.size_bytes,
             latency_ms_before=before.latency_ms,
@@ -88,6 +94,11 @@ class Goal(Generic[N]):
             size_weight=0.0 if budget.size_bytes is not None else 1.0,
             memory_bytes_max=None if before.memory_bytes is None else budget.memory_bytes,
         )
+
+    @staticmethod
+    def of_problem(problem: Problem) -> "Goal[float]":
+        """The user's."""
+        return Goal.of(problem.budget, problem.before, score_spread=problem.score_spread)
 
     def limited(self, prices: Prices) -> dict[str, tuple[np.ndarray, float]]:
         """The prices that have a limit, (policies,), and the limit; named like the multipliers."""

@@ -20,7 +20,6 @@ from hirelc_deploy.search.additive import (
     damages,
     fit,
     follow,
-    goal_of,
     most_wanted,
     recipes,
     unseen,
@@ -36,7 +35,7 @@ def search(problem: Problem, evaluations: Evaluations, *, seed: int) -> None:
     """Follows the sequences, then tries what lies beside them.  Nothing is drawn: every seed gives the same.  Raises
     Spent."""
     follow(problem, evaluations, lambda model, goal: sequence(problem, model, goal))
-    beside = affordable(problem, np.array(list(rungs(problem, goal_of(problem)).values())))
+    beside = affordable(problem, np.array(list(rungs(problem, Goal.of_problem(problem)).values())))
     for turn in count():
         left = unseen(evaluations, beside)
         if not len(left):

@@ -25,11 +25,11 @@ from hirelc_deploy.search.additive import (
     cost,
     efficient,
     fit,
-    goal_of,
     most_wanted,
     recipes,
     unseen,
 )
+from hirelc_deploy.search.goal import Goal
 from hirelc_deploy.search.problem import Evaluations, GroupVariable, Problem, Rows
 
 CLASSIC_BITS = (8, 4)
@@ -40,7 +40,7 @@ def search(problem: Problem, evaluations: Evaluations, *, seed: int) -> None:
     within = affordable(problem, recipes(problem))
     for bits in CLASSIC_BITS:
         column = _classics(problem, within, bits)
-        close_in(evaluations, column, goal_of(problem).drop_max, expected=None, steps=len(column))
+        close_in(evaluations, column, Goal.of_problem(problem).drop_max, expected=None, steps=len(column))
     for turn in count():
         left = unseen(evaluations, within)
         if not len(left):
@@ -55,7 +55,7 @@ def _classics(problem: Problem, rows: Rows, bits: int) -> Rows:
     """The cheapest recipe of each width whose layers are integers of so many bits, mild to harsh."""
     of_groups = [i for i, variable in enumerate(problem.variables) if isinstance(variable, GroupVariable)]
     cheapest: dict[tuple[int, ...], np.ndarray] = {}
-    costs = cost(goal_of(problem), problem.costs(rows))
+    costs = cost(Goal.of_problem(problem), problem.costs(rows))
     for row in rows[np.argsort(costs, kind="stable")]:
         precision = _commonest(problem.policy(row))
         if precision is not None and (precision.storage.format, precision.storage.bits) == ("int", bits):

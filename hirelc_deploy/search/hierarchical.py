@@ -128,7 +128,7 @@ class _Search:
         self._evaluations = evaluations
         self._parts = parts
         self._random = np.random.default_rng(seed)
-        self._goal = Goal.of(problem.budget, problem.before)
+        self._goal = Goal.of_problem(problem)
         self._reference = reference(self._goal)
         self._multipliers = Multipliers()
         self._surrogate = Surrogate(problem, seed=seed, learned=parts.surrogate)

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from hirelc_deploy.search.additive import TIE, DropModel, affordable, cost, excess, follow, goal_of, recipes
+from hirelc_deploy.search.additive import TIE, DropModel, affordable, cost, excess, follow, recipes
 from hirelc_deploy.search.goal import Goal
 from hirelc_deploy.search.problem import Evaluations, Problem, Rows
 
@@ -67,7 +67,7 @@ def sweep(problem: Problem, model: DropModel, goal: Goal) -> Rows:
         # where nothing does any harm it matters not how much is allowed
         allowed = np.geomspace(MILDEST_COLD * most, most, LEVELS) if most > 0 else np.ones(1)
     else:
-        limit = goal_of(problem).drop_max
+        limit = Goal.of_problem(problem).drop_max
         least, most = model.damage_at(MILDEST * limit), model.damage_at(HARSHEST * limit)
         # limits on prices may ask for more than the drop allows
         most = max(most, model.damage_left(problem, affordable(problem, known)).min())

@@ -9,8 +9,8 @@ seen so far say will be many times the drop that is allowed is left out.  Among 
 
 import numpy as np
 
-from hirelc_deploy.search.additive import affordable, draw, efficient, fit, goal_of, unseen
-from hirelc_deploy.search.goal import REFERENCE_DROPS
+from hirelc_deploy.search.additive import affordable, draw, efficient, fit, unseen
+from hirelc_deploy.search.goal import REFERENCE_DROPS, Goal
 from hirelc_deploy.search.problem import Evaluations, Problem
 
 POOL = 4000
@@ -26,7 +26,7 @@ EMPTY_POOLS = 20
 def search(problem: Problem, evaluations: Evaluations, *, seed: int) -> None:
     """Evaluates unbeaten policies of random pools.  Raises Spent."""
     generator = np.random.default_rng(seed)
-    limit, empty = goal_of(problem).drop_max, 0
+    limit, empty = Goal.of_problem(problem).drop_max, 0
     while empty < EMPTY_POOLS:
         model = fit(problem, evaluations.seen)
         pool = efficient(problem, affordable(problem, draw(problem, POOL, generator)), model)
