@@ -322,6 +322,19 @@ def test_tied_weights_stay_tied_and_train_as_one() -> None:
     assert model.one.weight is model.other.weight
 
 
+def test_a_shared_weight_is_fitted_to_the_reader_that_bears_the_least() -> None:
+    """Without VNNI integers have 7 bits where a layer computes with them, and 8 where it is looked up or decoded."""
+    torch.manual_seed(0)
+    words, head = nn.Embedding(40, 16), nn.Linear(16, 40, bias=False)
+    head.weight = words.weight
+    model = nn.Sequential(words, head)
+    before = words.weight.detach().clone()
+    precisions = {"0": Precision(INT8.storage, Compute.FP32), "1": INT8}
+    put_on(model, precisions, fitted(model, precisions, {}, largest=63), largest=63)
+    steps = before.abs().amax(1, keepdim=True) / 63
+    assert ((words.weight - before).abs() <= 1.01 * steps).all()
+
+
 def test_each_call_of_a_layer_has_a_range_of_its_own() -> None:
     """A mean of both ranges, which is what one grid would come to in training, cuts off the wider."""
     case = build("called_twice")

@@ -33,29 +33,29 @@ def fitted(
     norms = norms or {}
     modules = dict(model.named_modules())
     rows: dict[str, Tensor] = {}
-    first_with: dict[int, str] = {}
-    twins: dict[str, str] = {}
-    alike: dict[tuple[Storage, int], list[str]] = defaultdict(list)
+    weights: dict[str, Tensor] = {}
+    sharing: dict[int, list[str]] = defaultdict(list)
     for name, precision in precisions.items():
-        layer = modules.get(name)
-        weight = getattr(layer, "weight", None)
-        if layer is None or not isinstance(weight, Tensor) or precision.storage.is_float:
-            continue
-        if id(weight) in first_with:  # layers that share a weight share its grid, fitted to what the first one reads
-            twins[name] = first_with[id(weight)]
-            continue
-        first_with[id(weight)] = name
-        if name in norms:
-            weight = weight * along_channels(channel_factor(modules[norms[name]]), layer)
-        rows[name] = rows_of(weight.detach(), output_axis(layer))
-        alike[precision.storage, largest_integer(precision.compute, largest)].append(name)
+        weight = getattr(modules.get(name), "weight", None)
+        if isinstance(weight, Tensor) and not precision.storage.is_float:
+            weights[name] = weight
+            sharing[id(weight)].append(name)
+    alike: dict[tuple[Storage, int], list[str]] = defaultdict(list)
+    # layers that share a weight share its grid, fitted to what the first one reads, and to the least that one bears
+    for first, *others in sharing.values():
+        layer, weight = modules[first], weights[first]
+        if first in norms:
+            weight = weight * along_channels(channel_factor(modules[norms[first]]), layer)
+        rows[first] = rows_of(weight, output_axis(layer))
+        most = min(largest_integer(precisions[name].compute, largest) for name in (first, *others))
+        alike[precisions[first].storage, most].append(first)
     grids: dict[str, Grid] = {}
     for (storage, most), names in alike.items():
         found = load_format(storage.format).fit_all(
             [rows[name] for name in names], storage, largest=most, energies=[energies.get(name) for name in names]
         )
         grids |= dict(zip(names, found, strict=True))
-    return grids | {name: grids[twin] for name, twin in twins.items()}
+    return grids | {name: grids[first] for first, *others in sharing.values() for name in others}
 
 
 @torch.no_grad()
