@@ -82,6 +82,18 @@ def _resnet(layer_type: str, sizes: Sequence[int], depths: Sequence[int]) -> nn.
     )
 
 
+def _deit(*, width: int, blocks: int) -> nn.Module:
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=width,
+            num_hidden_layers=blocks,
+            num_attention_heads=width // 64,
+            intermediate_size=4 * width,
+            num_labels=1000,
+        )
+    )
+
+
 NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: _resnet("basic", (64, 128, 256, 512), (2, 2, 2, 2)),
     "resnet18 half as wide": lambda: _resnet("basic", (32, 64, 128, 256), (2, 2, 2, 2)),
@@ -95,21 +107,27 @@ NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
         MobileNetV1Config(num_labels=1000, depth_multiplier=0.5)
     ),
     "mobilenetv1": lambda: MobileNetV1ForImageClassification(MobileNetV1Config(num_labels=1000)),
-    "deit-tiny": lambda: ViTForImageClassification(
-        ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, num_labels=1000)
-    ),
+    "deit-tiny of 2 blocks": lambda: _deit(width=192, blocks=2),
+    "deit-tiny of 4 blocks": lambda: _deit(width=192, blocks=4),
+    "deit-tiny": lambda: _deit(width=192, blocks=12),
+    "deit-small": lambda: _deit(width=384, blocks=12),
 }
 
-FITTED = ("resnet18", "resnet18 half as wide", "resnet34", "mobilenetv2 half as wide", "mobilenetv1 half as wide")
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "CNNs": ("resnet18", "resnet18 half as wide", "resnet34", "mobilenetv2 half as wide", "mobilenetv1 half as wide"),
+    "transformers": ("deit-tiny of 2 blocks", "deit-tiny of 4 blocks"),
+}
 """What an engine adds to its file is taken from these, and judged on the others."""
 
-COUNTED: Mapping[str, tuple[str, ...]] = {
-    "fp32": (),
-    "fp16": (),
-    "int8": ("dense", "depthwise"),
-    "int4": ("dense shapes", "depthwise shapes"),
+COUNTED: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("CNNs", "fp32"): (),
+    ("CNNs", "fp16"): (),
+    ("CNNs", "int8"): ("dense", "depthwise"),
+    ("CNNs", "int4"): ("weight shapes",),
+    **{("transformers", precision): ("dense",) for precision in ("fp32", "fp16", "int8", "int4")},
 }
-"""What engines have kernels of: every int8 layer its own, int4 layers of one shape share theirs."""
+"""What engines have kernels of: every int8 layer of a CNN its own, int4 weights of one shape share theirs, whatever the
+layer's stride and image; those of a transformer go by its blocks, and so by its layers."""
 
 PRECISIONS: Mapping[str, Precision | None] = {"fp32": None, "fp16": FP16, "int8": INT8, "int4": INT4_BLOCKS}
 
@@ -161,7 +179,7 @@ def sizes(before: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     example = {"pixel_values": np.random.default_rng(0).normal(size=(2, 3, 224, 224)).astype(np.float32)}
     for name, make in NETWORKS.items():
-        layers = layers_of(make(), example)
+        layers = layers_of(make())
         for precision, chosen in PRECISIONS.items():
             row = known.get((name, precision)) or _sizes(make, example, chosen)
             rows.append({**row, "network": name, "precision": precision, "layers": layers})
@@ -178,24 +196,12 @@ def _sizes(
     return {"file": len(exported.data), "engine": built}
 
 
-def layers_of(model: nn.Module, example: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """How many convolutions and Linear layers there are, and of how many shapes, depthwise ones apart."""
-    seen: list[tuple[bool, tuple[Any, ...]]] = []
-
-    def look(layer: nn.Module, inputs: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
-        shape = inputs[0].shape[1:], layer.get_parameter("weight").shape, getattr(layer, "stride", None)
-        seen.append((getattr(layer, "groups", 1) > 1, shape))
-
-    for layer in model.eval().modules():
-        if isinstance(layer, tuple(KINDS.values())):
-            layer.register_forward_hook(look)
-    with torch.no_grad():
-        model(**as_tensors(example))
-    found = {}
-    for name, is_depthwise in (("dense", False), ("depthwise", True)):
-        shapes = [shape for depthwise, shape in seen if depthwise == is_depthwise]
-        found |= {name: len(shapes), f"{name} shapes": len(set(shapes))}
-    return found
+def layers_of(model: nn.Module) -> dict[str, int]:
+    """How many convolutions and Linear layers there are, depthwise ones apart, and of how many shapes their weights."""
+    layers = [layer for layer in model.modules() if isinstance(layer, tuple(KINDS.values()))]
+    depthwise = sum(getattr(layer, "groups", 1) > 1 for layer in layers)
+    shapes = {(type(layer), layer.get_parameter("weight").shape) for layer in layers}
+    return {"dense": len(layers) - depthwise, "depthwise": depthwise, "weight shapes": len(shapes)}
 
 
 def measure(parts: Sequence[str]) -> None:
@@ -212,10 +218,24 @@ PARTS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]
 """What each makes of its rows of before."""
 
 
+def family_of(network: str) -> str:
+    return "transformers" if network.startswith("deit") else "CNNs"
+
+
+def is_fitted(network: str) -> bool:
+    return network in FAMILIES[family_of(network)]
+
+
+def off_pct(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> float:
+    """How far what is told of an engine's size is off."""
+    return 100 * (told_bytes(rows, row) / float(row["engine"]["8.6"]) - 1)
+
+
 def told_bytes(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> float:
     """An engine's size from its file's: what it adds is a fixed part and one for each kernel, none below nought."""
-    counted = COUNTED[row["precision"]]
-    alike = [each for each in rows if each["network"] in FITTED and each["precision"] == row["precision"]]
+    family = family_of(row["network"])
+    counted = COUNTED[family, row["precision"]]
+    alike = [each for each in rows if each["network"] in FAMILIES[family] and each["precision"] == row["precision"]]
     parts = np.array([_parts(each, counted) for each in alike])
     law, _ = nnls(parts, np.array([each["engine"]["8.6"] - each["file"] for each in alike], float))
     return float(row["file"] + np.array(_parts(row, counted)) @ law)
@@ -223,6 +243,15 @@ def told_bytes(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> flo
 
 def _parts(row: Mapping[str, Any], counted: Sequence[str]) -> list[float]:
     return [1.0, *(float(row["layers"][name]) for name in counted)]
+
+
+def worst(rows: Sequence[Mapping[str, Any]], family: str) -> str:
+    """Of the networks that were held out, in words."""
+    held_out = [row for row in rows if family_of(row["network"]) == family and not is_fitted(row["network"])]
+    errors = {f"{row['network']} in {row['precision']}": off_pct(rows, row) for row in held_out}
+    name = max(errors, key=lambda each: abs(errors[each]))
+    mean = sum(map(abs, errors.values())) / len(errors)
+    return f"{family}: {mean:.1f} % off in the mean of {len(errors)}, {errors[name]:+.1f} % at worst ({name})"
 
 
 def page() -> None:
@@ -239,9 +268,7 @@ def page() -> None:
                 row["precision"],
                 f"{row['file'] / 1e3:,.0f}",
                 *(f"{row['engine'][each] / 1e3:,.0f}" for each in ("8.6", "8.9")),
-                "fitted"
-                if row["network"] in FITTED
-                else f"{100 * (told_bytes(record['sizes'], row) / row['engine']['8.6'] - 1):+.1f}",
+                "fitted" if is_fitted(row["network"]) else f"{off_pct(record['sizes'], row):+.1f}",
             ]
             for row in record["sizes"]
         ],
@@ -252,6 +279,7 @@ def page() -> None:
         forms=forms_table,
         networks=networks_table(),
         sizes=sizes_table,
+        worst="\n".join(f"- {worst(record['sizes'], family)}" for family in FAMILIES),
     )
     PAGE.write_text(text, encoding="utf-8")
 
@@ -325,9 +353,12 @@ it accepts the file says nothing of the board. Nothing ran on a GPU; the manifes
 
 At 224 pixels, random weights; int4 is weight-only, in blocks of 64 where a Linear layer has whole ones and a scale a
 channel elsewhere. An engine holds kernels beside weights, some 0.1 MB for each that is different: that of a small
-network is larger than its file many times over. The last column is what a file's size tells of its engine's: added is
-a fixed part, and one for each kernel, dense and depthwise apart, of which int8 has one a layer and int4 one a shape;
-both are taken from the networks that say so.
+network is larger than its file many times over. The last column is what a file's size tells of its engine's. Added is a
+fixed part, and one for each kernel, taken from the networks that say so. A CNN's int8 layers have one each, dense and
+depthwise ones apart, and its int4 weights one a shape, whatever stride and image; what a transformer's blocks add is
+told by its layers. Held out:
+
+{worst}
 
 {sizes}"""
 
