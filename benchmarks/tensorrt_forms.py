@@ -291,7 +291,11 @@ def networks_table() -> str:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         measured, baseline = manifest["measured"], manifest["baseline"]
         network, target = path.stem.split("_")
-        (built,) = (found for note in manifest["notes"] if (found := BUILT.search(note)))
+        (built,) = (
+            found
+            for note in (*manifest["notes"], *manifest.get("notes_on_measurement", ()))
+            if (found := BUILT.search(note))
+        )
         rows.append(
             [
                 f"`{network}`",

@@ -3,6 +3,7 @@
 In this process neither can be told: torch has long taken the memory that a session would have to ask for.
 """
 
+import io
 import json
 import subprocess
 import sys
@@ -29,7 +30,7 @@ import numpy, onnxruntime
 def kilobytes(line):
     return int(dict(each.split(":", 1) for each in open("/proc/self/status"))[line].split()[0])
 
-inputs = dict(numpy.load(sys.argv[2]))
+inputs = {key.split(":", 1)[1]: array for key, array in numpy.load(sys.argv[2]).items()}
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads, options.inter_op_num_threads = int(sys.argv[3]), 1
 options.log_severity_level = 3
@@ -48,13 +49,20 @@ print(json.dumps({"memory_bytes": 1024 * (kilobytes("VmHWM") - before), "load_ms
 """Imports nothing but the runtime, and runs thrice, since the first run plans the memory of the second."""
 
 
+def packed(inputs: Arrays) -> bytes:
+    """As np.load reads them, with a mark before each name: numpy's own parameters are names that an input may have."""
+    file = io.BytesIO()
+    marked: dict[str, Any] = {f"x:{name}": array for name, array in inputs.items()}
+    np.savez(file, **marked)
+    return file.getvalue()
+
+
 def footprint(path: Path, inputs: Arrays, *, threads: int) -> Footprint | None:
     """Of one file; None where the system does not tell a process its peak.  Raises UserError if the process fails."""
     if not STATUS.exists():
         return None
     with tempfile.TemporaryDirectory(prefix="hirelc-deploy-") as folder:
-        arrays: dict[str, Any] = dict(inputs)
-        np.savez(Path(folder) / INPUTS, **arrays)
+        (Path(folder) / INPUTS).write_bytes(packed(inputs))
         command = [sys.executable, "-c", SCRIPT, str(path.resolve()), INPUTS, str(threads)]
         try:
             # its folder comes first on the path of what is imported: an empty one, and not the user's

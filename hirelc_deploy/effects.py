@@ -4,12 +4,13 @@ Everything that takes long is a step of the run folder, so that a search that wa
 """
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from hirelc_deploy.compress.distil import loss_of
 from hirelc_deploy.compress.inputs import energies
 from hirelc_deploy.compress.ordering import Strength, Strengths, silenced, spectral_change, weights
 from hirelc_deploy.compress.sensitivity import Perturbations, fisher, rounds_alike
@@ -71,7 +72,7 @@ class Effects:
                 (tensors(inputs), torch.as_tensor(target))
                 for (inputs, target), _ in zip(bench.task.train, range(FISHER_BATCHES), strict=False)
             ],
-            bench.task.loss,
+            partial(loss_of, bench.task),
         )
         by_block = {
             block.name: sum(information[layer] * graph.layer[layer].parameters for layer in block.layers)

@@ -36,6 +36,9 @@ RUN_FOLDER = "run"
 
 POLICY_FILE = "policy.json"
 
+EXTREMES = 64
+"""Places of an input of integers whose least and greatest values are looked for."""
+
 ARTIFACT_FILES = (manifests.FILE_NAME, POLICY_FILE, "model.onnx")
 """Names that an export writes."""
 
@@ -64,7 +67,7 @@ def opened(
     network = graph.trace(trained.model, task.example)
     _check_outputs(trained, task)
     _check_integers(trained, task)
-    if settings.epochs:
+    if settings.epochs or settings.importance == "taylor":
         _check_loss(trained, task)
     # whatever can be refused was refused before a run begins: a mistake, once mended, begins in a clean folder
     given = choosing.given(asked_for, network, target)
@@ -160,22 +163,24 @@ def _check_outputs(trained: "Checkpoint", task: "Task") -> None:
 
 def _check_integers(trained: "Checkpoint", task: "Task") -> None:
     """Whether the model takes the least and the greatest of what its inputs of integers are: token ids are below a
-    vocabulary, and one that is not would only be noticed when its batch comes."""
+    vocabulary, and one that is not would only be noticed when its batch comes.
+
+    The examples that hold them are run as they are, for the first EXTREMES places of an input.
+    """
     whole = [name for name, array in task.example.items() if np.issubdtype(array.dtype, np.integer)]
     for batches in (task.train, task.search) if whole else ():
-        seen: dict[str, list[int]] = {name: [] for name in whole}
-        for inputs, _ in batches:
-            for name in whole:
-                seen[name] += [int(inputs[name].min()), int(inputs[name].max())]
+        seen = {name: np.concatenate([inputs[name] for inputs, _ in batches]) for name in whole}
         for name, values in seen.items():
-            for value in (min(values), max(values)):
-                changed = {**task.example, name: np.full_like(task.example[name], value)}
+            places = values.reshape(len(values), -1)[:, :EXTREMES]
+            for position in sorted({*places.argmin(0).tolist(), *places.argmax(0).tolist()}):
+                inputs, _ = batches.take(np.array([position]))
                 try:
                     with torch.no_grad():
-                        graph.forward(trained.model, graph.tensors(changed, 1))
-                except IndexError as error:
+                        graph.forward(trained.model, graph.tensors(inputs, 1))
+                except Exception as error:  # the model's own, on the user's data
                     raise UserError(
-                        f"the {batches.split} data has {value} in {name}, and the model does not run on it: {error}",
+                        f"the model does not run on the {batches.split} data, example {batches.indices[position]}, "
+                        f"{name} of {inputs[name].min()} to {inputs[name].max()}: {type(error).__name__}: {error}",
                         fix="is it the model of this data? token ids begin at 0 and lie below its vocabulary",
                     ) from error
 
@@ -183,4 +188,4 @@ def _check_integers(trained: "Checkpoint", task: "Task") -> None:
 def _check_loss(trained: "Checkpoint", task: "Task") -> None:
     """A loss that fails would only be noticed when fine-tuning begins."""
     inputs, target = task.train.take(np.arange(min(EXAMPLE, task.train.examples)))
-    loss_of(task, graph.forward(trained.model, graph.tensors(inputs, len(target))), target)
+    loss_of(task, graph.forward(trained.model, graph.tensors(inputs, len(target))), torch.from_numpy(target))

@@ -106,11 +106,10 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
                 *([] if beside is None else [beside]),
                 *(f"{left.name}: {left.reason}" for left in network.left_out),
                 *([written.note] if written.note else []),
-                *inspected,
-                *bench.latencies.notes(policy),
                 *bench.files.notes_on_rounding(policy),
                 *bench.trainer.notes(policy),
             ),
+            notes_on_measurement=(*inspected, *bench.latencies.notes(policy)),
         )
         outcome = judged(settings.out, manifest, allow_estimates=settings.allow_estimates)
     if not settings.elsewhere:

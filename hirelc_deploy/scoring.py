@@ -53,7 +53,7 @@ class Scoring:
 
     @cached_property
     def _spread(self) -> float:
-        """The standard deviation of one example's part in the original's score; nought where resamples have none."""
+        """The standard deviation of one example's part in the original's score; nought where few resamples have one."""
         found: float = self._subject.run.step("spread of the score", self._resampled)
         return found
 
@@ -67,9 +67,9 @@ class Scoring:
             try:
                 scores.append(accuracy.task_score(self._task, drawn, targets[picks]))
             except UserError:  # a score may need examples of every kind
-                return 0.0
-        spread = float(np.std(scores)) * math.sqrt(len(targets))
-        return spread if math.isfinite(spread) else 0.0
+                continue
+        finite = [score for score in scores if math.isfinite(score)]
+        return float(np.std(finite)) * math.sqrt(len(targets)) if len(finite) > RESAMPLES / 2 else 0.0
 
     def outputs(self, model: nn.Module) -> accuracy.Outputs:
         """What a model says of the split."""

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hirelc_deploy.calibration import Calibration
 from hirelc_deploy.compress.batchnorm import reestimate
-from hirelc_deploy.compress.distil import FineTuning, Teacher, as_tensors, distil
+from hirelc_deploy.compress.distil import FineTuning, Teacher, as_tensors, distil, loss_of
 from hirelc_deploy.compress.fold import Pairs, fold, foldable, present
 from hirelc_deploy.compress.grids import fitted, put_on
 from hirelc_deploy.compress.importance import Method, scores
@@ -310,7 +310,7 @@ class Trainer:
 
     def _scores_of(self, model: nn.Module) -> Mapping[str, Tensor]:
         batches = [batch for batch, _ in zip(self._task.train, range(TAYLOR_BATCHES), strict=False)]
-        return scores(model, self._graph, self._importance, batches, self._task.loss)
+        return scores(model, self._graph, self._importance, batches, partial(loss_of, self._task))
 
     @cached_property
     def _norms(self) -> Pairs:

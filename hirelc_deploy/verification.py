@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from hirelc_deploy import datasets, report as reports
 from hirelc_deploy.budget import Check
 from hirelc_deploy.config import TRTEXEC, Elsewhere
-from hirelc_deploy.cpu import cpu_flags, stands_for
+from hirelc_deploy.cpu import cpu_flags, relevant_flags, stands_for
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.profiles import Target, load_target, target_names
 from hirelc_deploy.verify import engines, judge, manifest as manifests, ort_device, remote
-from hirelc_deploy.verify.environment import environment
+from hirelc_deploy.verify.environment import cpu_model, environment
 from hirelc_deploy.verify.manifest import Artifact, Manifest, PredictionError
 from hirelc_deploy.verify.measure import BASELINE_FP16_FILE, InProcess, OnDevice, foretold, measure
 from hirelc_deploy.verify.providers import Provider, provider_of
@@ -63,7 +63,8 @@ def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" =
             is_final=not runtime.builds_on_device,
         )
     where = environment(threads=manifest.environment.threads, batch=manifest.environment.batch, clock=seen.clock)
-    again = _with(manifest, OnDevice(seen, where, runtime.version()))
+    found = OnDevice(seen, where, runtime.version(), manifest.notes_on_measurement)
+    again = _with(manifest, found, Elsewhere())
     return judged(folder, again, allow_estimates=allow_estimates)
 
 
@@ -82,20 +83,21 @@ def verify_elsewhere(
     UserError if the device cannot be reached, refuses the file, or is not the target, and as `verify`.
     """
     manifest = manifests.read(folder)
-    runtime = load_runtime(manifest.runtime.name)
     if target is None and manifest.target in target_names():
         target = load_target(manifest.target)
-    if runtime.builds_on_device and elsewhere.provider is None:
-        found, artifact = _by_trtexec(folder, manifest, elsewhere, task, target)
+    builds = _builds(manifest.runtime.name, elsewhere)
+    file = manifest.built_from or manifest.artifact
+    if any(check.ok is False for check in judge.unchanged(folder, file)):
+        return judged(folder, manifest, allow_estimates=allow_estimates)
+    task = _same_task(manifest, task)
+    if builds:
+        found = _by_trtexec(folder, file.path, manifest, elsewhere, task, target)
+        again = _with(manifest, found, elsewhere, artifact=Artifact.of(folder / engines.ENGINE_FILE), built_from=file)
         loaded = f"built and run by TensorRT {found.version}"
     else:
-        if manifest.artifact.path.endswith(runtime.suffix) and any(
-            check.ok is False for check in judge.unchanged(folder, manifest.artifact)
-        ):
-            return judged(folder, manifest, allow_estimates=allow_estimates)
-        found, artifact = _by_onnxruntime(folder, manifest, elsewhere, task, target)
+        found = _by_onnxruntime(folder, file.path, manifest, elsewhere, task, target)
+        again = _with(manifest, found, elsewhere, artifact=file, built_from=None)
         loaded = f"loaded by onnxruntime {found.version}"
-    again = _with(manifest, found, provider=elsewhere.provider, artifact=artifact)
     return judged(folder, again, allow_estimates=allow_estimates, loaded=Check(judge.LOADS, None, loaded, True))
 
 
@@ -104,7 +106,7 @@ def check_elsewhere(target: Target, elsewhere: Elsewhere) -> None:
 
     Raises UserError where it does not.
     """
-    if load_runtime(target.runtime.name).builds_on_device and elsewhere.provider is None:
+    if _builds(target.runtime.name, elsewhere):
         with remote.linked(_host_of(elsewhere)) as link:
             engines.Board(link, elsewhere.host_trtexec or TRTEXEC)
         return
@@ -112,37 +114,44 @@ def check_elsewhere(target: Target, elsewhere: Elsewhere) -> None:
         ort_device.check(remote.Runner(link, elsewhere.python, _provider_of(elsewhere)), target)
 
 
+def _builds(runtime: str, elsewhere: Elsewhere) -> bool:
+    """Whether an engine is built by TensorRT's own program.  Raises UserError for options that would do nothing."""
+    if load_runtime(runtime).builds_on_device and elsewhere.provider is None:
+        if elsewhere.host_python is not None:
+            raise UserError(
+                "host-python says what runs ONNX Runtime, and the engine is built and run by trtexec",
+                fix="leave it out, or give provider as well",
+            )
+        return True
+    if elsewhere.host_trtexec is not None:
+        raise UserError(
+            f"host-trtexec says what builds engines, and the file is one of {runtime}", fix="leave host-trtexec out"
+        )
+    return False
+
+
 def _by_trtexec(
-    folder: Path, manifest: Manifest, elsewhere: Elsewhere, task: "Task | None", target: Target | None
-) -> tuple[OnDevice, Artifact]:
-    task = _same_task(manifest, task)
+    folder: Path, file: str, manifest: Manifest, elsewhere: Elsewhere, task: "Task", target: Target | None
+) -> OnDevice:
     with remote.linked(_host_of(elsewhere)) as link:
-        found = engines.measure_on(
+        return engines.measure_on(
             engines.Board(link, elsewhere.host_trtexec or TRTEXEC),
             folder,
-            f"model{load_runtime(manifest.runtime.name).suffix}",
+            file,
             _tensors(manifest),
             task,
             min_version=engines.FIRST_VERSION if target is None else target.runtime.min_version,
             batch=manifest.environment.batch,
             seed=manifest.search.seed,
         )
-    return found, Artifact.of(folder / engines.ENGINE_FILE)
 
 
 def _by_onnxruntime(
-    folder: Path, manifest: Manifest, elsewhere: Elsewhere, task: "Task | None", target: Target | None
-) -> tuple[OnDevice, Artifact]:
-    task, file = _same_task(manifest, task), f"model{load_runtime(manifest.runtime.name).suffix}"
-    batch = manifest.environment.batch
-    with ort_device.connected(
-        elsewhere.host,
-        elsewhere.python,
-        _provider_of(elsewhere),
-        task,
-        threads=manifest.environment.threads,
-        batch=batch,
-    ) as place:
+    folder: Path, file: str, manifest: Manifest, elsewhere: Elsewhere, task: "Task", target: Target | None
+) -> OnDevice:
+    threads, batch = manifest.environment.threads, manifest.environment.batch
+    provider = _provider_of(elsewhere)
+    with ort_device.connected(elsewhere.host, elsewhere.python, provider, task, threads=threads, batch=batch) as place:
         if target is not None:
             ort_device.check(place.runner, target)
         seen = measure(
@@ -155,23 +164,25 @@ def _by_onnxruntime(
             batch=batch,
             seed=manifest.search.seed,
         )
-        found = OnDevice(seen, place.environment(batch=batch), place.runner.version, place.notes())
-    return found, Artifact.of(folder / file)
+        return OnDevice(seen, place.environment(batch=batch), place.runner.version, place.notes())
 
 
 def _can_be_measured_here(manifest: Manifest) -> None:
     """Raises UserError where an artifact's figures are those of a device, and this machine would put its own there."""
+    where = manifest.environment
     if manifest.runtime.provider is not None:
         raise UserError(
-            f"its figures were measured on {manifest.environment.cpu}, by the provider {manifest.runtime.provider}",
+            f"its figures were measured on {where.cpu}, by the provider {manifest.runtime.provider}",
             fix=f"measure it so again: --provider {manifest.runtime.provider}, with --host where it was one",
         )
-    if manifest.measured.basis.latency != "measured" or manifest.target not in target_names():
-        return
-    target = load_target(manifest.target)
-    if not stands_for(cpu_flags(), target.flags(cpu_flags())):
+    if manifest.built_from is not None:
+        return  # an engine is refused by what would load it
+    is_another = manifest.runtime.on_host and (where.cpu, where.flags) != (cpu_model(), relevant_flags())
+    if manifest.measured.basis.latency == "measured" and manifest.target in target_names():
+        is_another |= not stands_for(cpu_flags(), load_target(manifest.target).flags(cpu_flags()))
+    if is_another:
         raise UserError(
-            f"its figures were measured on {manifest.environment.cpu}, and this machine is no {manifest.target}",
+            f"its figures were measured on {where.cpu}, which this machine is not",
             fix="measure it there: hirelc-deploy verify DIR --host user@device",
         )
 
@@ -191,14 +202,19 @@ def _tensors(manifest: Manifest) -> dict[str, str]:
     return {layer.name: layer.tensor for layer in manifest.layers if layer.tensor is not None}
 
 
-def _with(manifest: Manifest, found: OnDevice, *, provider: str | None = None, **changed: Any) -> Manifest:
+def _with(manifest: Manifest, found: OnDevice, elsewhere: Elsewhere, **changed: Any) -> Manifest:
     """A manifest with what was measured anew; what it warned of before is left out."""
     seen = found.seen
     outdated = judge.warnings(manifest.budget, manifest.measured, manifest.baseline_fp16)
     return manifest.model_copy(
         update={
             "created": manifests.now(),
-            "runtime": manifests.RuntimeRecord(name=manifest.runtime.name, version=found.version, provider=provider),
+            "runtime": manifests.RuntimeRecord(
+                name=manifest.runtime.name,
+                version=found.version,
+                provider=elsewhere.provider,
+                on_host=elsewhere.host is not None,
+            ),
             "baseline": seen.baseline,
             "baseline_fp16": seen.baseline_fp16,
             "measured": seen.measured,
@@ -207,7 +223,8 @@ def _with(manifest: Manifest, found: OnDevice, *, provider: str | None = None, *
                 layer.model_copy(update={"runs_as": seen.runs_as.get(layer.name)}) for layer in manifest.layers
             ),
             "environment": found.environment,
-            "notes": (*(note for note in manifest.notes if note not in outdated), *found.notes),
+            "notes": tuple(note for note in manifest.notes if note not in outdated),
+            "notes_on_measurement": found.notes,
             **changed,
         }
     )

@@ -306,7 +306,11 @@ def unreduced():
             "has weights that have no shape before it has run: 2.weight, 2.bias",
             "run it once",
         ),
-        ({"data": "code.py:beyond"}, "the train data has 20 in input, and the model does not run on it", "vocabulary"),
+        (
+            {"data": "code.py:beyond"},
+            "does not run on the train data, example 100, input of 20 to 20: IndexError: index out of range",
+            "vocabulary",
+        ),
         ({"data": "code.py:unreadable"}, "the train data cannot be read, examples 0 to 119: KeyError", "take(indices)"),
         ({"data": "code.py:failing"}, "the task's loss fails: RuntimeError", "returns the mean over the batch"),
         ({"data": "code.py:unreduced"}, "the task's loss returns a tensor of shape (8,)", "the mean over the batch"),
@@ -321,6 +325,21 @@ def test_what_a_users_code_does_wrong_is_told_before_a_run_begins(
     assert what in said[0]
     assert fix in said[1]
     assert not Path("out").exists()
+
+
+def test_columns_of_ids_may_have_vocabularies_of_their_own(here: Path) -> None:
+    Path("columns.py").write_text(
+        "import numpy as np\nimport torch\nfrom torch import nn\n"
+        "from hirelc_deploy.task import ArraySource, Classification\n"
+        "x = np.stack([np.arange(120) % 90, np.arange(120) % 2], 1)\ny = np.arange(120) % 2\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.a, self.b, self.head = nn.Embedding(90, 4), nn.Embedding(2, 4), nn.Linear(8, 2)\n"
+        "    def forward(self, x):\n        return self.head(torch.cat([self.a(x[:, 0]), self.b(x[:, 1])], 1))\n"
+        "def task():\n    return Classification(ArraySource(x, y), ArraySource(x, y))\n"
+    )
+    given = export(model="columns.py:Net", data="columns.py:task", checkpoint=None, recipe="storage=int8")
+    assert main(given) == ExitStatus.OK
 
 
 def test_test_examples_that_the_file_does_not_run_on_are_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,11 +5,13 @@ are asked is seen by a stand-in, which runs files on the CPU and lets nothing pa
 """
 
 import json
+import os
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from exporting import digits, trained_digit_net
 from test_remote import Device, sshd  # noqa: F401 - a fixture
@@ -18,6 +20,7 @@ from hirelc_deploy import cli, pipeline
 from hirelc_deploy.config import PROVIDERS, Elsewhere, ExportSettings
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.exporters import _trt_build
+from hirelc_deploy.exporters._footprint import packed
 from hirelc_deploy.verify import manifest as manifests, providers, remote
 from hirelc_deploy.verify.remote import SSH_VARIABLE
 
@@ -56,8 +59,13 @@ class Session:
         if fault:
             os.write(2, fault.encode())
             raise RuntimeError("This session contains graph nodes that are assigned to the default CPU EP")
+        held = folder / "engines" / Path(path).name
+        held.parent.mkdir(exist_ok=True)
+        if held.exists():
+            assert held.read_bytes() == Path(path).read_bytes(), "the engine of another file would be found"
+        held.write_bytes(Path(path).read_bytes())
         with (folder / "asked").open("a") as file:
-            file.write(json.dumps([name, asked, Path(path).name]) + "\\n")
+            file.write(json.dumps([name, asked, Path(path).stem]) + "\\n")
         plain = real.SessionOptions()
         plain.graph_optimization_level = real.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.session = see(path, plain, providers=["CPUExecutionProvider"])
@@ -165,7 +173,7 @@ def test_an_artifact_is_timed_scored_and_read_back_on_a_device(device: Device, f
     assert [layer.runs_as for layer in after.layers] == [layer.runs_as for layer in before.layers]
     assert after.environment.flags == before.environment.flags
     assert after.environment.cpu == before.environment.cpu
-    assert (after.environment.clock, after.runtime.provider) == ("cpu", None)
+    assert (after.environment.clock, after.runtime.provider, after.runtime.on_host) == ("cpu", None, True)
     assert after.measured.latency_ms != before.measured.latency_ms
     assert after.measured.speedup_ci95 is not None
     for record in (after.measured, after.baseline):
@@ -195,11 +203,18 @@ def test_what_was_measured_on_a_device_is_not_overwritten_by_another_machine(
     for_host: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = manifests.read(for_host)
-    manifests.write(manifest.model_copy(update={"target": "raspberry-pi-5"}), for_host)
-    assert verify(for_host) == ExitStatus.USER_ERROR
-    error = capsys.readouterr().err
-    assert "this machine is no raspberry-pi-5" in error
-    assert "--host user@device" in error
+    pi = manifest.environment.model_copy(update={"cpu": "Cortex-A76", "flags": ("asimd",)})
+    on_host = manifest.runtime.model_copy(update={"on_host": True})
+    for changed in ({"target": "raspberry-pi-5"}, {"environment": pi, "runtime": on_host}):
+        manifests.write(manifest.model_copy(update=changed), for_host)
+        assert verify(for_host) == ExitStatus.USER_ERROR
+        error = capsys.readouterr().err
+        assert "which this machine is not" in error
+        assert "--host user@device" in error
+    # on the device itself it is measured again
+    manifests.write(manifest.model_copy(update={"runtime": on_host}), for_host)
+    assert verify(for_host) == ExitStatus.OK
+    assert not manifests.read(for_host).runtime.on_host
 
 
 # -- by another provider -------------------------------------------------------------------------------------
@@ -218,7 +233,7 @@ def test_openvino_runs_an_artifact_whole(for_host: Path, capsys: pytest.CaptureF
     assert after.baseline.accuracy == pytest.approx(before.baseline.accuracy, abs=0.5)
     assert (after.environment.clock, after.measured.memory_bytes) == ("wall", None)
     assert {layer.runs_as for layer in after.layers} == {None}
-    assert any("OpenVINOExecutionProvider of ONNX Runtime 1.24.1" in note for note in after.notes)
+    assert any("OpenVINOExecutionProvider of ONNX Runtime 1.24.1" in note for note in after.notes_on_measurement)
     shown = capsys.readouterr().out
     assert "peak memory" in shown
     assert "cannot be read" in shown
@@ -238,16 +253,17 @@ def test_tensorrt_is_told_which_batches_come_and_to_keep_its_engines(for_rtx: Pa
     assert after.baseline_fp16 is not None
     assert after.baseline_fp16.latency_ms != before.baseline_fp16.latency_ms  # type: ignore[union-attr]
     (smallest, *files) = asked(tmp_path)
-    assert smallest == ("TensorrtExecutionProvider", {}, "0.onnx")
-    (_, options, _) = files[0]
+    assert smallest[:2] == ("TensorrtExecutionProvider", {})
+    (_, options, name) = files[0]
     assert options == {
         "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": "..",
+        "trt_engine_cache_path": f"../{name}",
         "trt_profile_min_shapes": "input:1x1x8x8",
         "trt_profile_opt_shapes": "input:1x1x8x8",
         "trt_profile_max_shapes": "input:64x1x8x8",
     }
-    assert [each for each in files if each[1] != options] == []
+    assert {each[1]["trt_engine_cache_path"] for each in files} == {f"../{each[2]}" for each in files}
+    assert len({each[2] for each in files}) == 3, "a file is known by its bytes"
     # three files side by side; one on the search split, and all three on the test split
     assert len(files) == 3 + 1 + 3
 
@@ -263,10 +279,30 @@ def test_tensorrt_rtx_comes_as_a_package_of_its_own(
     assert after.environment.cpu == "NVIDIA GeForce RTX 4060"
     assert after.environment.packages["driver"] == "550.54"
     assert after.environment.packages["NvTensorRTRTXExecutionProvider"] == "0.5.0"
-    (name, options, _) = asked(tmp_path)[-1]
-    assert name == "NvTensorRTRTXExecutionProvider"
+    (called, options, name) = asked(tmp_path)[-1]
+    assert called == "NvTensorRTRTXExecutionProvider"
     assert options["nv_profile_max_shapes"] == "input:64x1x8x8"
-    assert options["nv_runtime_cache_path"] == ".."
+    assert options["nv_runtime_cache_path"] == f"../{name}"
+
+
+def test_a_cpus_provider_has_its_threads_and_no_gpu(
+    for_host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = python_with(tmp_path, "OpenVINOExecutionProvider")
+    gpu(tmp_path, monkeypatch, "NVIDIA GeForce RTX 4060", "8.9")
+    before = manifests.read(for_host)
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--provider", "openvino", "--host-python", f".{os.sep}{python.name}")  # from where the user is
+    for _ in range(2):
+        assert verify(for_host, *arguments) == ExitStatus.UNVERIFIED
+    after = manifests.read(for_host)
+    assert after.environment.cpu == before.environment.cpu
+    assert "driver" not in after.environment.packages
+    assert {options.get("num_of_threads") for _, options, _ in asked(tmp_path)[1:]} == {"1", None}
+    assert len(after.notes_on_measurement) == 1, "notes of the measurement before are gone"
+    manifests.write(after.model_copy(update={"target": "raspberry-pi-5"}), for_host)
+    assert verify(for_host, *arguments) == ExitStatus.USER_ERROR
+    assert "and raspberry-pi-5 asimd" in capsys.readouterr().err
 
 
 def test_a_provider_runs_on_a_device_as_well(device: Device, for_rtx: Path, tmp_path: Path) -> None:
@@ -367,6 +403,27 @@ def test_an_export_ends_with_its_provider_and_does_not_begin_without_it(
     outcome = export("cuda", tmp_path / "with")
     assert (outcome.status, outcome.manifest.measured.basis.latency) == (ExitStatus.OK, "measured")
     assert outcome.manifest.runtime.provider == "cuda"
+
+
+def test_options_of_another_runtime_are_refused(
+    for_host: Path, for_rtx: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for artifact, option in ((for_host, "--host-trtexec"), (for_rtx, "--host-python")):
+        assert verify(artifact, "--host", "device", option, "command") == ExitStatus.USER_ERROR
+        assert f"error: {option.removeprefix('--')} says" in capsys.readouterr().err
+
+
+def test_what_a_file_does_not_run_on_is_the_models(
+    for_host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And an input may be called like a parameter of numpy's."""
+    with remote.reached(None) as link:
+        runner = remote.Runner(link, sys.executable)
+        job = {"action": "outputs", "file": "f.onnx", "inputs": "0.npz", "threads": 1, "batch": 64}
+        files = {"f.onnx": (for_host / "model.onnx").read_bytes(), "0.npz": packed({"file": np.zeros((1, 3))})}
+        with pytest.raises(UserError, match="this machine, ONNX Runtime: ") as failed:
+            runner.job(job, files)
+    assert "does the model run on every example" in failed.value.fix
 
 
 # -- what is asked -------------------------------------------------------------------------------------------

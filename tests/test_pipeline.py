@@ -143,7 +143,7 @@ def test_a_device_that_is_only_estimated_says_so_wherever_its_latency_stands(rec
     assert (outcome.status, outcome.manifest.verdict) == (ExitStatus.UNVERIFIED, "unverified")
     measured = outcome.manifest.measured
     assert measured.basis.latency == "estimate"
-    assert not any("roofline" in note for note in outcome.manifest.notes), "all of it is estimated"
+    assert not any("roofline" in note for note in outcome.manifest.notes_on_measurement), "all of it is estimated"
     assert measured.latency_ms is not None
     assert measured.latency_ms.p50 == pytest.approx(outcome.manifest.predicted.latency_ms)
     estimate = load_target(str(target)).estimate
@@ -183,10 +183,10 @@ def test_kernels_that_the_table_of_another_cpu_lacks_are_named(tmp_path: Path) -
     write_table(there.with_suffix(".csv"), rows)
     outcome = export(tmp_path / "known", DigitNet(8), digits(), target=str(there), **settings)
     assert outcome.status == ExitStatus.UNVERIFIED
-    assert not any("roofline" in note for note in outcome.manifest.notes)
+    assert not any("roofline" in note for note in outcome.manifest.notes_on_measurement)
     write_table(there.with_suffix(".csv"), [row for row in rows if row.op not in ("Gemm", "ReduceMean")])
     outcome = export(tmp_path / "unknown", DigitNet(8), digits(), target=str(there), **settings)
-    (note,) = [note for note in outcome.manifest.notes if "roofline" in note]
+    (note,) = [note for note in outcome.manifest.notes_on_measurement if "roofline" in note]
     assert "the table of quick lacks" in note
     assert "Gemm" in note
 

@@ -62,3 +62,15 @@ def test_a_score_that_some_resamples_have_not_has_no_error_that_is_known() -> No
 
     assert millimetres(score).error(1) == 0.0
     assert millimetres(lambda off: math.nan).error(1) == 0.0
+
+
+def test_a_few_resamples_without_a_score_are_left_out() -> None:
+    """As those that lack the one example of a class."""
+    largest = np.random.default_rng(0).exponential(2.0, 500).max()
+
+    def score(off: np.ndarray) -> float:
+        if largest not in off:
+            raise ValueError("no example of that kind")
+        return float(off.mean())
+
+    assert millimetres(score).error(1) == pytest.approx(millimetres(lambda off: float(off.mean())).error(1), rel=0.3)

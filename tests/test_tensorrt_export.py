@@ -93,7 +93,7 @@ def test_an_export_without_the_device_is_unverified_and_says_what_rests_on_what(
     assert all(layer.runs_as is None for layer in manifest.layers)
     assert manifest.runtime.name == "tensorrt"
     assert "simulat" in manifest.runtime.version
-    assert any("simulation of JetPack 6.2 (TensorRT 10.3)" in note for note in manifest.notes)
+    assert any("simulation of JetPack 6.2 (TensorRT 10.3)" in note for note in manifest.notes_on_measurement)
     halves = manifest.baseline_fp16
     assert halves is not None
     assert halves.size_bytes == (outcome.folder / "baseline_fp16.onnx").stat().st_size < manifest.baseline.size_bytes

@@ -92,7 +92,9 @@ def test_an_artifact_is_built_timed_scored_and_read_back_on_the_device(
     # the stand-in computes what the reference computes
     assert after.measured.accuracy == pytest.approx(before.measured.accuracy, abs=0.5)
     assert after.baseline.accuracy == before.baseline.accuracy
-    assert any("the GPU alone takes 0.418 ms" in note for note in after.notes)
+    assert any("the GPU alone takes 0.418 ms" in note for note in after.notes_on_measurement)
+    assert not any("simulation" in note for note in after.notes_on_measurement), "it was one before"
+    assert after.built_from == before.artifact
     assert after.environment.packages == {"tensorrt": "10.3.0"}
     assert not list(device.folder.glob("tmp.*")), "the folder on the device is left behind"
     assert after.measured.energy_mj is None, "there is no tegrastats"
@@ -131,7 +133,9 @@ def test_energy_is_what_the_board_draws_for_each_inference(
     assert after.baseline_fp16 is not None
     assert after.baseline_fp16.energy_mj == pytest.approx(8.0)
     assert after.baseline.energy_mj == pytest.approx(15.0)
-    assert any(note.startswith("energy: the board draws 10 W") and "VDD_IN" in note for note in after.notes)
+    assert any(
+        note.startswith("energy: the board draws 10 W") and "VDD_IN" in note for note in after.notes_on_measurement
+    )
     shown = capsys.readouterr().out
     assert "energy" in shown
     assert "5.00 mJ" in shown

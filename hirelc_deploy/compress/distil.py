@@ -185,10 +185,10 @@ class _Moments:
         return self._squares / self._count - (self._sum / self._count) ** 2
 
 
-def loss_of(task: Task, outputs: Mapping[str, Tensor], target: np.ndarray) -> Tensor:
+def loss_of(task: Task, outputs: Mapping[str, Tensor], target: Tensor) -> Tensor:
     """What the task says of a batch.  Raises UserError, with the words of whatever the user's code raised."""
     try:
-        loss = task.loss(outputs, torch.from_numpy(target))
+        loss = task.loss(outputs, target)
     except UserError:
         raise
     except Exception as error:
@@ -256,7 +256,9 @@ def distil(
             simulation.train(True)
             outputs = forward(student, as_tensors(inputs))
             original = teacher.outputs(positions, inputs, view=view)
-            loss = teacher.distance(outputs, original) + settings.task_weight * loss_of(task, outputs, target)
+            loss = teacher.distance(outputs, original) + settings.task_weight * loss_of(
+                task, outputs, torch.from_numpy(target)
+            )
             if loss.grad_fn is None:
                 raise UserError(
                     "the loss does not depend on any weight in a way that can be followed",

@@ -41,6 +41,8 @@ def main() -> None:
             result = ACTIONS[job["action"]](job, numpy, onnxruntime)
         except RefusedError as refused:
             result = {"refused": str(refused)}
+        except Exception as error:  # of the runtime, on this file and these inputs
+            result = {"failed": first_words(error)}
     Path("result.json").write_text(json.dumps(result))
 
 
@@ -57,7 +59,7 @@ def about(job: Job, numpy: Any, onnxruntime: Any) -> Job:
         "plugin": plugin_version(provider) if provider else None,
         "cpuinfo": read("/proc/cpuinfo"),
         "board": read("/proc/device-tree/model").strip("\0 \n"),
-        "gpu": gpu() if provider else None,
+        "gpu": gpu() if provider and provider["kind"] == "gpu" else None,
         "cores": os.cpu_count() or 1,
         "system": platform.system(),
         "machine": platform.machine(),
@@ -126,12 +128,13 @@ def first_words(error: Exception) -> str:
 
 def made_by(onnxruntime: Any, path: str, chosen: Any, provider: Job) -> Any:
     name = provider["called"]
+    told = {key: value.replace("{file}", Path(path).stem) for key, value in provider["options"].items()}
     if name in onnxruntime.get_available_providers():
-        return onnxruntime.InferenceSession(path, chosen, providers=[(name, provider["options"])], enable_fallback=0)
+        return onnxruntime.InferenceSession(path, chosen, providers=[(name, told)], enable_fallback=0)
     reason = why_not(onnxruntime, provider)
     if reason:
         raise RefusedError(reason)
-    chosen.add_provider_for_devices(devices(onnxruntime, name)[:1], provider["options"])
+    chosen.add_provider_for_devices(devices(onnxruntime, name)[:1], told)
     return onnxruntime.InferenceSession(path, chosen)
 
 
@@ -192,6 +195,12 @@ def cause(said: List[str]) -> str:
     return ""
 
 
+def unpacked(numpy: Any, path: str) -> Job:
+    """Arrays by name, as `hirelc_deploy.exporters._footprint.packed` has packed them."""
+    with numpy.load(path) as arrays:
+        return {key.split(":", 1)[1]: arrays[key] for key in arrays.files}
+
+
 def answers(job: Job, numpy: Any, onnxruntime: Any) -> Job:
     """One entry a request: the optimised file's name, the shapes of values, or why not."""
     found = []
@@ -211,8 +220,7 @@ def answer(request: Job, numpy: Any, onnxruntime: Any) -> Job:
         return {"file": chosen.optimized_model_filepath}
     loaded = session(onnxruntime, request["file"], options(onnxruntime, 1, False))
     present = {each.name for each in loaded.get_inputs()}
-    arrays = numpy.load(request["inputs"])
-    given = {name: arrays[name] for name in arrays.files if name in present}
+    given = {name: array for name, array in unpacked(numpy, request["inputs"]).items() if name in present}
     values = loaded.run(request["names"], given)
     kinds = [[list(value.shape), str(value.dtype)] for value in values]
     return {"shapes": {name: kinds[i] for i, name in enumerate(request["names"])}}
@@ -222,10 +230,9 @@ def timed(job: Job, numpy: Any, onnxruntime: Any) -> Job:
     """Each file's visits, round by round; the same protocol as `hirelc_deploy.verify.timing.interleave`."""
     files = []
     for each in job["files"]:
-        arrays = numpy.load(each["inputs"])
         chosen = options(onnxruntime, job["threads"], job["optimise"])
         loaded = session(onnxruntime, each["file"], chosen, job.get("provider"))
-        files.append((loaded, {name: arrays[name] for name in arrays.files}))
+        files.append((loaded, unpacked(numpy, each["inputs"])))
     runs = []
     for loaded, inputs in files:
         fastest = min(visit(loaded, inputs, 1)[0][0] for _ in range(max(2, job["warmup"])))
@@ -255,8 +262,7 @@ def outputs(job: Job, numpy: Any, onnxruntime: Any) -> Job:
     chosen = options(onnxruntime, job["threads"], True)
     loaded = session(onnxruntime, job["file"], chosen, job.get("provider"))
     names = [each.name for each in loaded.get_outputs()]
-    arrays = numpy.load(job["inputs"])
-    inputs = {name: arrays[name] for name in arrays.files}
+    inputs = unpacked(numpy, job["inputs"])
     examples = len(next(iter(inputs.values())))
     parts = [
         loaded.run(names, {name: array[start : start + job["batch"]] for name, array in inputs.items()})

@@ -60,8 +60,17 @@ class RuntimeRecord(Record):
 
     name: str
     version: str
+    """ONNX Runtime's, where a provider ran the file."""
     provider: str | None = None
     """That of ONNX Runtime which ran the file, where it is not the runtime's own."""
+    on_host: bool = False
+    """Whether that was on a device, reached over ssh."""
+
+    def __str__(self) -> str:
+        """For people."""
+        if self.provider is None:
+            return f"{self.name} {self.version}"
+        return f"{self.provider} by onnxruntime {self.version}"
 
 
 class ModelRecord(Record):
@@ -254,6 +263,10 @@ class Manifest(Record):
     environment: Environment
     notes: tuple[str, ...] = ()
     """What a reader should know: groups that were left out and why, a network that got slower."""
+    notes_on_measurement: tuple[str, ...] = ()
+    """Likewise of how the figures were taken; others take their place when it is measured again."""
+    built_from: Artifact | None = None
+    """The file that the artifact, an engine, was built from on its device; None where the artifact is that file."""
 
     def to_json(self) -> str:
         """Keys sorted, one entry a line: two manifests can be compared by eye."""

@@ -18,6 +18,7 @@ from onnx import helper
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import _footprint
 from hirelc_deploy.exporters._base import Arrays, Footprint, NoKernelError, Optimise, Session
+from hirelc_deploy.exporters._footprint import packed
 from hirelc_deploy.exporters.onnxruntime import computes
 from hirelc_deploy.profiles import Target
 from hirelc_deploy.verify import timing
@@ -26,7 +27,7 @@ from hirelc_deploy.verify.machines import check_flags, check_version
 from hirelc_deploy.verify.manifest import Environment
 from hirelc_deploy.verify.measure import example, together
 from hirelc_deploy.verify.providers import LARGEST_BATCH, Provider
-from hirelc_deploy.verify.remote import Runner, packed, reached
+from hirelc_deploy.verify.remote import Runner, name_of, reached
 
 if TYPE_CHECKING:
     from hirelc_deploy.task import Batch, Task
@@ -53,7 +54,7 @@ class OrtDevice:
         self._threads = threads
         provider = runner.provider
         shapes = {name: array.shape[1:] for name, array in example(task, batch).items()}
-        self._options = None if provider is None else provider.options(shapes, batch)
+        self._options = None if provider is None else provider.options(shapes, batch, threads)
         # what a provider does is not done by the thread that waits for it
         self.clock: timing.Clock = "wall" if provider is not None else timing.clock_for(threads)
 
@@ -85,11 +86,11 @@ class OrtDevice:
         job = {
             "action": "footprint",
             "script": SCRIPT,
-            "file": "0.onnx",
+            "file": name_of(data := path.read_bytes()),
             "inputs": "0.npz",
             "threads": self._threads,
         }
-        files = {SCRIPT: _footprint.SCRIPT.encode(), "0.onnx": path.read_bytes(), "0.npz": packed(inputs)}
+        files = {SCRIPT: _footprint.SCRIPT.encode(), name_of(data): data, "0.npz": packed(inputs)}
         found = self.runner.job(job, files)[0]["footprint"]
         return None if found is None else Footprint(**found)
 
@@ -109,12 +110,12 @@ class OrtDevice:
         """Of any number of examples, by name."""
         job = {
             "action": "outputs",
-            "file": "0.onnx",
+            "file": name_of(file),
             "inputs": "0.npz",
             "threads": self._threads,
             "batch": LARGEST_BATCH,
         }
-        result, back = self.runner.job(job, {"0.onnx": file, "0.npz": packed(inputs)}, self._options)
+        result, back = self.runner.job(job, {name_of(file): file, "0.npz": packed(inputs)}, self._options)
         with np.load(io.BytesIO(back["outputs"])) as arrays:
             return {name: arrays[f"arr_{i}"] for i, name in enumerate(result["names"])}
 
@@ -155,9 +156,10 @@ def check(runner: Runner, target: Target) -> None:
     Raises UserError where it does not: of a provider that is built in, only a file says whether it can be loaded.
     """
     provider = runner.provider
-    if provider is None:
+    if target.kind == "cpu" and (provider is None or provider.kind == "cpu"):
         check_version(target, runner.version, runner.host)
         check_flags(target, runner.flags, runner.host, "name the device, or a target of your own for this one")
+    if provider is None:
         return
     if provider.kind != target.kind:
         raise UserError(

@@ -15,8 +15,9 @@ from hirelc_deploy.errors import UserError
 Shapes = Mapping[str, tuple[int, ...]]
 """Of one example, by input."""
 
-CACHE = ".."
-"""Where engines are kept between jobs: the folder that holds that of the job, and is removed at the end."""
+CACHE = "../{file}"
+"""Where the engines of a file are kept between jobs: beside the folder of the job, by the file's own name, and removed
+at the end.  Engines are looked up by names of nodes and shapes of inputs, which files of one network share."""
 
 LARGEST_BATCH = 64
 """Examples that a provider is given at once."""
@@ -36,28 +37,33 @@ class Provider:
     """The Python module of its plug-in; None where it is built into a runtime."""
     install: str
     """What to do where it is not there."""
-    options: Callable[[Shapes, int], dict[str, str]]
-    """What it is told, by the shapes of one example and the batch that is timed."""
+    options: Callable[[Shapes, int, int], dict[str, str]]
+    """What it is told, by the shapes of one example, the batch that is timed, and the threads of a CPU."""
 
     def job(self, options: Mapping[str, str]) -> dict[str, Any]:
         """For the runner."""
-        return {"called": self.called, "package": self.package, "options": dict(options)}
+        return {"called": self.called, "kind": self.kind, "package": self.package, "options": dict(options)}
 
     def fix_for(self, refused: str) -> str:
         """What to do about what ONNX Runtime says."""
         if "assigned to the default CPU EP" in refused:
             return "it does not run the whole file: choose other computes for the layers, or another provider"
-        missing = re.search(r"\S+: cannot open shared object file", refused)
-        if missing or "LoadLibrary failed" in refused:
+        if re.search(r"\S+: cannot open shared object file|LoadLibrary failed", refused):
             return f"its libraries are not found: {self.install}"
-        return self.install
+        if f"has no {self.called}" in refused or "finds no device" in refused:
+            return self.install
+        return "is the file whole, and its runtime there as new as the target says?"
 
 
-def _nothing(shapes: Shapes, batch: int) -> dict[str, str]:
+def _of_cuda(shapes: Shapes, batch: int, threads: int) -> dict[str, str]:
     return {}
 
 
-def _of_tensorrt(shapes: Shapes, batch: int) -> dict[str, str]:
+def _of_openvino(shapes: Shapes, batch: int, threads: int) -> dict[str, str]:
+    return {"num_of_threads": str(threads)}
+
+
+def _of_tensorrt(shapes: Shapes, batch: int, threads: int) -> dict[str, str]:
     return {
         "trt_engine_cache_enable": "1",
         "trt_engine_cache_path": CACHE,
@@ -65,7 +71,7 @@ def _of_tensorrt(shapes: Shapes, batch: int) -> dict[str, str]:
     }
 
 
-def _of_tensorrt_rtx(shapes: Shapes, batch: int) -> dict[str, str]:
+def _of_tensorrt_rtx(shapes: Shapes, batch: int, threads: int) -> dict[str, str]:
     return {"nv_runtime_cache_path": CACHE, **_profile("nv", shapes, batch)}
 
 
@@ -89,7 +95,7 @@ PROVIDERS = {
             "gpu",
             None,
             "pip install onnxruntime-gpu there, in an environment of its own, with CUDA and cuDNN of its version",
-            _nothing,
+            _of_cuda,
         ),
         Provider(
             "tensorrt",
@@ -114,7 +120,7 @@ PROVIDERS = {
             "cpu",
             "onnxruntime_ep_openvino",
             "pip install onnxruntime-openvino there, in an environment of its own",
-            _nothing,
+            _of_openvino,
         ),
     )
 }

@@ -15,15 +15,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hirelc_deploy.cpu import RELEVANT_FLAGS, flags_of_cpuinfo
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters._base import Arrays, KernelFile, NoKernelError, Optimise, Request, Runtime
+from hirelc_deploy.exporters._footprint import packed
 from hirelc_deploy.verify import timing
 from hirelc_deploy.verify.machines import WARMUP_RUNS, Where
 from hirelc_deploy.verify.providers import Provider
@@ -100,6 +100,8 @@ class Local:
 
     def python(self, python: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
         """Run `runner.py` of these files; the files that it writes.  Raises UserError if it fails."""
+        if Path(python).name != python:  # a path from where the user is, and not from the job's folder
+            python = os.path.abspath(python)  # noqa: PTH100 - a link stays a link: it says whose packages are found
         job = self.folder / "job"
         shutil.rmtree(job, ignore_errors=True)
         job.mkdir()
@@ -149,8 +151,13 @@ class Runner:
                 f"{self.host} has no {result['missing']} for {result['python']}",
                 fix=f"install it there: {result['python']} -m pip install onnxruntime numpy",
             )
+        by = "ONNX Runtime" if self.provider is None else self.provider.called
+        if "failed" in result:
+            raise UserError(
+                f"{self.host}, {by}: {result['failed']}",
+                fix="does the model run on every example? token ids have to lie below its vocabulary",
+            )
         if "refused" in result:
-            by = "ONNX Runtime" if self.provider is None else self.provider.called
             fix = "is the runtime there at least the version that the target names?"
             if self.provider is not None:
                 fix = self.provider.fix_for(result["refused"])
@@ -185,10 +192,10 @@ class Runner:
         """Files, each on its own inputs, side by side, in at least and at most so many rounds, for so many seconds."""
         sent: dict[str, bytes] = {}
         for i, (file, inputs) in enumerate(files):
-            sent |= {f"{i}.onnx": file, f"{i}.npz": packed(inputs)}
+            sent |= {name_of(file): file, f"{i}.npz": packed(inputs)}
         job = {
             "action": "timed",
-            "files": [{"file": f"{i}.onnx", "inputs": f"{i}.npz"} for i in range(len(files))],
+            "files": [{"file": name_of(file), "inputs": f"{i}.npz"} for i, (file, _) in enumerate(files)],
             "threads": threads,
             "optimise": optimise,
             "warmup": warmup,
@@ -202,6 +209,11 @@ class Runner:
             timing.Timing(tuple(timing.Visit(tuple(wall_ms), cpu_ms) for wall_ms, cpu_ms in visits))
             for visits in result["rounds"]
         ]
+
+
+def name_of(file: bytes) -> str:
+    """What a file is called on a device: by its bytes, since a provider knows the engines that it keeps by it."""
+    return f"{sha256(file).hexdigest()[:16]}.onnx"
 
 
 class Remote:
@@ -313,13 +325,6 @@ def _answer(each: Mapping[str, Any], back: Mapping[str, bytes]) -> Any:
     if "file" in each:
         return back[each["file"]]
     return {name: (tuple(shape), dtype) for name, (shape, dtype) in each["shapes"].items()}
-
-
-def packed(arrays: Arrays) -> bytes:
-    """As np.load reads it."""
-    file = io.BytesIO()
-    np.savez(file, **arrays)  # type: ignore[arg-type]
-    return file.getvalue()
 
 
 def _tar(files: Mapping[str, bytes]) -> bytes:
