@@ -446,6 +446,34 @@ def test_a_step_further_is_taken_only_while_another_may_follow_it() -> None:
         assert order == [99, finished_next]
 
 
+@pytest.mark.parametrize(
+    ("mild_left", "is_recipe", "most"), [(0.02, True, 2.0 * 62), (0.08, True, 1.5 * 62), (0.02, False, None)]
+)
+def test_a_recipe_that_fails_is_no_example_of_what_was_searched(
+    mild_left: float, is_recipe: bool, most: float | None
+) -> None:
+    """Seen on `wide`: 0.23 of 0.5 points were left of a recipe as hard as 104, and so a search that had lost nothing at
+    62 and 76 tried nothing harder, where another had lost nothing at 183.  What a score cannot tell is no loss."""
+    harsh, mild = evaluation(99, 104.0, 1000), evaluation(62, 62.0, 1000)
+    left = {99: 0.23, 62: mild_left}
+    problem: Problem = replace(
+        toy().problem,
+        budget=Budget(drop=0.5),
+        before=BEFORE,
+        costs=as_trained,
+        score_error=0.33,
+        recipes={"keep=25%": harsh.policy} if is_recipe else {},
+        evaluate=lambda _: harsh,
+    )
+    finishing = Finishing(problem, lambda policy: evaluation(policy.keep["g"], left[policy.keep["g"]], 1000))
+    assert finishing.some([harsh])
+    assert finishing.some([mild])
+    if most is None:
+        assert 62 < allowed(finishing.aim) < 104, "between what held and what failed"
+    else:
+        assert allowed(finishing.aim) == pytest.approx(most)
+
+
 def test_prices_that_were_told_anew_decide_what_is_finished_next() -> None:
     """Of two small files the first was told to be the faster one; its file was timed, and is not."""
     problem: Problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained)

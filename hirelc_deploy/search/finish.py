@@ -45,6 +45,9 @@ MOST_TIMES, FURTHER, FURTHER_UNHARMED = 120.0, 1.5, 2.0
 little of what more would leave, since mending ends abruptly.  Where nothing has failed yet it may be so much harder
 than what was mended, by the larger step where that lost nothing, as long as another can be finished to step back."""
 
+UNHARMED = 1 / 10
+"""A drop of such a part of the limit is nothing, where a score cannot tell it from that."""
+
 POWER, POWERS = 1.5, (1.0, 4.0)
 """What is left grows with this power of hardness, as long as one policy is known, and between these with more."""
 
@@ -251,12 +254,17 @@ class Finishing:
     @property
     def _further(self) -> float:
         """The hardness that is tried to learn whether it is mended as well; nought where that is not worth it: where as
-        much has failed, and where no other could be finished after it."""
-        mended = self._mended(self._safe)
-        has_failed = any(self._hardness(e) >= mended and after.drop > self._safe for e, after in self._pairs.values())
+        much has failed, and where no other could be finished after it.
+
+        Recipes are no example: of what is uniform more is left than of what was searched and is as hard by its figures.
+        """
+        mended, recipes = self._mended(self._safe), list(self._problem.recipes.values())
+        searched = [pair for pair in self._pairs.values() if pair[0].policy not in recipes]
+        has_failed = any(self._hardness(e) >= mended and after.drop > self._safe for e, after in searched)
         if has_failed or len(self._pairs) + 1 >= self._most:
             return 0.0
-        return max(FURTHER * mended, FURTHER_UNHARMED * self._mended(0.0))
+        unharmed = self._mended(min(self._problem.score_error / 2, UNHARMED * self._goal.drop_max))
+        return max(FURTHER * mended, FURTHER_UNHARMED * unharmed)
 
     def _mended(self, left: float) -> float:
         """The hardest evaluation of which no more was left; nought where that was never seen."""
