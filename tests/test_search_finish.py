@@ -446,6 +446,30 @@ def test_a_step_further_is_taken_only_while_another_may_follow_it() -> None:
         assert order == [99, finished_next]
 
 
+@pytest.mark.parametrize(("drop", "expected"), [(17.0, [99, 1]), (30.0, [99])])
+def test_the_last_is_spent_on_a_step_further_where_nothing_surer_is_left(drop: float, expected: list[int]) -> None:
+    """It costs time alone, since another holds; but no more than a step."""
+    recipe = evaluation(99, 12.0, 900)
+    problem: Problem = replace(
+        toy().problem,
+        budget=Budget(drop=1.0),
+        before=BEFORE,
+        costs=as_trained,
+        score_error=9.0,
+        evaluate=lambda _: recipe,
+    )
+    order: list[int] = []
+
+    def complete(policy: Policy) -> Evaluation:
+        order.append(policy.keep["g"])
+        return evaluation(policy.keep["g"], 0.2, 900)
+
+    finishing = Finishing(problem, complete, most=2)
+    finishing.recipe(Evaluations(problem, 3))
+    finishing.choice([evaluation(1, drop, 850)])
+    assert order == expected
+
+
 @pytest.mark.parametrize(
     ("mild_left", "is_recipe", "most"), [(0.02, True, 2.0 * 62), (0.08, True, 1.5 * 62), (0.02, False, None)]
 )

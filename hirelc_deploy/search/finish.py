@@ -253,15 +253,19 @@ class Finishing:
 
     @property
     def _further(self) -> float:
-        """The hardness that is tried to learn whether it is mended as well; nought where that is not worth it: where as
-        much has failed, and where no other could be finished after it.
+        """The hardness that is tried to learn whether it is mended as well, while another can be finished after it."""
+        return self._untried if len(self._pairs) + 1 < self._most else 0.0
+
+    @property
+    def _untried(self) -> float:
+        """A step further than what was mended; nought where as much has failed.
 
         Recipes are no example: of what is uniform more is left than of what was searched and is as hard by its figures.
         """
         mended, recipes = self._mended(self._safe), list(self._problem.recipes.values())
         searched = [pair for pair in self._pairs.values() if pair[0].policy not in recipes]
         has_failed = any(self._hardness(e) >= mended and after.drop > self._safe for e, after in searched)
-        if has_failed or len(self._pairs) + 1 >= self._most:
+        if has_failed:
             return 0.0
         unharmed = self._mended(min(self._problem.score_error / 2, UNHARMED * self._goal.drop_max))
         return max(FURTHER * mended, FURTHER_UNHARMED * unharmed)
@@ -307,8 +311,10 @@ class Finishing:
         if holding and not hopeful:  # what fails now costs time alone
             held, failed = self._mended(self._safe), self._failed
             between = [e for e in cheaper if self._is_limited and held < self._hardness(e) < failed]
-            # it fails the sooner the nearer it is to what did
-            return sorted(between, key=lambda e: (_cost(e, goal) - cheapest) * math.log(failed / self._hardness(e)))
+            if between:  # it fails the sooner the nearer it is to what did
+                return sorted(between, key=lambda e: (_cost(e, goal) - cheapest) * math.log(failed / self._hardness(e)))
+            untried = self._untried if self._is_limited else 0.0
+            return sorted((e for e in cheaper if self._hardness(e) <= untried), key=lambda e: _cost(e, goal))
         if hopeful:
             return sorted(hopeful, key=lambda each: (_cost(each, goal), each.drop))
         return sorted(open_, key=lambda each: (excess(budget, each.figures), self._hardness(each)))
