@@ -14,7 +14,7 @@ from hirelc_deploy.exporters import _sessions, load_runtime
 from hirelc_deploy.exporters._base import NoKernelError
 from hirelc_deploy.verify import _runner, profiling, timing as timing_module
 from hirelc_deploy.verify.machines import Here
-from hirelc_deploy.verify.remote import Remote
+from hirelc_deploy.verify.remote import Runner
 from hirelc_deploy.verify.timing import MIN_ROUNDS, Timing, Visit, clock_for, interleave, ratio
 
 INPUTS = {"input": np.zeros((1, 1), np.float32)}
@@ -106,10 +106,9 @@ def test_a_device_times_several_threads_as_this_machine_does(version: str) -> No
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_device_is_told_the_pause_that_is_made_here(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
-    device = object.__new__(Remote)
-    device.where = Here(load_runtime("onnxruntime"), threads=threads).where
-    monkeypatch.setattr(device, "_job", lambda job, files: (told.append(job) or {"rounds": []}, {}))
-    device.timed([], rounds=1)
+    runner = object.__new__(Runner)
+    monkeypatch.setattr(runner, "job", lambda job, files, options: (told.append(job) or {"rounds": []}, {}))
+    runner.timed([], threads=threads, warmup=1, rounds=(1, 1), optimise=False)
     assert told[0]["pause_s"] == (timing_module.SETTLE_S if threads > 1 else 0.0)
 
 
