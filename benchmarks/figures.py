@@ -44,7 +44,7 @@ def table() -> str:
     rows = [_row(*each) for each in on_record]
     manifests = [manifest for _, manifest, _ in on_record]
     machines = {cpu_text(m.environment.cpu, m.environment.flags) for m in manifests}
-    runtimes = {f"{m.runtime.name} {m.runtime.version}" for m in manifests}
+    runtimes = {str(m.runtime) for m in manifests}
     where = f"CPUs: {'; '.join(sorted(machines))}. {'; '.join(sorted(runtimes))}, one thread, batch 1."
     return f"{HEAD}{''.join(rows)}\n{where}\n"
 

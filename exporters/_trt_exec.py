@@ -57,9 +57,9 @@ def build_command(trtexec: str, file: str, engine: str, shapes: Shapes, *, batch
         f"--saveEngine={engine}",
         "--skipInference",
         "--profilingVerbosity=detailed",
-        f"--minShapes={_sized(shapes, 1)}",
-        f"--optShapes={_sized(shapes, batch)}",
-        f"--maxShapes={_sized(shapes, max(batch, LARGEST_BATCH))}",
+        f"--minShapes={sized(shapes, 1)}",
+        f"--optShapes={sized(shapes, batch)}",
+        f"--maxShapes={sized(shapes, max(batch, LARGEST_BATCH))}",
     )
 
 
@@ -68,7 +68,7 @@ def time_command(trtexec: str, engine: str, shapes: Shapes, *, batch: int, times
     return _command(
         trtexec,
         f"--loadEngine={engine}",
-        f"--shapes={_sized(shapes, batch)}",
+        f"--shapes={sized(shapes, batch)}",
         *("--useCudaGraph", "--useSpinWait"),
         *(f"--warmUp={WARM_UP_MS}", f"--duration={SECONDS}"),
         f"--exportTimes={times}",
@@ -81,7 +81,7 @@ def run_command(trtexec: str, engine: str, shapes: Shapes, *, batch: int, inputs
     return _command(
         trtexec,
         f"--loadEngine={engine}",
-        f"--shapes={_sized(shapes, batch)}",
+        f"--shapes={sized(shapes, batch)}",
         f"--loadInputs={','.join(f'{name}:{file}' for name, file in inputs.items())}",
         *("--iterations=1", "--warmUp=0", "--duration=0"),
         f"--exportOutput={out}",
@@ -191,7 +191,8 @@ def _computes_in(layer: Mapping[str, object]) -> str | None:
     return next((compute for begins, compute in COMPUTES.items() if begins in kind.split()), None)
 
 
-def _sized(shapes: Shapes, batch: int) -> str:
+def sized(shapes: Shapes, batch: int) -> str:
+    """The shapes of a batch, as TensorRT's options have them."""
     return ",".join(f"{name}:{'x'.join(map(str, (batch, *shape)))}" for name, shape in shapes.items())
 
 

@@ -15,7 +15,7 @@ from hirelc_deploy.verify import engines, judge, manifest as manifests, ort_devi
 from hirelc_deploy.verify.environment import cpu_model, environment
 from hirelc_deploy.verify.manifest import Artifact, Manifest, PredictionError
 from hirelc_deploy.verify.measure import BASELINE_FP16_FILE, InProcess, OnDevice, foretold, measure
-from hirelc_deploy.verify.providers import Provider, provider_of
+from hirelc_deploy.verify.providers import PROVIDERS, Provider
 
 if TYPE_CHECKING:
     from hirelc_deploy.task import Task
@@ -188,7 +188,7 @@ def _can_be_measured_here(manifest: Manifest) -> None:
 
 
 def _provider_of(elsewhere: Elsewhere) -> Provider | None:
-    return None if elsewhere.provider is None else provider_of(elsewhere.provider)
+    return None if elsewhere.provider is None else PROVIDERS[elsewhere.provider]
 
 
 def _host_of(elsewhere: Elsewhere) -> str:

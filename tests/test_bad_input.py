@@ -6,7 +6,7 @@ test_rundir); here they are met as a user meets them.
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,14 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[s
     return first, second
 
 
+def assert_refused(changed: Mapping[str, str | None], what: str, fix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same command, once mended, is not told that a run is there already."""
+    said = refusal(export(**changed), capsys)
+    assert what in said[0]
+    assert fix in said[1]
+    assert not Path("out").exists()
+
+
 @pytest.mark.parametrize(
     ("changed", "what", "fix"),
     [
@@ -172,11 +180,8 @@ def test_a_mistake_is_told_in_one_message_and_leaves_nothing_behind(
     )
     Path("export.toml").write_text('max-latancy = "5ms"\n')
     Path("twice.toml").write_text("max-drop = 1.0\nmax_drop = 0.1\n")
-    said = refusal(export(**changed), capsys)
-    assert what in said[0]
-    assert fix in said[1]
+    assert_refused(changed, what, fix, capsys)
     assert not Path("executed").exists()
-    assert not Path("out").exists()  # the same command, once mended, is not told that a run is there already
 
 
 def test_no_permission_to_read_a_checkpoint(
@@ -321,10 +326,7 @@ def test_what_a_users_code_does_wrong_is_told_before_a_run_begins(
 ) -> None:
     Path("code.py").write_text(CODE)
     given = {"model": "code.py:words", "data": "code.py:task", "epochs": "1", "checkpoint": None} | changed
-    said = refusal(export(**given), capsys)
-    assert what in said[0]
-    assert fix in said[1]
-    assert not Path("out").exists()
+    assert_refused(given, what, fix, capsys)
 
 
 def test_columns_of_ids_may_have_vocabularies_of_their_own(here: Path) -> None:

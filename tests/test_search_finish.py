@@ -421,34 +421,9 @@ def test_what_may_be_tried_does_not_shrink_with_a_limit_that_is_small_for_one_ex
         assert allowed(finishing.aim) == pytest.approx(most)
 
 
-def test_a_step_further_is_taken_only_while_another_may_follow_it() -> None:
-    """Of 12 points as much is left as is safe, so that more is told to leave too much."""
-    recipe, seen = evaluation(99, 12.0, 900), [evaluation(11, 11.0, 880), evaluation(17, 17.0, 850)]
-    for most, finished_next, drop in ((2, 11, 12.0 / 0.9**0.5), (3, 17, 18.0 / 0.9**0.5)):
-        problem: Problem = replace(
-            toy().problem,
-            budget=Budget(drop=1.0),
-            before=BEFORE,
-            costs=as_trained,
-            score_error=9.0,
-            evaluate=lambda _: recipe,
-        )
-        order: list[int] = []
-
-        def complete(policy: Policy, order: list[int] = order) -> Evaluation:
-            order.append(policy.keep["g"])
-            return evaluation(policy.keep["g"], 0.2, 900)
-
-        finishing = Finishing(problem, complete, most=most)
-        finishing.recipe(Evaluations(problem, 3))
-        assert allowed(finishing.aim) == pytest.approx(drop), "what was mended, or half as much again"
-        assert finishing.some(seen)
-        assert order == [99, finished_next]
-
-
-@pytest.mark.parametrize(("drop", "expected"), [(17.0, [99, 1]), (30.0, [99])])
-def test_the_last_is_spent_on_a_step_further_where_nothing_surer_is_left(drop: float, expected: list[int]) -> None:
-    """It costs time alone, since another holds; but no more than a step."""
+def begun(*, most: int) -> tuple[Finishing, list[int]]:
+    """A recipe that drops by 12 points is finished, and at most so many are; what was, in order.  As much is left of
+    everything as is safe, so that more is told to leave too much."""
     recipe = evaluation(99, 12.0, 900)
     problem: Problem = replace(
         toy().problem,
@@ -464,8 +439,24 @@ def test_the_last_is_spent_on_a_step_further_where_nothing_surer_is_left(drop: f
         order.append(policy.keep["g"])
         return evaluation(policy.keep["g"], 0.2, 900)
 
-    finishing = Finishing(problem, complete, most=2)
+    finishing = Finishing(problem, complete, most=most)
     finishing.recipe(Evaluations(problem, 3))
+    return finishing, order
+
+
+def test_a_step_further_is_taken_only_while_another_may_follow_it() -> None:
+    seen = [evaluation(11, 11.0, 880), evaluation(17, 17.0, 850)]
+    for most, finished_next, drop in ((2, 11, 12.0 / 0.9**0.5), (3, 17, 18.0 / 0.9**0.5)):
+        finishing, order = begun(most=most)
+        assert allowed(finishing.aim) == pytest.approx(drop), "what was mended, or half as much again"
+        assert finishing.some(seen)
+        assert order == [99, finished_next]
+
+
+@pytest.mark.parametrize(("drop", "expected"), [(17.0, [99, 1]), (30.0, [99])])
+def test_the_last_is_spent_on_a_step_further_where_nothing_surer_is_left(drop: float, expected: list[int]) -> None:
+    """It costs time alone, since another holds; but no more than a step."""
+    finishing, order = begun(most=2)
     finishing.choice([evaluation(1, drop, 850)])
     assert order == expected
 

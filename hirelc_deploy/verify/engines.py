@@ -19,6 +19,7 @@ from hirelc_deploy.exporters._trt_build import LARGEST_BATCH
 from hirelc_deploy.exporters._trt_exec import JETPACK, Times
 from hirelc_deploy.rundir import write_atomic
 from hirelc_deploy.verify import accuracy
+from hirelc_deploy.verify.machines import numbers_of
 from hirelc_deploy.verify.manifest import Baseline, Environment, Measured, MeasuredBasis, Percentiles
 from hirelc_deploy.verify.measure import BASELINE_FILE, BASELINE_FP16_FILE, Measurement, OnDevice, example, together
 from hirelc_deploy.verify.power import Power, drawn, watched
@@ -170,7 +171,7 @@ def measure_on(
     files = {ARTIFACT: file, BASELINE: BASELINE_FILE, HALVES: BASELINE_FP16_FILE}
     for name, source in files.items():
         built[name], engine = board.build(name, folder / source, shapes, batch=batch)
-        if _numbers(built[name].version) < _numbers(min_version):
+        if numbers_of(built[name].version) < numbers_of(min_version):
             raise UserError(
                 f"{board.link.host} has TensorRT {built[name].version}, and the target begins with {min_version}",
                 fix="install a newer JetPack there, or lower runtime.min_version in a target of your own",
@@ -239,7 +240,3 @@ def measure_on(
 
 def _note_on(power: Power) -> str:
     return f"energy: the board draws {power.watts:.3g} W while the engine is timed ({' + '.join(power.rails)})"
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))

@@ -29,7 +29,7 @@ class Where:
 
 def check_version(target: Target, version: str, name: str) -> None:
     """Raises UserError if what a device has of a target's runtime is older than the target."""
-    if _numbers(version) < _numbers(target.runtime.min_version):
+    if numbers_of(version) < numbers_of(target.runtime.min_version):
         raise UserError(
             f"{name} has {target.runtime.name} {version}, and {target.name} begins with {target.runtime.min_version}",
             fix="install a newer one there, or lower runtime.min_version in a target of your own",
@@ -48,7 +48,8 @@ def check_flags(target: Target, flags: Iterable[str], name: str, fix: str) -> No
         )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def numbers_of(version: str) -> tuple[int, ...]:
+    """A version, as it is compared with another."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 

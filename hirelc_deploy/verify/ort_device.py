@@ -19,6 +19,7 @@ from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import _footprint
 from hirelc_deploy.exporters._base import Arrays, Footprint, NoKernelError, Optimise, Session
 from hirelc_deploy.exporters._footprint import packed
+from hirelc_deploy.exporters._trt_build import LARGEST_BATCH
 from hirelc_deploy.exporters.onnxruntime import computes
 from hirelc_deploy.profiles import Target
 from hirelc_deploy.verify import timing
@@ -26,7 +27,7 @@ from hirelc_deploy.verify.environment import model_name
 from hirelc_deploy.verify.machines import check_flags, check_version
 from hirelc_deploy.verify.manifest import Environment
 from hirelc_deploy.verify.measure import example, together
-from hirelc_deploy.verify.providers import LARGEST_BATCH, Provider
+from hirelc_deploy.verify.providers import Provider
 from hirelc_deploy.verify.remote import Runner, name_of, reached
 
 if TYPE_CHECKING:
@@ -156,16 +157,16 @@ def check(runner: Runner, target: Target) -> None:
     Raises UserError where it does not: of a provider that is built in, only a file says whether it can be loaded.
     """
     provider = runner.provider
-    if target.kind == "cpu" and (provider is None or provider.kind == "cpu"):
-        check_version(target, runner.version, runner.host)
-        check_flags(target, runner.flags, runner.host, "name the device, or a target of your own for this one")
-    if provider is None:
-        return
-    if provider.kind != target.kind:
+    if provider is not None and provider.kind != target.kind:
         raise UserError(
             f"{target.name} is a {target.kind.upper()}, and the provider {provider.name} is for another device",
             fix="export for a target that it runs on: `hirelc-deploy targets` lists them",
         )
+    if target.kind == "cpu":
+        check_version(target, runner.version, runner.host)
+        check_flags(target, runner.flags, runner.host, "name the device, or a target of your own for this one")
+    if provider is None:
+        return
     has = (runner.about["gpu"] or {}).get("compute_capability", "")
     wanted = "" if target.gpu is None else target.gpu.compute_capability
     if has.replace(".", "").isdigit() and wanted and has != wanted:

@@ -10,17 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hirelc_deploy.errors import UserError
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Of one example, by input."""
+from hirelc_deploy.exporters._trt_build import LARGEST_BATCH
+from hirelc_deploy.exporters._trt_exec import Shapes, sized
 
 CACHE = "../{file}"
 """Where the engines of a file are kept between jobs: beside the folder of the job, by the file's own name, and removed
 at the end.  Engines are looked up by names of nodes and shapes of inputs, which files of one network share."""
-
-LARGEST_BATCH = 64
-"""Examples that a provider is given at once."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +73,7 @@ def _of_tensorrt_rtx(shapes: Shapes, batch: int, threads: int) -> dict[str, str]
 def _profile(prefix: str, shapes: Shapes, batch: int) -> dict[str, str]:
     """The batches that an engine is built for: without, each larger one would have it built anew."""
     sizes = {"min": 1, "opt": batch, "max": max(batch, LARGEST_BATCH)}
-    return {
-        f"{prefix}_profile_{which}_shapes": ",".join(
-            f"{name}:{'x'.join(map(str, (size, *shape)))}" for name, shape in shapes.items()
-        )
-        for which, size in sizes.items()
-    }
+    return {f"{prefix}_profile_{which}_shapes": sized(shapes, size) for which, size in sizes.items()}
 
 
 PROVIDERS = {
@@ -124,10 +114,3 @@ PROVIDERS = {
         ),
     )
 }
-
-
-def provider_of(name: str) -> Provider:
-    """Raises UserError for a name that does not exist."""
-    if name not in PROVIDERS:
-        raise UserError(f"there is no provider {name!r}", fix=f"there is {', '.join(PROVIDERS)}")
-    return PROVIDERS[name]
