@@ -50,6 +50,7 @@ def _record(each: Evaluation, choice: Choice) -> FrontRecord | None:
         speedup=each.figures.speedup,
         drop_points=each.drop,
         hardness_points=choice.hardness.get(each.policy.digest()),
+        whole_part=choice.whole.get(each.policy.digest()),
         finished_drop_points=next((end.drop for end in choice.finished if _alike(end.policy, each.policy)), None),
         recipe=_recipe(each, choice),
     )

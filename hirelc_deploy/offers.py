@@ -52,7 +52,9 @@ class Offers:
             for name in space.layers
         ]
         groups = [
-            GroupVariable(f"units of {group.name}", space.groups[group.name], group.blocks, group.name)
+            GroupVariable(
+                f"units of {group.name}", space.groups[group.name], group.blocks, group.name, group.gone_at_zero
+            )
             for group in graph.groups
         ]
         return (*layers, *groups)

@@ -8,10 +8,10 @@ import pytest
 from toy_search import toy
 
 from hirelc_deploy.budget import Budget, Figures
-from hirelc_deploy.policy import Policy
+from hirelc_deploy.policy import FP32, Compute, PerChannel, Policy, Precision, Storage
 from hirelc_deploy.search.additive import recipe_ladder
 from hirelc_deploy.search.finish import FINALISTS, FIRST_HARDNESS, RECIPES, Finishing, Mending
-from hirelc_deploy.search.problem import Evaluations, Prices, Problem, Rows
+from hirelc_deploy.search.problem import Evaluations, GroupVariable, LayerVariable, Prices, Problem, Rows
 from hirelc_deploy.search.space import Choice, Evaluation
 
 BEFORE = Figures(latency_ms=10.0, speedup=1.0, size_bytes=1000, drop=0.0)
@@ -188,7 +188,7 @@ def allowed(problem: Problem) -> float | None:
     limit = problem.budget.drop
     if limit is None or problem.part_left is None:
         return limit
-    return limit / float(problem.part_left(problem.costs(problem.as_trained[None]))[0])
+    return limit / float(problem.part_left(problem.costs(problem.as_trained[None]), np.ones(1))[0])
 
 
 def aim(
@@ -235,11 +235,33 @@ def test_the_smaller_and_faster_the_file_the_less_an_evaluation_may_drop() -> No
         prices = Prices(np.array([1000.0, 250.0, 90.0, 1.0, 250.0]), np.array([10.0, 10.0, 10.0, 10.0, 2.5]))
         as_large = 4.0 * 4 ** (1 / 1.5)
         allowed_drops = [as_large * 2, as_large, as_large * (90 / 250) ** 0.5, 1.0, as_large / 2]
-        assert 1.0 / part_left(prices) == pytest.approx(allowed_drops)
+        assert 1.0 / part_left(prices, np.ones(5)) == pytest.approx(allowed_drops)
         left = finishing.aim.left_of([replace(recipe, figures=replace(recipe.figures, drop=10.0))])
         assert left == pytest.approx([10.0 / as_large])
         another = replace(evaluation(1, 3.0, 1), figures=replace(recipe.figures, drop=3.0))
         assert finishing.choice([another]).hardness[another.policy.digest()] == pytest.approx(6.0)
+
+
+def test_layers_that_are_gone_or_have_one_bit_make_a_drop_harder_to_mend() -> None:
+    """By the square of what is whole; so an evaluation may drop by less, in a file that costs as much."""
+    signs = Precision(Storage("vector", 1, PerChannel()), Compute.FP32)
+    variables = (
+        *(LayerVariable(name, (FP32, signs), (name,)) for name in ("a", "b", "c", "d")),
+        GroupVariable("g", (0, 8), ("b",), gone_at_zero=("a", "b")),
+    )
+    problem: Problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, variables=variables)
+    rows = np.array([[0, 0, 0, 0, 1], [1, 0, 0, 0, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 0]])
+    whole = [1.0, 0.75, 0.5, 0.5, 0.0]
+    assert problem.whole(rows) == pytest.approx(whole), "what is gone has no bits besides"
+
+    seen = [Evaluation(problem.policy(row), evaluation(0, 1.0, 1000).figures, 89.0) for row in rows]
+    finishing = Finishing(problem, lambda _: replace(seen[0], figures=replace(seen[0].figures, drop=0.05)))
+    assert finishing.some(seen[:1])
+    hardness = list(finishing.choice(seen).hardness.values())
+    assert hardness == pytest.approx([1.0, 1 / 0.75**2, 4.0, 4.0, 64.0]), "and none is told to be infinitely hard"
+
+    left = finishing.aim.left_of([replace(each, figures=replace(each.figures, drop=0.5)) for each in seen])
+    assert left[1:3] / left[0] == pytest.approx([1 / 0.75**2, 4.0])
 
 
 def test_how_fast_a_file_is_goes_by_its_speed_up_if_that_was_seen() -> None:
@@ -257,9 +279,9 @@ def test_how_fast_a_file_is_goes_by_its_speed_up_if_that_was_seen() -> None:
         (5.0, 5.0, 1.71),
         (0.5, 2.0, 1.0),
         (4.0, -0.3, 29.47),
-        (30.0, -0.3, 120.0),
-        (100.0, 0.2, 150.0),
-        (100.0, -0.3, 200.0),
+        (50.0, -0.3, 200.0),
+        (160.0, 0.2, 240.0),
+        (160.0, -0.3, 320.0),
     ],
 )
 def test_the_aim_is_never_stricter_than_the_limit_and_never_far_beyond_it_or_what_was_mended(
@@ -405,8 +427,8 @@ def test_what_is_mended_to_the_last_lets_more_be_hoped_for_each_time(left: float
 
 def test_what_may_be_tried_does_not_shrink_with_a_limit_that_is_small_for_one_example() -> None:
     """Fine-tuning mends as much whatever was allowed; where nothing is known of one example, the limit tells."""
-    for spread, most in ((0.0, 60.0), (15.0, 60.0), (24.0, 96.0)):
-        recipe = evaluation(99, 30.0, 1000)
+    for spread, most in ((0.0, 100.0), (15.0, 100.0), (24.0, 160.0)):
+        recipe = evaluation(99, 50.0, 1000)
         problem: Problem = replace(
             toy().problem,
             budget=Budget(drop=0.5),

@@ -6,7 +6,7 @@ drops are mended; after FIRST_PART of the evaluations the best policy that they 
 and the search goes on with what is known then.
 
 What finishing leaves is told by hardness: a drop times the square root of how many times smaller and faster the file
-is than the original's (CHEAPER).
+is than the original's (CHEAPER), over the square of the part of the layers that is whole (WHOLE).
 """
 
 import math
@@ -40,7 +40,12 @@ what was left of the finished policies on record (benchmarks/mending.py).  One p
 alike in what is minimised: so of two policies that cost as much the milder one is never told to be the harder, and
 nothing is gained by storing more bits or by running slower."""
 
-MOST_TIMES, FURTHER, FURTHER_UNHARMED = 120.0, 1.5, 2.0
+WHOLE = 2.0
+"""Power of the part of the layers that are there and have more than one bit for a weight.  A branch that is gone and a
+layer of signs lack what more training could bring back, and others have to make up for them: over policies of nine
+searches this tells what is left better than any power of size and speed (benchmarks/mending.py)."""
+
+MOST_TIMES, FURTHER, FURTHER_UNHARMED = 200.0, 1.5, 2.0
 """How hard a policy may be at most, in that unit and times the hardest that was seen to be mended: what is left tells
 little of what more would leave, since mending ends abruptly.  Where nothing has failed yet it may be so much harder
 than what was mended, by the larger step where that lost nothing, as long as another can be finished to step back."""
@@ -50,6 +55,9 @@ UNHARMED = 1 / 10
 
 POWER, POWERS = 1.5, (1.0, 4.0)
 """What is left grows with this power of hardness, as long as one policy is known, and between these with more."""
+
+LEAST_WHOLE = 1 / 8
+"""No policy is told to be harder for what it lacks than with so much of its layers left."""
 
 TINY = 1e-6
 
@@ -158,7 +166,9 @@ class Finishing:
         if mending is None:
             return self._problem
         part = limit / self._told(mending)
-        return replace(self._problem, part_left=lambda prices: np.minimum(1.0, part * self._times(prices)))
+        return replace(
+            self._problem, part_left=lambda prices, whole: np.minimum(1.0, part * self._times(prices, whole))
+        )
 
     def promising(self, seen: Sequence[Evaluation], count: int) -> list[Evaluation]:
         """Those that were evaluated and are most worth finishing, so many at most."""
@@ -211,7 +221,8 @@ class Finishing:
         best = min(ends, key=lambda each: _rank(each, self._goal, self._problem.budget, self._safe))
         known = (*self._apart_from(seen), *seen)
         hardness = {each.policy.digest(): self._hardness(each) for each in known}
-        return Choice(best, known, tuple(ends), hardness, self._problem.recipes)
+        whole = {each.policy.digest(): self._whole(each) for each in known}
+        return Choice(best, known, tuple(ends), hardness, whole, self._problem.recipes)
 
     @property
     def _is_limited(self) -> bool:
@@ -234,13 +245,18 @@ class Finishing:
 
     def _hardness(self, evaluation: Evaluation) -> float:
         size_bytes, latency_ms = _prices(evaluation, self._goal)
-        return evaluation.drop * float(self._times(Prices(np.array([size_bytes]), np.array([latency_ms])))[0])
+        prices = Prices(np.array([size_bytes]), np.array([latency_ms]))
+        return evaluation.drop * float(self._times(prices, np.array([self._whole(evaluation)]))[0])
 
-    def _times(self, prices: Prices) -> np.ndarray:
+    def _whole(self, evaluation: Evaluation) -> float:
+        """The part of its layers that are there and have more than one bit for a weight."""
+        return float(self._problem.whole(self._problem.row(evaluation.policy)[None])[0])
+
+    def _times(self, prices: Prices, whole: np.ndarray) -> np.ndarray:
         """By how much drops are harder to mend in such files than in one like the original's, (files,)."""
         smaller = self._goal.size_bytes_before / prices.size_bytes
         faster = self._goal.latency_ms_before / prices.latency_ms
-        found: np.ndarray = (smaller * faster) ** CHEAPER
+        found: np.ndarray = (smaller * faster) ** CHEAPER / np.maximum(whole, LEAST_WHOLE) ** WHOLE
         return found
 
     def _hardest(self, left: float, mending: Mending) -> float:

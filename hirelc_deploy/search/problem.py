@@ -47,6 +47,8 @@ class GroupVariable:
     """Those that it touches: with one, its agent decides; with several, the level above does."""
     group: str = ""
     """Its name in a policy, where that is not the variable's: a group may be called like a layer."""
+    gone_at_zero: tuple[str, ...] = ()
+    """Layers that go with its last unit, where all may go."""
 
     @property
     def in_policy(self) -> str:
@@ -145,9 +147,9 @@ class Problem:
     """The same on the test split, which nothing but its size is known of."""
     score_spread: float = 0.0
     """Standard deviation of one example's score, in the score's unit; nought where it is not known."""
-    part_left: Callable[[Prices], np.ndarray] | None = None
-    """Of an evaluation's drop, once the policy is fine-tuned in full, as far as that is told, (policies,); None where
-    what is evaluated is what counts."""
+    part_left: Callable[[Prices, np.ndarray], np.ndarray] | None = None
+    """Of an evaluation's drop, once the policy is fine-tuned in full, as far as that is told by what it costs and how
+    much of it is whole, (policies,); None where what is evaluated is what counts."""
 
     @cached_property
     def position(self) -> Mapping[str, int]:
@@ -180,13 +182,32 @@ class Problem:
         """Additive: what single options do to the outputs, (policies, variables), in nats."""
         return np.stack([self.sensitivity.damage[v.name][rows[:, i]] for i, v in enumerate(self.variables)], axis=1)
 
-    def left(self, drops: np.ndarray, prices: Prices) -> np.ndarray:
+    def whole(self, rows: Rows) -> np.ndarray:
+        """The part of the layers that are there and have more than one bit for a weight, (policies,)."""
+        lost = np.zeros((len(rows), len(self._layer_columns)), bool)
+        for name, column in self._layer_columns.items():
+            options = self.variables[self.position[name]].options
+            lost[:, column] = np.array([_is_one_bit(each) for each in options])[rows[:, self.position[name]]]
+        for variable in self.variables:
+            if isinstance(variable, GroupVariable) and variable.options[0] == 0:
+                going = [self._layer_columns[name] for name in variable.gone_at_zero if name in self._layer_columns]
+                lost[:, going] |= (rows[:, self.position[variable.name]] == 0)[:, None]
+        return 1.0 - lost.sum(1) / max(1, lost.shape[1])
+
+    def left(self, drops: np.ndarray, prices: Prices, rows: Rows) -> np.ndarray:
         """What fine-tuning is told to leave of drops of evaluations, (policies,): what limits are held against."""
-        return drops if self.part_left is None else drops * self.part_left(prices)
+        return drops if self.part_left is None else drops * self.part_left(prices, self.whole(rows))
 
     def left_of(self, evaluations: Sequence[Evaluation]) -> np.ndarray:
         """The same of policies that were evaluated, (evaluations,)."""
-        return self.left(np.array([each.drop for each in evaluations], float), prices_of(evaluations))
+        drops = np.array([each.drop for each in evaluations], float)
+        rows = np.array([self.row(each.policy) for each in evaluations], int).reshape(-1, len(self.variables))
+        return self.left(drops, prices_of(evaluations), rows)
+
+    @cached_property
+    def _layer_columns(self) -> Mapping[str, int]:
+        """Numbers of the layers that are decided about, in order."""
+        return {v.name: i for i, v in enumerate(v for v in self.variables if isinstance(v, LayerVariable))}
 
     @cached_property
     def _ties(self) -> Mapping[int, tuple[int, ...]]:
@@ -198,6 +219,10 @@ class Problem:
             return variable.as_trained if precision is None else variable.options.index(precision)
         count = policy.keep.get(variable.in_policy)
         return variable.as_trained if count is None else variable.options.index(count)
+
+
+def _is_one_bit(precision: object) -> bool:
+    return isinstance(precision, Precision) and precision.storage.bits == 1
 
 
 def ties(variables: Sequence[Variable]) -> dict[int, tuple[int, ...]]:

@@ -56,5 +56,7 @@ class Choice:
     """Those that were fine-tuned in full, the best among them."""
     hardness: Mapping[str, float] = field(default_factory=dict)
     """Of evaluations, by their policy's digest: how hard a drop is to mend."""
+    whole: Mapping[str, float] = field(default_factory=dict)
+    """Of the same: the part of the layers that are there and have more than one bit for a weight."""
     recipes: Mapping[str, Policy] = field(default_factory=dict)
     """What an engineer would have tried by hand, by name, whether it was evaluated or not."""

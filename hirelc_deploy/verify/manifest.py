@@ -213,6 +213,8 @@ class FrontRecord(Record):
     """The same once it was fine-tuned in full; None where it was not."""
     hardness_points: Figure | None = None
     """How hard the evaluation's drop is to mend: as what drop of a file like the original's.  None without a search."""
+    whole_part: Figure | None = None
+    """Of its layers, that which is there and has more than one bit for a weight.  None without a search."""
     recipe: str | None = None
     """The uniform recipe that it is, if it is one."""
 
