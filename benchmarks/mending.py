@@ -2,10 +2,11 @@
 
 Reads the finished policies of the searches' manifests in benchmarks/results (and of those that are named), adds them to
 benchmarks/results/mending.json, and says there how well what was left is told by the drop alone, by bytes alone, by
-speed alone, by all of them, and by hardness: the drop times powers of how many times smaller and faster the file is
+speed alone, by all of them, by the drop times powers of how many times smaller and faster the file is, and by the same
+over powers of the part of its layers that is whole (there, with more than one bit for a weight): the last is hardness
 (`search/finish.py`).  Each is a line in logarithms with one slope for all networks and a constant for each; errors are
 of every policy held out in turn, of networks with three at least.  The result file also has policies that only the logs
-of searches told of; how fast they are is not always known, and they are then not judged.
+of searches told of; how fast they are, or how much of them is whole, is not always known, and they are then not judged.
 """
 
 import argparse
@@ -18,13 +19,16 @@ from typing import Any
 import numpy as np
 from _bench import RESULTS, save
 
-from hirelc_deploy.search.finish import CHEAPER
+from hirelc_deploy.search.finish import CHEAPER, WHOLE
 from hirelc_deploy.verify.manifest import Manifest
 
 RESULT = RESULTS / "mending.json"
 
 POWERS = (0.0, 0.25, CHEAPER, 1.0)
 """Of how many times smaller, and of how many times faster."""
+
+WHOLE_POWERS = (0.0, 1.0, WHOLE, 3.0)
+"""Of the part that is whole, where that is known."""
 
 LEAST_LEFT = 0.1
 """In points: less is not told apart by a few thousand images."""
@@ -43,6 +47,7 @@ def finished_in(manifest: Path) -> list[Row]:
             "network": found.model.spec.rpartition(":")[2],
             "size_bytes": each.size_bytes,
             "speedup": each.speedup,
+            "whole": each.whole_part,
             "drop_points": each.drop_points,
             "left_points": each.finished_drop_points,
         }
@@ -63,22 +68,45 @@ def held_out_error(networks: Sequence[str], told: np.ndarray, left: np.ndarray) 
     return float(np.sqrt(np.mean(np.square(errors))))
 
 
+def with_known(rows: Sequence[Row], key: str) -> list[Row]:
+    """Those of which it is known, of networks with enough of them."""
+    known = [row for row in rows if row.get(key) is not None]
+    names = [row["network"] for row in known]
+    return [row for row, name in zip(known, names, strict=True) if names.count(name) >= LEAST_POLICIES]
+
+
+def logs(rows: Sequence[Row], *keys: str) -> list[np.ndarray]:
+    """Logarithms of these figures, each (rows,)."""
+    return [np.log(np.maximum([row[key] for row in rows], LEAST_LEFT)) for key in keys]
+
+
 def judged(rows: Sequence[Row]) -> dict[str, float]:
-    """The error by what is told from."""
-    rows = [row for row in rows if row["speedup"] is not None]
-    names = [row["network"] for row in rows]
-    kept = [row for row, name in zip(rows, names, strict=True) if names.count(name) >= LEAST_POLICIES]
-    networks = [row["network"] for row in kept]
-    size, speed, drop, left = (
-        np.log(np.maximum([row[key] for row in kept], LEAST_LEFT))
-        for key in ("size_bytes", "speedup", "drop_points", "left_points")
-    )
+    """The error by what is told from, where speed is known."""
+    kept = with_known(rows, "speedup")
+    size, speed, drop = logs(kept, "size_bytes", "speedup", "drop_points")
     told = {"drop": drop, "bytes": size, "speed": speed, "all": np.column_stack([drop, size, speed])}
     for smaller, faster in product(POWERS, POWERS):
         if smaller or faster:
             told[f"drop x smaller ^ {smaller:g} x faster ^ {faster:g}"] = drop - smaller * size + faster * speed
+    return errors_of(told, kept)
+
+
+def judged_by_whole(rows: Sequence[Row]) -> dict[str, float]:
+    """The same where it is known how much is whole as well."""
+    kept = with_known(with_known(rows, "speedup"), "whole")
+    size, speed, drop, whole = logs(kept, "size_bytes", "speedup", "drop_points", "whole")
+    told = {}
+    for cheaper, power in product((0.0, CHEAPER), WHOLE_POWERS):
+        name = f"drop x (smaller x faster) ^ {cheaper:g} / whole ^ {power:g}"
+        told[name] = drop + cheaper * (speed - size) - power * whole
+    return errors_of(told, kept)
+
+
+def errors_of(told: dict[str, np.ndarray], rows: Sequence[Row]) -> dict[str, float]:
+    """How far what was left is off by each of these."""
+    networks, (left,) = [row["network"] for row in rows], logs(rows, "left_points")
     errors = {name: round(held_out_error(networks, each, left), 3) for name, each in told.items()}
-    return {"policies": len(kept), **errors}
+    return {"policies": len(rows), **errors}
 
 
 def _key(row: Row) -> tuple[Any, ...]:
@@ -91,11 +119,16 @@ def main() -> None:
     parser.add_argument("manifests", nargs="*", type=Path, help="others than those in benchmarks/results")
     manifests = [*sorted(RESULTS.glob("export_*_hierarchical*.json")), *parser.parse_args().manifests]
     rows: list[Row] = json.loads(RESULT.read_text(encoding="utf-8"))["finished"] if RESULT.exists() else []
-    known = {_key(row): row for row in [*rows, *(row for manifest in manifests for row in finished_in(manifest))]}
+    known = {_key(row): row for row in rows}
+    for row in (row for manifest in manifests for row in finished_in(manifest)):
+        # a manifest of before 2026-11-30 does not say how much is whole
+        known[_key(row)] = {name: value for name, value in known.get(_key(row), {}).items() if row[name] is None} | {
+            name: value for name, value in row.items() if value is not None
+        }
     rows = sorted(known.values(), key=_key)
-    errors = judged(rows)
-    save({"error": errors, "finished": rows}, RESULT)
-    print(json.dumps(errors, indent=1))
+    found = {"error": judged(rows), "error_by_what_is_whole": judged_by_whole(rows)}
+    save({**found, "finished": rows}, RESULT)
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
