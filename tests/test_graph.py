@@ -85,6 +85,34 @@ def test_an_operator_that_is_not_ours_is_left_out_by_name() -> None:
     assert any(left.name == "head" and "Conv1D" in left.reason for left in graph.left_out)
 
 
+def test_a_large_parameter_that_is_no_layers_weight_is_left_out_by_name() -> None:
+    """Prototypes that outputs are compared with, half of all parameters; a small one is not worth a word."""
+
+    class Prototypes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.utils.parametrizations.orthogonal(nn.Linear(16, 16))
+            self.prototypes = nn.Parameter(torch.randn(20, 16))
+            self.scale = nn.Parameter(torch.ones(1, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale.sum() * self.body(x) @ self.prototypes.T
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(16, 16), Prototypes()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.stem(x))
+
+    left = {entry.name: entry.reason for entry in trace(Inner(), {"x": torch.randn(2, 16)}).left_out}
+    assert "head.prototypes" in left
+    assert "no layer's weight" in left["head.prototypes"]
+    assert "other parameters" in left["head.body"]
+    assert not [name for name in left if "scale" in name or "parametrizations" in name]
+
+
 class Standardised(nn.Conv2d):
     """As BiT's: what is multiplied by is made of the weight."""
 

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from hirelc_deploy.graph.calling import Inputs, forward
@@ -34,6 +35,10 @@ PRODUCTS = {
 """What a layer of another library's may call with its weight, by name."""
 
 
+NOTABLE_PART = 0.01
+"""Of all parameters: one that is no layer's weight is told of from so much on."""
+
+
 @dataclass(frozen=True)
 class _Call:
     input_shape: tuple[int, ...]
@@ -52,7 +57,7 @@ def observe(model: nn.Module, inputs: Inputs) -> tuple[tuple[Layer, ...], tuple[
         calls = _record_calls(model, list(names), inputs)
     shared = _shared_weights(names)
     layers = []
-    left_out = list(_unknown_operators(model))
+    left_out = [*_unknown_operators(model), *_bare_parameters(model)]
     for module in calls:
         name = names[module]
         if "weight" not in module._parameters:
@@ -170,8 +175,24 @@ def _shared_weights(names: Mapping[Operator, str]) -> dict[str, tuple[str, ...]]
 def _unknown_operators(model: nn.Module) -> Iterator[LeftOut]:
     """Modules with weight matrices of their own that are none of OPERATORS: transformers' Conv1D, an LSTM."""
     for name, module in model.named_modules():
-        matrices = [key for key, p in module.named_parameters(recurse=False) if "weight" in key and p.ndim > 1]
-        if matrices and not isinstance(module, OPERATORS):
+        if not isinstance(module, OPERATORS) and any("weight" in key for key in _matrices(module)):
             yield LeftOut(
                 name or "model", f"a {type(module).__name__} is no operator of this pass; it stays as trained"
             )
+
+
+def _bare_parameters(model: nn.Module) -> Iterator[LeftOut]:
+    """Large parameters that are no layer's weight, and are not called one: positions, prototypes, factors.
+
+    Those of parametrizations are told of with the layer whose weight they make.
+    """
+    least = NOTABLE_PART * sum(parameter.numel() for parameter in model.parameters())
+    for name, module in model.named_modules():
+        if not isinstance(module, (*OPERATORS, ParametrizationList)):
+            for key, parameter in _matrices(module).items():
+                if "weight" not in key and parameter.numel() >= least:
+                    yield LeftOut(f"{name}.{key}".removeprefix("."), "it is no layer's weight; it stays as trained")
+
+
+def _matrices(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {key: p for key, p in module.named_parameters(recurse=False) if p.ndim > 1}
