@@ -10,7 +10,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -75,6 +75,8 @@ class FloatGraph:
 
     model: ir.Model
     weights: Mapping[str, str]
+    twins: Mapping[str, str] = field(default_factory=dict)
+    """By the name of a weight that is another one transposed, since layers share it, that other's name."""
 
     @property
     def layer_of(self) -> dict[str, str]:
@@ -83,7 +85,7 @@ class FloatGraph:
 
     def copy(self) -> "FloatGraph":
         """Independent of this one; tensors are shared, as they are never written to."""
-        return FloatGraph(self.model.clone(), self.weights)
+        return FloatGraph(self.model.clone(), self.weights, self.twins)
 
 
 class _Flat(nn.Module):
@@ -124,7 +126,27 @@ def float_graph(model: nn.Module, example: Mapping[str, np.ndarray], *, opset: i
     tidy(exported)
     _name_ends(exported.graph, tuple(inputs), output_names)
     names = {layer: name_of(weight) for layer, weight in weights.items()}
-    return FloatGraph(exported, {layer: name for layer, name in names.items() if name in initializers})
+    names = {layer: name for layer, name in names.items() if name in initializers}
+    return FloatGraph(exported, names, _twins(exported.graph, {name: layers[layer] for layer, name in names.items()}))
+
+
+def _twins(graph: ir.Graph, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Of weights that are one parameter's, each that holds it transposed, and one that does not; `layers` by weight."""
+    found: dict[str, str] = {}
+    for name, layer in layers.items():
+        parameter = layer.get_parameter("weight")
+        if not np.array_equal(_values(graph, name), parameter.detach().numpy()):
+            others = (other for other, module in layers.items() if other != name and module.weight is parameter)
+            whole = (other for other in others if _values(graph, other).shape == tuple(parameter.shape))
+            twin = next((o for o in whole if np.array_equal(_values(graph, o).T, _values(graph, name))), None)
+            found |= {} if twin is None else {name: twin}
+    return found
+
+
+def _values(graph: ir.Graph, name: str) -> np.ndarray:
+    array = constant(graph.initializers[name])
+    assert array is not None
+    return array
 
 
 def _traced(model: nn.Module, inputs: tuple[Tensor, ...], opset: int) -> ir.Model:

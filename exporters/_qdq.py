@@ -8,6 +8,7 @@ Which tensors those are is decided in `_plan`; `place` writes the nodes once the
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace as replace_in
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from hirelc_deploy.exporters._float import FloatGraph, constant, name_of, replac
 from hirelc_deploy.exporters._plan import ACTIVATIONS, Held, Plan
 from hirelc_deploy.exporters._weights import Decoded, Weight, decode
 from hirelc_deploy.kernels import load_format
-from hirelc_deploy.kernels._base import Grid, largest_integer, rows_of
+from hirelc_deploy.kernels._base import Grid, Packed, largest_integer, rows_of
 from hirelc_deploy.policy import Compute, Precision
 
 REQUANTISED = {"Conv", "ConvTranspose", "Gemm"}
@@ -64,10 +65,11 @@ def place(
     chosen = {weight: precisions[layer] for weight, layer in layer_of.items() if not precisions[layer].storage.is_float}
     by_weight = None if grids is None else {weight: grids[layer_of[weight]] for weight in chosen}
     decoded = writer.weights(chosen, by_weight)
+    transposed = writer.twins_in_floats(set(decoded))
+    found = {weight: Stored(name_of(each.value), each.encoding, each.bytes) for weight, each in decoded.items()}
+    found |= {weight: Stored(name_of(value), "fp32 values", 0) for weight, value in transposed.items()}
     return {
-        layer: Stored(name_of(decoded[weight].value), decoded[weight].encoding, decoded[weight].bytes)
-        if weight in decoded
-        else Stored(weight, "fp32 values", _bytes(writer.graph.initializers[weight]))
+        layer: found.get(weight) or Stored(weight, "fp32 values", _bytes(writer.graph.initializers[weight]))
         for layer, weight in graph.weights.items()
     }
 
@@ -82,6 +84,9 @@ class _Writer:
         self.ranges = ranges
         self.largest = largest
         self.known: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        self.twins = graph.twins
+        self.scales: dict[int, ir.Value] = {}
+        """By the identity of the codes that they belong to."""
         self.grids: dict[str, tuple[ir.Value, ir.Value]] = {}
         self.input_scale: dict[ir.Node, ir.Value] = {}
         """Scale of what a node reads first, where that is held in uint8."""
@@ -151,16 +156,51 @@ class _Writer:
     def weights(self, chosen: Mapping[str, Precision], grids: Mapping[str, Grid] | None) -> dict[str, Decoded]:
         """Store weights in their formats and decode them for the nodes that read them; initializer -> what it became.
 
-        Without grids the file is only measured: codes and scales are zeros.
+        Without grids the file is only measured: codes and scales are zeros.  What is another weight transposed is made
+        of that one, if both are stored alike.
         """
-        names = list(chosen)
-        weights = [self.packed(name, chosen[name], grids) for name in names]
-        nodes, decoded = decode(weights, lambda array: self.constant("codes", array), self.shared)
-        made = [*nodes]
-        for name, weight, found in zip(names, weights, decoded, strict=True):
-            made += self.connect(self.graph.initializers[name], weight, found)
+        twins = {n: whole for n, whole in self.twins.items() if n in chosen and chosen[n] == chosen.get(whole)}
+        weights = {name: self.packed(name, chosen[name], grids) for name in chosen if name not in twins}
+        nodes, decoded = decode(list(weights.values()), lambda array: self.constant("codes", array), self.shared)
+        made, found = [*nodes], dict(zip(weights, decoded, strict=True))
+        ends = {}
+        for name, weight in weights.items():
+            added = self.connect(self.graph.initializers[name], weight, found[name])
+            ends[name] = added[0].outputs[0] if added else found[name].value
+            made += added
+        for name, whole in twins.items():
+            found[name], added = self.connect_twin(name, weights[whole], found[whole], ends[whole])
+            made += added
         self.graph.insert_before(self.graph[0], made)
-        return dict(zip(names, decoded, strict=True))
+        return found
+
+    def connect_twin(self, name: str, whole: Weight, decoded: Decoded, end: ir.Value) -> tuple[Decoded, list[ir.Node]]:
+        """A weight that is a whole one transposed, made of what that is decoded into: no codes and no scale of its own.
+
+        Where operators read floats, of `end`, which is what those of the whole one read.
+        """
+        value = self.graph.initializers[name]
+        weight = self.as_read(value, whole.precision, whole.packed)
+        if weight.axis == whole.axis:  # a product of integers reads both alike
+            return replace_in(decoded, bytes=0), self.connect(value, weight, decoded)
+        transposed = ir.node("Transpose", [decoded.value if weight.is_integer else end])
+        found = replace_in(decoded, value=transposed.outputs[0], bytes=0)
+        if weight.is_integer:
+            return found, [transposed, *self.connect(value, weight, found)]
+        ir.convenience.replace_all_uses_with(value, found.value)
+        return found, [transposed]
+
+    def twins_in_floats(self, stored: set[str]) -> dict[str, ir.Value]:
+        """Make what is another weight transposed of that one, where both stay in floats; by name what it became."""
+        found: dict[str, ir.Value] = {}
+        for name, whole in self.twins.items():
+            if stored.isdisjoint({name, whole}):
+                node = ir.node("Transpose", [self.graph.initializers[whole]])
+                self.graph.insert_before(self.graph[0], [node])
+                ir.convenience.replace_all_uses_with(self.graph.initializers[name], node.outputs[0])
+                del self.graph.initializers[name]
+                found[name] = node.outputs[0]
+        return found
 
     def packed(self, name: str, precision: Precision, grids: Mapping[str, Grid] | None) -> Weight:
         value = self.graph.initializers[name]
@@ -174,10 +214,22 @@ class _Writer:
         else:
             largest = largest_integer(precision.compute, self.largest)
             packed = numbers.pack(rows, grids[name], storage, largest=largest)
-        shape = array.shape
+        return self.as_read(value, precision, packed)
+
+    def as_read(self, value: ir.Value, precision: Precision, packed: Packed) -> Weight:
+        """In the shape in which the operator reads it that the file will have for it."""
+        array = constant(value)
+        assert array is not None
+        shape, axis = array.shape, output_axis(next(iter(value.uses())).node)
         if precision.compute is Compute.INT8_DYNAMIC and axis == 0:  # MatMulInteger has outputs last
             shape, axis = shape[::-1], 1
-        return Weight(shape, axis, precision, packed, shares=(storage, precision.compute is Compute.FP32))
+        return Weight(shape, axis, precision, packed, shares=(precision.storage, precision.compute is Compute.FP32))
+
+    def scale(self, packed: Packed) -> ir.Value:
+        """Of integers that operators read: once in the file, however many weights are made of these codes."""
+        if id(packed) not in self.scales:
+            self.scales[id(packed)] = self.constant("scale", packed.scale)
+        return self.scales[id(packed)]
 
     def connect(self, value: ir.Value, weight: Weight, decoded: Decoded) -> list[ir.Node]:
         """The last step of decoding, integers to values, and what the readers need beside it."""
@@ -185,12 +237,12 @@ class _Writer:
         scale = weight.packed.scale
         made = []
         if weight.precision.compute is Compute.INT8_DYNAMIC:
-            stored = self.constant("scale", scale)
+            stored = self.scale(weight.packed)
             for use in uses:
                 self.multiply_integers(use.node, decoded.value, stored)
             return []
         if weight.precision.compute is Compute.INT8:
-            stored = self.constant("scale", scale)
+            stored = self.scale(weight.packed)
             explicit = uses[0].node.op_type != "Conv"
             made.append(self.dequantise(decoded.value, stored, weight.axis, np.int8, explicit_zero=explicit))
             for use in uses:

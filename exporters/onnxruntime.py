@@ -244,14 +244,19 @@ def computes(file: onnx.GraphProto, session: onnx.GraphProto, tensors: Mapping[s
         for name in filter(None, node.input):  # an input that is left out is called "", as is an output
             readers.setdefault(name, []).append(node)
     found: dict[str, str | None] = {}
+    others = frozenset(tensors.values())
     for layer, tensor in tensors.items():
-        kinds = {runs(*place) for place in _places(tensor, readers)}
+        kinds = {runs(*place) for place in _places(tensor, readers, others - {tensor})}
         found[layer] = kinds.pop() if len(kinds) == 1 else None
     return found
 
 
-def _places(tensor: str, readers: Mapping[str, list[onnx.NodeProto]]) -> list[tuple[list[str], list[str]]]:
+def _places(
+    tensor: str, readers: Mapping[str, list[onnx.NodeProto]], others: frozenset[str]
+) -> list[tuple[list[str], list[str]]]:
     """Each node that computes with a weight: the names that the weight has on the way there, and the node's outputs.
+
+    What becomes one of the `others` is another layer's: its weight transposed.
 
     The outputs of elementwise operators behind the node count as its own, since they are fused into it.
     """
@@ -260,8 +265,9 @@ def _places(tensor: str, readers: Mapping[str, list[onnx.NodeProto]]) -> list[tu
     while pending:
         for node in readers.get(pending.pop(), []):
             if node.op_type not in LAYER_OPERATORS:
-                names += node.output
-                pending += node.output
+                if others.isdisjoint(node.output):
+                    names += node.output
+                    pending += node.output
                 continue
             outputs = [node.output[0]]
             while len(behind := readers.get(outputs[-1], [])) == 1 and behind[0].op_type not in LAYER_OPERATORS:

@@ -165,6 +165,18 @@ class TiedEmbedding(nn.Module):
         return self.head(F.relu(self.inner(self.tokens(tokens))))
 
 
+class TiedOnTwoShapes(nn.Module):
+    """One weight that reads tokens, and what they come to: the exporter transposes it for the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(128, 128), nn.Linear(128, 128)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.relu(self.first(x)).mean(1))
+
+
 class Clip(nn.Module):
     def __init__(self, least: float, most: float) -> None:
         super().__init__()
@@ -232,6 +244,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, np.ndarray]]] = {
         lambda: TiedEmbedding(1200),
         {"tokens": np.random.default_rng(0).integers(0, 1200, (EXAMPLES, 7))},
     ),
+    "tied, on 2-D and 3-D": (TiedOnTwoShapes, {"x": floats(5, 128)}),
     "clip above nought": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), Clip(0.5, 1.0), nn.Conv2d(8, 8, 3), nn.Flatten()),
         {"x": floats(3, 8, 8)},
@@ -342,6 +355,10 @@ def write(
     path = folder / "model.onnx"
     path.write_bytes(exported.data)
     return exported, path
+
+
+def is_integer(precision: Precision) -> bool:
+    return precision.compute is not Compute.FP32
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -481,6 +498,53 @@ def test_an_fp32_layer_between_int8_ones_keeps_its_float_weights(tmp_path: Path)
     exported, path = write(Case.of(model, inputs), INT8, tmp_path, only=("0", "4"))
     assert RUNTIME.runs_as(path, exported.tensors, threads=1) == {"0": "int8", "2": "fp32", "4": "int8"}
     assert relative_error(RUNTIME.load(path, threads=1).run(inputs), reference(model, inputs)) < INT8_TOLERANCE
+
+
+LITTLE = 3300
+"""Bytes of the rest of a file, nodes and names: less than a weight's."""
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        *(
+            ("large tied embedding", each)
+            for each in (None, INT8_STORED, *COARSE)
+            if each is None or not is_integer(each)
+        ),
+        *(("tied, on 2-D and 3-D", each) for each in (None, INT8, INT8_STORED, DYNAMIC, *COARSE)),
+    ],
+    ids=str,
+)
+def test_a_weight_that_is_read_as_it_is_and_transposed_lies_once_in_the_file(
+    name: str, precision: Precision | None, tmp_path: Path
+) -> None:
+    """A session transposes it when it loads."""
+    case = case_of(name)
+    both = tuple(layer for layer, twin in (("tokens", "head"), ("first", "second")) for layer in (layer, twin))
+    both = tuple(layer for layer in both if layer in case.graph.weights)
+    written, path = write(case, precision, tmp_path, only=both)
+    sizes = sorted(written.layers[layer].bytes for layer in both)
+    assert sizes[0] == 0
+    assert LITTLE < sizes[1] < len(written.data) < sizes[1] + LITTLE
+
+    computed = "fp32" if precision is None else precision.compute.value
+    runs_as = RUNTIME.runs_as(path, written.tensors, threads=1)
+    assert {runs_as[layer] for layer in both} == {computed}
+    precisions = {} if precision is None else dict.fromkeys(both, precision)
+    found = RUNTIME.load(path, threads=1).run(case.inputs)
+    tolerance = FLOAT_TOLERANCE if computed == "fp32" else INT8_TOLERANCE
+    assert relative_error(found, reference(case.rounded(precisions), case.inputs)) < tolerance
+    shapes = {key: tuple(tensor.shape) for key, tensor in case.folded.state_dict().items()}
+    assert len(RUNTIME.foreseen(case.graph, shapes, precisions)) == len(written.data)
+
+
+def test_a_weight_that_is_shared_and_stored_twice_is_written_twice(tmp_path: Path) -> None:
+    """A policy that stores both in their own way."""
+    case = case_of("large tied embedding")
+    precisions = {"head": INT8_STORED}
+    written = RUNTIME.write(case.graph, precisions, case.grids(precisions))
+    assert written.layers["tokens"].bytes > 2 * written.layers["head"].bytes > 0
 
 
 def test_a_tensor_has_one_quantisation_however_many_read_it(tmp_path: Path) -> None:
