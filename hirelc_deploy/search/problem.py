@@ -183,16 +183,17 @@ class Problem:
         return np.stack([self.sensitivity.damage[v.name][rows[:, i]] for i, v in enumerate(self.variables)], axis=1)
 
     def whole(self, rows: Rows) -> np.ndarray:
-        """The part of the layers that are there and have more than one bit for a weight, (policies,)."""
-        lost = np.zeros((len(rows), len(self._layer_columns)), bool)
-        for name, column in self._layer_columns.items():
-            options = self.variables[self.position[name]].options
-            lost[:, column] = np.array([_is_one_bit(each) for each in options])[rows[:, self.position[name]]]
+        """The part of the layers that is whole, (policies,): of those that have two bits for a weight a half counts,
+        of those that have one, or are gone, nothing."""
+        columns = self._layer_columns
+        found = np.ones((len(rows), max(1, len(columns))))
+        for name, column in columns.items():
+            found[:, column] = self._whole_parts[name][rows[:, self.position[name]]]
         for variable in self.variables:
             if isinstance(variable, GroupVariable) and variable.options[0] == 0:
-                going = [self._layer_columns[name] for name in variable.gone_at_zero if name in self._layer_columns]
-                lost[:, going] |= (rows[:, self.position[variable.name]] == 0)[:, None]
-        return 1.0 - lost.sum(1) / max(1, lost.shape[1])
+                going = [columns[name] for name in variable.gone_at_zero if name in columns]
+                found[np.ix_(rows[:, self.position[variable.name]] == 0, going)] = 0.0
+        return np.asarray(found.mean(1))
 
     def left(self, drops: np.ndarray, prices: Prices, rows: Rows) -> np.ndarray:
         """What fine-tuning is told to leave of drops of evaluations, (policies,): what limits are held against."""
@@ -210,6 +211,15 @@ class Problem:
         return {v.name: i for i, v in enumerate(v for v in self.variables if isinstance(v, LayerVariable))}
 
     @cached_property
+    def _whole_parts(self) -> Mapping[str, np.ndarray]:
+        """By layer, (options,): what counts of one that is there."""
+        return {
+            v.name: np.array([min(1.0, (option.storage.bits - 1) / 2) for option in v.options])
+            for v in self.variables
+            if isinstance(v, LayerVariable)
+        }
+
+    @cached_property
     def _ties(self) -> Mapping[int, tuple[int, ...]]:
         return ties(self.variables)
 
@@ -219,10 +229,6 @@ class Problem:
             return variable.as_trained if precision is None else variable.options.index(precision)
         count = policy.keep.get(variable.in_policy)
         return variable.as_trained if count is None else variable.options.index(count)
-
-
-def _is_one_bit(precision: object) -> bool:
-    return isinstance(precision, Precision) and precision.storage.bits == 1
 
 
 def ties(variables: Sequence[Variable]) -> dict[int, tuple[int, ...]]:

@@ -57,6 +57,6 @@ class Choice:
     hardness: Mapping[str, float] = field(default_factory=dict)
     """Of evaluations, by their policy's digest: how hard a drop is to mend."""
     whole: Mapping[str, float] = field(default_factory=dict)
-    """Of the same: the part of the layers that are there and have more than one bit for a weight."""
+    """Of the same: the part of the layers that is whole."""
     recipes: Mapping[str, Policy] = field(default_factory=dict)
     """What an engineer would have tried by hand, by name, whether it was evaluated or not."""
