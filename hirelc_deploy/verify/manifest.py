@@ -214,7 +214,7 @@ class FrontRecord(Record):
     hardness_points: Figure | None = None
     """How hard the evaluation's drop is to mend: as what drop of a file like the original's.  None without a search."""
     whole_part: Figure | None = None
-    """Of its layers: one of two bits counts a half, one of one bit, or that is gone, nothing.  None without a search."""
+    """Of its layers: one of two bits counts a half, one of one bit or gone nothing.  None without a search."""
     recipe: str | None = None
     """The uniform recipe that it is, if it is one."""
 
