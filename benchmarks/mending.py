@@ -3,7 +3,7 @@
 Reads the finished policies of the searches' manifests in benchmarks/results (and of those that are named), adds them to
 benchmarks/results/mending.json, and says there how well what was left is told by the drop alone, by bytes alone, by
 speed alone, by all of them, by the drop times powers of how many times smaller and faster the file is, and by the same
-over powers of the part of its layers that is whole (`Problem.whole`): one of the last is hardness
+over powers of the part of its layers that is whole (`Problem.whole`).  One of the first of these is hardness
 (`search/finish.py`).  Each is a line in logarithms with one slope for all networks and a constant for each; errors are
 of every policy held out in turn, of networks with three at least.  The result file also has policies that only the logs
 of searches told of; how fast they are, or how much of them is whole, is not always known, and they are then not judged.
@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 from _bench import RESULTS, save
 
-from hirelc_deploy.search.finish import CHEAPER, WHOLE
+from hirelc_deploy.search.finish import CHEAPER
 from hirelc_deploy.verify.manifest import Manifest
 
 RESULT = RESULTS / "mending.json"
 
-POWERS = (0.0, 0.25, 0.5, 1.0)
+POWERS = (0.0, 0.25, CHEAPER, 1.0)
 """Of how many times smaller, and of how many times faster."""
 
-WHOLE_POWERS, CHEAPER_POWERS = (0.0, 1.0, WHOLE, 3.0), (0.0, CHEAPER, 0.5)
+WHOLE_POWERS, CHEAPER_POWERS = (0.0, 0.5, 1.0, 2.0, 3.0), (0.0, 0.25, CHEAPER)
 """Of the part that is whole, and of smaller times faster, where the first is known."""
 
 LEAST_LEFT = 0.1

@@ -61,7 +61,7 @@ def test_nothing_on_the_toy_is_better_than_its_optimum() -> None:
         assert (a_toy.drop(cheaper) > DROP_MAX).all()
         problem = MENDED.problem()
         cheaper = rows[a_toy.cost(rows) < MENDED.best_cost - 1e-5]
-        assert (problem.left(a_toy.drop(cheaper), problem.costs(cheaper), cheaper) > DROP_MAX).all()
+        assert (problem.left(a_toy.drop(cheaper), problem.costs(cheaper)) > DROP_MAX).all()
 
 
 def test_sensitivities_alone_do_not_solve_the_toy() -> None:
@@ -271,7 +271,7 @@ def test_points_are_drops_and_logarithms() -> None:
     evaluation = Evaluation(Policy({}, {}), Figures(size_bytes=500, latency_ms=1.0, drop=0.25), score=89.75)
     assert points(problem, [evaluation]) == pytest.approx(np.array([[0.25, -np.log(2), -np.log(4)]]))
     assert points(problem, []).shape == (0, 3)
-    mended = points(replace(problem, part_left=lambda prices, _: np.full(len(prices.size_bytes), 0.2)), [evaluation])
+    mended = points(replace(problem, part_left=lambda prices: np.full(len(prices.size_bytes), 0.2)), [evaluation])
     assert mended[0, 0] == pytest.approx(0.05)
 
 

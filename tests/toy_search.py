@@ -96,7 +96,7 @@ class Mended:
     """Of the best policy of which no more than DROP_MAX is left."""
 
     def problem(self) -> Problem:
-        def part_left(prices: Prices, _: np.ndarray) -> np.ndarray:
+        def part_left(prices: Prices) -> np.ndarray:
             return np.minimum(1.0, np.sqrt(self.unmended_bytes / prices.size_bytes))
 
         return replace(toy().problem, part_left=part_left)

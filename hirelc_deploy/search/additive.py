@@ -95,8 +95,7 @@ class DropModel:
         damage = self.damage(problem, rows)
         if problem.part_left is None:
             return damage
-        left = problem.left(np.ones(len(rows)), problem.costs(rows), rows)
-        return np.asarray(damage * left ** (1 / self.power))
+        return np.asarray(damage * problem.part_left(problem.costs(rows)) ** (1 / self.power))
 
     def drop(self, problem: Problem, rows: Rows) -> np.ndarray:
         """(policies,), in the score's unit."""
@@ -213,7 +212,7 @@ def most_wanted(evaluations: Evaluations, rows: Rows, model: DropModel, turn: in
     if turn % 2 and (found := widest(evaluations, rows, model)) is not None:
         return found
     goal, prices = Goal.of_problem(problem), problem.costs(rows)
-    left = problem.left(model.drop(problem, rows), prices, rows)
+    left = problem.left(model.drop(problem, rows), prices)
     part = left / (PARTS[turn // 2 % len(PARTS)] * goal.drop_max)
     price = cost(goal, prices) + MISSED_DROP * np.maximum(0.0, part - 1) + TIE * part
     return np.asarray(rows[price.argmin()])
@@ -224,7 +223,7 @@ def widest(evaluations: Evaluations, rows: Rows, model: DropModel) -> np.ndarray
     problem = evaluations.problem
     corner = reference(Goal.of_problem(problem))
     seen, prices = points(problem, evaluations.seen), problem.costs(rows)
-    left = problem.left(model.drop(problem, rows), prices, rows)
+    left = problem.left(model.drop(problem, rows), prices)
     found = most_added(places_of(left, prices, problem.before), seen, corner)
     return None if found is None or found[1] <= LEAST_GAIN * hypervolume(seen, corner) else np.asarray(rows[found[0]])
 
@@ -298,7 +297,7 @@ def follow(problem: Problem, evaluations: Evaluations, trace: Trace) -> None:
         model = fit(problem, evaluations.seen)
         doubted = replace(model, group_weight=model.group_weight * DOUBTS[empty])
         rows = affordable(problem, trace(doubted, leaning(goal, lean)))
-        expected = problem.left(model.drop(problem, rows), problem.costs(rows), rows) if before else None
+        expected = problem.left(model.drop(problem, rows), problem.costs(rows)) if before else None
         close_in(evaluations, rows, goal.drop_max, expected, STEPS if before else COLD_STEPS)
         for _ in range(WIDENING):
             found = widest(evaluations, unseen(evaluations, rows), fit(problem, evaluations.seen))

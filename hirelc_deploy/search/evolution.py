@@ -96,7 +96,7 @@ def evolved(problem: Problem, model: DropModel, start: Rows, *, seed: int) -> Ro
 def _predicted(problem: Problem, model: DropModel, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Drop, log bytes and log milliseconds, (policies, 3); by how much prices and drop break bounds, (policies, 2)."""
     goal, prices = Goal.of_problem(problem), problem.costs(rows)
-    drop = problem.left(model.drop(problem, rows), prices, rows)
+    drop = problem.left(model.drop(problem, rows), prices)
     beyond = np.full(len(rows), -1.0) if problem.budget.drop is None else drop / goal.drop_max - REFERENCE_DROPS
     objectives = np.column_stack([drop, np.log(prices.size_bytes), np.log(prices.latency_ms)])
     return objectives, np.column_stack([excess(goal, prices), beyond])

@@ -5,8 +5,8 @@ of it on another.  So search and finishing take turns.  One recipe is finished b
 drops are mended; after FIRST_PART of the evaluations the best policy that they led to is finished, which corrects that,
 and the search goes on with what is known then.
 
-What finishing leaves is told by hardness: a drop over the square of the part of the layers that is whole (WHOLE), times
-the fourth root of how many times smaller and faster the file is than the original's (CHEAPER).
+What finishing leaves is told by hardness: a drop times the square root of how many times smaller and faster the file
+is than the original's (CHEAPER).
 """
 
 import math
@@ -34,16 +34,13 @@ and 1.28 of these errors hold nine times of ten."""
 FIRST_PART = 2 / 3
 """Of the evaluations, before what they led to is finished and the rest is spent by what that has shown."""
 
-CHEAPER = 0.25
-"""Power of how many times smaller and how many times faster a file is in how hard its drop is to mend.  Over policies
-that ten searches finished it tells next to nothing that WHOLE does not (benchmarks/mending.py).  But a search takes
-advantage of what costs nothing, and of one power for both, which count alike in what is minimised, it can take none."""
+CHEAPER = 0.5
+"""Power of how many times smaller and how many times faster a file is in how hard its drop is to mend: what told best
+what was left of the finished policies on record (benchmarks/mending.py).  One power for both, as both count
+alike in what is minimised: so of two policies that cost as much the milder one is never told to be the harder, and
+nothing is gained by storing more bits or by running slower."""
 
-WHOLE = 2.0
-"""Power of the part of the layers that is whole (`Problem.whole`).  A branch that is gone, and a layer of signs, lack
-what more training could bring back, and others have to make up for them."""
-
-MOST_TIMES, FURTHER, FURTHER_UNHARMED = 75.0, 1.5, 2.0
+MOST_TIMES, FURTHER, FURTHER_UNHARMED = 120.0, 1.5, 2.0
 """How hard a policy may be at most, in that unit and times the hardest that was seen to be mended: what is left tells
 little of what more would leave, since mending ends abruptly.  Where nothing has failed yet it may be so much harder
 than what was mended, by the larger step where that lost nothing, as long as another can be finished to step back."""
@@ -53,9 +50,6 @@ UNHARMED = 1 / 10
 
 POWER, POWERS = 1.5, (1.0, 4.0)
 """What is left grows with this power of hardness, as long as one policy is known, and between these with more."""
-
-LEAST_WHOLE = 1 / 8
-"""No policy is told to be harder for what it lacks than with so much of its layers left."""
 
 TINY = 1e-6
 
@@ -106,7 +100,7 @@ class Mending:
 UNSEEN = 2.0
 """Drops of evaluations, as parts of what is safe, that are hoped to be mended before anything was seen."""
 
-FIRST_HARDNESS, RECIPES = 27.0, 4
+FIRST_HARDNESS, RECIPES = 80.0, 4
 """Of the recipe that is finished first, in the same unit: on three networks so much was mended, and what is far milder
 would teach nothing.  It is looked for with so many evaluations, and at most a third of all."""
 
@@ -164,9 +158,7 @@ class Finishing:
         if mending is None:
             return self._problem
         part = limit / self._told(mending)
-        return replace(
-            self._problem, part_left=lambda prices, whole: np.minimum(1.0, part * self._times(prices, whole))
-        )
+        return replace(self._problem, part_left=lambda prices: np.minimum(1.0, part * self._times(prices)))
 
     def promising(self, seen: Sequence[Evaluation], count: int) -> list[Evaluation]:
         """Those that were evaluated and are most worth finishing, so many at most."""
@@ -243,18 +235,16 @@ class Finishing:
 
     def _hardness(self, evaluation: Evaluation) -> float:
         size_bytes, latency_ms = _prices(evaluation, self._goal)
-        prices = Prices(np.array([size_bytes]), np.array([latency_ms]))
-        return evaluation.drop * float(self._times(prices, np.array([self._whole(evaluation)]))[0])
+        return evaluation.drop * float(self._times(Prices(np.array([size_bytes]), np.array([latency_ms])))[0])
 
     def _whole(self, evaluation: Evaluation) -> float:
-        """The part of its layers that is whole."""
         return float(self._problem.whole(self._problem.row(evaluation.policy)[None])[0])
 
-    def _times(self, prices: Prices, whole: np.ndarray) -> np.ndarray:
+    def _times(self, prices: Prices) -> np.ndarray:
         """By how much drops are harder to mend in such files than in one like the original's, (files,)."""
         smaller = self._goal.size_bytes_before / prices.size_bytes
         faster = self._goal.latency_ms_before / prices.latency_ms
-        found: np.ndarray = (smaller * faster) ** CHEAPER / np.maximum(whole, LEAST_WHOLE) ** WHOLE
+        found: np.ndarray = (smaller * faster) ** CHEAPER
         return found
 
     def _hardest(self, left: float, mending: Mending) -> float:

@@ -190,7 +190,7 @@ class _Search:
         prices = self._problem.costs(rows)
         if not self._parts.latency:
             prices = replace(prices, latency_ms=np.full(len(rows), self._goal.latency_ms_before))
-        left = self._problem.left(self._drop(rows), prices, rows)
+        left = self._problem.left(self._drop(rows), prices)
         return goals.goal(self._goal).reward(left, prices, self._multipliers)
 
     def _drop(self, rows: Rows) -> np.ndarray:
@@ -324,7 +324,7 @@ class _Search:
         every = FOR_THE_GOAL if problem.part_left is None else FINISHED_FOR_THE_GOAL
         for turn in range(len(seen), len(seen) + min(count, len(fresh))):
             drop = told.members[self._random.integers(len(told.members))] if self._is_doubted else told.mean
-            left = problem.left(drop, prices, rows[fresh])
+            left = problem.left(drop, prices)
             expected = places_of(left, prices, problem.before)[open_]
             added = None if turn % every == 0 else most_added(expected, places, self._reference, deviation[open_])
             best = int(self._promise(left, deviation, prices)[open_].argmax()) if added is None else added[0]

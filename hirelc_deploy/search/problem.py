@@ -147,9 +147,9 @@ class Problem:
     """The same on the test split, which nothing but its size is known of."""
     score_spread: float = 0.0
     """Standard deviation of one example's score, in the score's unit; nought where it is not known."""
-    part_left: Callable[[Prices, np.ndarray], np.ndarray] | None = None
-    """Of an evaluation's drop, once the policy is fine-tuned in full, as far as that is told by what it costs and how
-    much of it is whole, (policies,); None where what is evaluated is what counts."""
+    part_left: Callable[[Prices], np.ndarray] | None = None
+    """Of an evaluation's drop, once the policy is fine-tuned in full, as far as that is told, (policies,); None where
+    what is evaluated is what counts."""
 
     @cached_property
     def position(self) -> Mapping[str, int]:
@@ -185,39 +185,25 @@ class Problem:
     def whole(self, rows: Rows) -> np.ndarray:
         """The part of the layers that is whole, (policies,): of those that have two bits for a weight a half counts,
         of those that have one, or are gone, nothing."""
-        columns = self._layer_columns
-        found = np.ones((len(rows), max(1, len(columns))))
-        for name, column in columns.items():
-            found[:, column] = self._whole_parts[name][rows[:, self.position[name]]]
-        for variable in self.variables:
-            if isinstance(variable, GroupVariable) and variable.options[0] == 0:
-                going = [columns[name] for name in variable.gone_at_zero if name in columns]
-                found[np.ix_(rows[:, self.position[variable.name]] == 0, going)] = 0.0
+        layers = [variable for variable in self.variables if isinstance(variable, LayerVariable)]
+        column = {variable.name: i for i, variable in enumerate(layers)}
+        found = np.ones((len(rows), max(1, len(layers))))
+        for variable in layers:
+            parts = np.array([min(1.0, (option.storage.bits - 1) / 2) for option in variable.options])
+            found[:, column[variable.name]] = parts[rows[:, self.position[variable.name]]]
+        for group in self.variables:
+            if isinstance(group, GroupVariable) and group.options[0] == 0:
+                going = [column[name] for name in group.gone_at_zero if name in column]
+                found[np.ix_(rows[:, self.position[group.name]] == 0, going)] = 0.0
         return np.asarray(found.mean(1))
 
-    def left(self, drops: np.ndarray, prices: Prices, rows: Rows) -> np.ndarray:
+    def left(self, drops: np.ndarray, prices: Prices) -> np.ndarray:
         """What fine-tuning is told to leave of drops of evaluations, (policies,): what limits are held against."""
-        return drops if self.part_left is None else drops * self.part_left(prices, self.whole(rows))
+        return drops if self.part_left is None else drops * self.part_left(prices)
 
     def left_of(self, evaluations: Sequence[Evaluation]) -> np.ndarray:
         """The same of policies that were evaluated, (evaluations,)."""
-        drops = np.array([each.drop for each in evaluations], float)
-        rows = np.array([self.row(each.policy) for each in evaluations], int).reshape(-1, len(self.variables))
-        return self.left(drops, prices_of(evaluations), rows)
-
-    @cached_property
-    def _layer_columns(self) -> Mapping[str, int]:
-        """Numbers of the layers that are decided about, in order."""
-        return {v.name: i for i, v in enumerate(v for v in self.variables if isinstance(v, LayerVariable))}
-
-    @cached_property
-    def _whole_parts(self) -> Mapping[str, np.ndarray]:
-        """By layer, (options,): what counts of one that is there."""
-        return {
-            v.name: np.array([min(1.0, (option.storage.bits - 1) / 2) for option in v.options])
-            for v in self.variables
-            if isinstance(v, LayerVariable)
-        }
+        return self.left(np.array([each.drop for each in evaluations], float), prices_of(evaluations))
 
     @cached_property
     def _ties(self) -> Mapping[int, tuple[int, ...]]:

@@ -31,7 +31,7 @@ def search(problem: Problem, evaluations: Evaluations, *, seed: int) -> None:
         model = fit(problem, evaluations.seen)
         pool = efficient(problem, affordable(problem, draw(problem, POOL, generator)), model)
         if evaluations.seen:
-            left = problem.left(model.drop(problem, pool), problem.costs(pool), pool)
+            left = problem.left(model.drop(problem, pool), problem.costs(pool))
             hopeful = left <= REFERENCE_DROPS * limit
             pool = pool[hopeful] if hopeful.any() else pool
         pool = unseen(evaluations, pool)
