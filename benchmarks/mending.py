@@ -122,9 +122,8 @@ def main() -> None:
     known = {_key(row): row for row in rows}
     for row in (row for manifest in manifests for row in finished_in(manifest)):
         # a manifest of before 2026-11-30 does not say how much is whole
-        known[_key(row)] = {name: value for name, value in known.get(_key(row), {}).items() if row[name] is None} | {
-            name: value for name, value in row.items() if value is not None
-        }
+        told = {name: value for name, value in row.items() if value is not None}
+        known[_key(row)] = known.get(_key(row), {}) | told
     rows = sorted(known.values(), key=_key)
     found = {"error": judged(rows), "error_by_what_is_whole": judged_by_whole(rows)}
     save({**found, "finished": rows}, RESULT)

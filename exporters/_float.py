@@ -132,21 +132,17 @@ def float_graph(model: nn.Module, example: Mapping[str, np.ndarray], *, opset: i
 
 def _twins(graph: ir.Graph, layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """Of weights that are one parameter's, each that holds it transposed, and one that does not; `layers` by weight."""
-    found: dict[str, str] = {}
-    for name, layer in layers.items():
-        parameter = layer.get_parameter("weight")
-        if not np.array_equal(_values(graph, name), parameter.detach().numpy()):
-            others = (other for other, module in layers.items() if other != name and module.weight is parameter)
-            whole = (other for other in others if _values(graph, other).shape == tuple(parameter.shape))
-            twin = next((o for o in whole if np.array_equal(_values(graph, o).T, _values(graph, name))), None)
-            found |= {} if twin is None else {name: twin}
-    return found
-
-
-def _values(graph: ir.Graph, name: str) -> np.ndarray:
-    array = constant(graph.initializers[name])
-    assert array is not None
-    return array
+    as_it_is = {
+        name: layer
+        for name, layer in layers.items()
+        if _equals(graph.initializers[name], layer.get_parameter("weight").detach().numpy())
+    }
+    whole = {id(layer.weight): name for name, layer in as_it_is.items()}
+    return {
+        name: whole[id(layer.weight)]
+        for name, layer in layers.items()
+        if name not in as_it_is and id(layer.weight) in whole and _holds(graph.initializers[name], layer)
+    }
 
 
 def _traced(model: nn.Module, inputs: tuple[Tensor, ...], opset: int) -> ir.Model:
@@ -432,8 +428,13 @@ def _layer_of(node: ir.Node, weight: ir.Value, layers: Mapping[str, nn.Module]) 
 
 def _holds(value: ir.Value, layer: nn.Module) -> bool:
     """Whether an initializer is a layer's weight, as it is or transposed."""
-    array, weight = constant(value), layer.get_parameter("weight").detach().numpy()
-    return array is not None and (np.array_equal(array, weight) or np.array_equal(array, weight.T))
+    weight = layer.get_parameter("weight").detach().numpy()
+    return _equals(value, weight) or _equals(value, weight.T)
+
+
+def _equals(value: ir.Value, wanted: np.ndarray) -> bool:
+    array = constant(value)
+    return array is not None and np.array_equal(array, wanted)
 
 
 def _scope(node: ir.Node) -> str:

@@ -160,7 +160,11 @@ class _Writer:
         of that one, if both are stored alike.
         """
         twins = {n: whole for n, whole in self.twins.items() if n in chosen and chosen[n] == chosen.get(whole)}
-        weights = {name: self.packed(name, chosen[name], grids) for name in chosen if name not in twins}
+        weights = {
+            name: self.as_read(name, precision, self.packed(name, precision, grids))
+            for name, precision in chosen.items()
+            if name not in twins
+        }
         nodes, decoded = decode(list(weights.values()), lambda array: self.constant("codes", array), self.shared)
         made, found = [*nodes], dict(zip(weights, decoded, strict=True))
         ends = {}
@@ -180,7 +184,7 @@ class _Writer:
         Where operators read floats, of `end`, which is what those of the whole one read.
         """
         value = self.graph.initializers[name]
-        weight = self.as_read(value, whole.precision, whole.packed)
+        weight = self.as_read(name, whole.precision, whole.packed)
         if weight.axis == whole.axis:  # a product of integers reads both alike
             return replace_in(decoded, bytes=0), self.connect(value, weight, decoded)
         transposed = ir.node("Transpose", [decoded.value if weight.is_integer else end])
@@ -202,28 +206,28 @@ class _Writer:
                 found[name] = node.outputs[0]
         return found
 
-    def packed(self, name: str, precision: Precision, grids: Mapping[str, Grid] | None) -> Weight:
-        value = self.graph.initializers[name]
-        array = constant(value)
-        assert array is not None
-        axis = output_axis(next(iter(value.uses())).node)
+    def packed(self, name: str, precision: Precision, grids: Mapping[str, Grid] | None) -> Packed:
+        array, axis = self.values(name)
         numbers, storage = load_format(precision.storage.format), precision.storage
         rows = rows_of(torch.from_numpy(array.copy()), axis)
         if grids is None:
-            packed = numbers.blank(len(rows), rows.shape[1], storage)
-        else:
-            largest = largest_integer(precision.compute, self.largest)
-            packed = numbers.pack(rows, grids[name], storage, largest=largest)
-        return self.as_read(value, precision, packed)
+            return numbers.blank(len(rows), rows.shape[1], storage)
+        return numbers.pack(rows, grids[name], storage, largest=largest_integer(precision.compute, self.largest))
 
-    def as_read(self, value: ir.Value, precision: Precision, packed: Packed) -> Weight:
-        """In the shape in which the operator reads it that the file will have for it."""
-        array = constant(value)
-        assert array is not None
-        shape, axis = array.shape, output_axis(next(iter(value.uses())).node)
+    def as_read(self, name: str, precision: Precision, packed: Packed) -> Weight:
+        """These codes in the shape in which the operator reads this weight that the file will have for it."""
+        array, axis = self.values(name)
+        shape = array.shape
         if precision.compute is Compute.INT8_DYNAMIC and axis == 0:  # MatMulInteger has outputs last
             shape, axis = shape[::-1], 1
         return Weight(shape, axis, precision, packed, shares=(precision.storage, precision.compute is Compute.FP32))
+
+    def values(self, name: str) -> tuple[np.ndarray, int]:
+        """A weight, and the axis of its output channels, by the operator that reads it."""
+        value = self.graph.initializers[name]
+        array = constant(value)
+        assert array is not None
+        return array, output_axis(next(iter(value.uses())).node)
 
     def scale(self, packed: Packed) -> ir.Value:
         """Of integers that operators read: once in the file, however many weights are made of these codes."""

@@ -265,9 +265,9 @@ def _places(
     while pending:
         for node in readers.get(pending.pop(), []):
             if node.op_type not in LAYER_OPERATORS:
-                if others.isdisjoint(node.output):
-                    names += node.output
-                    pending += node.output
+                own = [name for name in node.output if name not in others]
+                names += own
+                pending += own
                 continue
             outputs = [node.output[0]]
             while len(behind := readers.get(outputs[-1], [])) == 1 and behind[0].op_type not in LAYER_OPERATORS:

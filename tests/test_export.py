@@ -47,6 +47,7 @@ COARSE = [
     for compute in (Compute.INT8, Compute.FP32)
 ]
 """A precision of every format."""
+COARSE_IN_FLOATS = [precision for precision in COARSE if precision.compute is Compute.FP32]
 EXAMPLES = 16
 LARGEST = 63  # integers that saturate on no CPU, so that a file computes the same on all of them
 
@@ -357,10 +358,6 @@ def write(
     return exported, path
 
 
-def is_integer(precision: Precision) -> bool:
-    return precision.compute is not Compute.FP32
-
-
 def is_layer(module: nn.Module) -> bool:
     return isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1
 
@@ -437,7 +434,7 @@ def test_activations_can_be_quantised_at_every_run(case: str, tmp_path: Path) ->
     assert case != "attention" or len(read) < len(able)
 
 
-@pytest.mark.parametrize("precision", [p for p in COARSE if p.compute is Compute.FP32], ids=str)
+@pytest.mark.parametrize("precision", COARSE_IN_FLOATS, ids=str)
 @pytest.mark.parametrize("case", list(NETWORKS))
 def test_a_network_computes_with_the_weights_that_were_put_on_their_grids(
     case: str, precision: Precision, tmp_path: Path
@@ -500,6 +497,9 @@ def test_an_fp32_layer_between_int8_ones_keeps_its_float_weights(tmp_path: Path)
     assert relative_error(RUNTIME.load(path, threads=1).run(inputs), reference(model, inputs)) < INT8_TOLERANCE
 
 
+SHARING = {"large tied embedding": ("tokens", "head"), "tied, on 2-D and 3-D": ("first", "second")}
+"""Layers that read one weight, as it is and transposed."""
+
 LITTLE = 3300
 """Bytes of the rest of a file, nodes and names: less than a weight's."""
 
@@ -507,11 +507,7 @@ LITTLE = 3300
 @pytest.mark.parametrize(
     ("name", "precision"),
     [
-        *(
-            ("large tied embedding", each)
-            for each in (None, INT8_STORED, *COARSE)
-            if each is None or not is_integer(each)
-        ),
+        *(("large tied embedding", each) for each in (None, INT8_STORED, *COARSE_IN_FLOATS)),
         *(("tied, on 2-D and 3-D", each) for each in (None, INT8, INT8_STORED, DYNAMIC, *COARSE)),
     ],
     ids=str,
@@ -520,9 +516,7 @@ def test_a_weight_that_is_read_as_it_is_and_transposed_lies_once_in_the_file(
     name: str, precision: Precision | None, tmp_path: Path
 ) -> None:
     """A session transposes it when it loads."""
-    case = case_of(name)
-    both = tuple(layer for layer, twin in (("tokens", "head"), ("first", "second")) for layer in (layer, twin))
-    both = tuple(layer for layer in both if layer in case.graph.weights)
+    case, both = case_of(name), SHARING[name]
     written, path = write(case, precision, tmp_path, only=both)
     sizes = sorted(written.layers[layer].bytes for layer in both)
     assert sizes[0] == 0

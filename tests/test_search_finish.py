@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,11 @@ BEFORE = Figures(latency_ms=10.0, speedup=1.0, size_bytes=1000, drop=0.0)
 def as_trained(rows: Rows) -> Prices:
     """Of the network that is compressed here, whatever the rows say."""
     return Prices(np.full(len(rows), 1000.0), np.full(len(rows), 10.0))
+
+
+def posed(limit: float = 1.0, **changed: Any) -> Problem:
+    """The toy's problem, about that network, with a limit on the drop."""
+    return replace(toy().problem, budget=Budget(drop=limit), before=BEFORE, costs=as_trained, **changed)
 
 
 def evaluation(number: int, drop: float, size_bytes: int, latency_ms: float = 10.0) -> Evaluation:
@@ -96,7 +102,7 @@ def test_between_what_held_and_what_did_not_all_that_is_cheaper_is_tried() -> No
         number = policy.keep["g"]
         return evaluation(number, drops[number][1], 1000 - 10 * number)
 
-    problem = replace(toy().problem, budget=Budget(drop=0.5), before=BEFORE, costs=as_trained, score_error=9.0)
+    problem = posed(limit=0.5, score_error=9.0)
     finishing = Finishing(problem, complete)
     finishing.some(seen[:1])
     finishing.some(seen[3:])
@@ -117,7 +123,7 @@ def test_between_what_held_and_what_did_not_the_most_is_expected_of_the_middle()
         order.append(number := policy.keep["g"])
         return evaluation(number, drops[number], sizes[number])
 
-    problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained, score_error=9.0)
+    problem = posed(score_error=9.0)
     finishing = Finishing(problem, complete, most=4)
     finishing.some(seen[:1])
     finishing.some(seen[4:])
@@ -138,7 +144,7 @@ def test_files_that_were_timed_at_different_times_are_compared_by_their_speed_up
     first, second = evaluation(1, drop=0.5, size_bytes=600), evaluation(2, drop=0.5, size_bytes=500)
     slow = replace(second, figures=replace(second.figures, latency_ms=20.0, speedup=1.0))
     choice = Finishing(
-        replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained),
+        posed(),
         lambda policy: {1: first, 2: slow}[policy.keep["g"]],
         most=2,
     )
@@ -225,9 +231,7 @@ def test_the_smaller_and_faster_the_file_the_less_an_evaluation_may_drop() -> No
     """By the square root of both, and never less than the limit itself."""
     small, fast = evaluation(0, 4.0, 250), evaluation(0, 4.0, 1000, latency_ms=2.5)
     for recipe in (small, fast):
-        problem = replace(
-            toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained, evaluate=lambda _, r=recipe: r
-        )
+        problem = posed(evaluate=lambda _, r=recipe: r)
         finishing = Finishing(problem, lambda _, r=recipe: replace(r, figures=replace(r.figures, drop=0.25)), most=2)
         finishing.recipe(Evaluations(problem, 3))
         part_left = finishing.aim.part_left
@@ -252,7 +256,8 @@ def test_what_a_policy_lacks_is_recorded_with_it() -> None:
     problem: Problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, variables=variables)
     rows = np.array([[0, 1, 0, 0, 1], [3, 0, 1, 0, 1], [0, 0, 0, 0, 0], [3, 0, 1, 2, 0], [3, 3, 3, 3, 0]])
     whole = [1.0, 0.75, 0.5, 0.375, 0.0]
-    assert problem.whole(rows) == pytest.approx(whole), "what is gone has no bits besides"
+    found = [problem.whole(problem.policy(row)) for row in rows]
+    assert found == pytest.approx(whole), "what is gone has no bits besides"
 
     seen = [Evaluation(problem.policy(row), evaluation(0, 1.0, 1000).figures, 89.0) for row in rows]
     choice = Finishing(problem, lambda _: seen[0]).choice(seen)
@@ -263,7 +268,7 @@ def test_how_fast_a_file_is_goes_by_its_speed_up_if_that_was_seen() -> None:
     """Milliseconds of two hours are those of two machines."""
     measured = evaluation(1, 3.0, 1000, latency_ms=5.0)
     slow = replace(measured, figures=replace(measured.figures, latency_ms=7.0, speedup=4.0))
-    problem: Problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained)
+    problem = posed()
     hardness = Finishing(problem, lambda _: measured).choice([slow]).hardness
     assert hardness[slow.policy.digest()] == pytest.approx(6.0)
 
@@ -346,13 +351,7 @@ def test_without_a_limit_on_the_drop_nothing_is_finished_before() -> None:
 
 def test_what_is_finished_in_the_middle_of_a_search_moves_its_aim() -> None:
     """Of the recipe little was mended; of the first that the search found, nearly all."""
-    problem: Problem = replace(
-        toy().problem,
-        budget=Budget(drop=1.0),
-        before=BEFORE,
-        costs=as_trained,
-        evaluate=lambda policy: evaluation(99, 4.0, 900),
-    )
+    problem = posed(evaluate=lambda policy: evaluation(99, 4.0, 900))
     left = {99: 2.0, 5: 0.1}
     order: list[int] = []
 
@@ -375,13 +374,7 @@ def test_what_is_finished_in_the_middle_of_a_search_moves_its_aim() -> None:
 def test_nothing_is_finished_that_drops_by_far_more_than_the_limit() -> None:
     """However well the recipe was mended: what nobody has seen yet is not believed."""
     hopeless, good = evaluation(1, drop=20.0, size_bytes=100), evaluation(2, drop=9.0, size_bytes=300)
-    problem: Problem = replace(
-        toy().problem,
-        budget=Budget(drop=1.0),
-        before=BEFORE,
-        costs=as_trained,
-        evaluate=lambda policy: evaluation(99, 8.0, 900),
-    )
+    problem = posed(evaluate=lambda policy: evaluation(99, 8.0, 900))
     order: list[int] = []
 
     def complete(policy: Policy) -> Evaluation:
@@ -401,9 +394,7 @@ def test_what_is_mended_to_the_last_lets_more_be_hoped_for_each_time(left: float
     """Seen on a network: ten times the limit lost nothing, three times, and the search ended with its limit unspent."""
     drops = [170.0, 230.0, 250.0, 370.0, 440.0, 460.0, 540.0, 850.0]
     recipe, ladder = evaluation(99, 120.0, 900), [evaluation(round(d), d, 900 - round(d / 10)) for d in drops]
-    problem: Problem = replace(
-        toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained, evaluate=lambda _: recipe
-    )
+    problem = posed(evaluate=lambda _: recipe)
     by_policy = {each.policy.digest(): each for each in (recipe, *ladder)}
     order: list[int] = []
 
@@ -424,11 +415,8 @@ def test_what_may_be_tried_does_not_shrink_with_a_limit_that_is_small_for_one_ex
     """Fine-tuning mends as much whatever was allowed; where nothing is known of one example, the limit tells."""
     for spread, most in ((0.0, 60.0), (15.0, 60.0), (24.0, 96.0)):
         recipe = evaluation(99, 30.0, 1000)
-        problem: Problem = replace(
-            toy().problem,
-            budget=Budget(drop=0.5),
-            before=BEFORE,
-            costs=as_trained,
+        problem = posed(
+            limit=0.5,
             score_spread=spread,
             evaluate=lambda _, recipe=recipe: recipe,
         )
@@ -442,11 +430,7 @@ def begun(*, most: int) -> tuple[Finishing, list[int]]:
     """A recipe that drops by 12 points is finished, and at most so many are; what was, in order.  As much is left of
     everything as is safe, so that more is told to leave too much."""
     recipe = evaluation(99, 12.0, 900)
-    problem: Problem = replace(
-        toy().problem,
-        budget=Budget(drop=1.0),
-        before=BEFORE,
-        costs=as_trained,
+    problem = posed(
         score_error=9.0,
         evaluate=lambda _: recipe,
     )
@@ -488,11 +472,8 @@ def test_a_recipe_that_fails_is_no_example_of_what_was_searched(
     62 and 76 tried nothing harder, where another had lost nothing at 183.  What a score cannot tell is no loss."""
     harsh, mild = evaluation(99, 104.0, 1000), evaluation(62, 62.0, 1000)
     left = {99: 0.23, 62: mild_left}
-    problem: Problem = replace(
-        toy().problem,
-        budget=Budget(drop=0.5),
-        before=BEFORE,
-        costs=as_trained,
+    problem = posed(
+        limit=0.5,
         score_error=0.33,
         recipes={"keep=25%": harsh.policy} if is_recipe else {},
         evaluate=lambda _: harsh,
@@ -508,7 +489,7 @@ def test_a_recipe_that_fails_is_no_example_of_what_was_searched(
 
 def test_prices_that_were_told_anew_decide_what_is_finished_next() -> None:
     """Of two small files the first was told to be the faster one; its file was timed, and is not."""
-    problem: Problem = replace(toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained)
+    problem = posed()
     first, second = evaluation(1, 0.5, 500, latency_ms=2.0), evaluation(2, 0.5, 500, latency_ms=3.0)
     finishing = Finishing(problem, lambda policy: {1: first, 2: second}[policy.keep["g"]])
     assert finishing.promising([first, second], 9) == [first, second]
@@ -539,9 +520,7 @@ def test_search_and_finishing_take_turns_only_where_there_is_a_drop_to_learn_abo
 
 
 def test_what_was_finished_before_is_a_finalist_that_costs_nothing() -> None:
-    problem: Problem = replace(
-        toy().problem, budget=Budget(drop=1.0), before=BEFORE, costs=as_trained, evaluate=lambda _: LADDER[4]
-    )
+    problem = posed(evaluate=lambda _: LADDER[4])
     ends = {5: replace(LADDER[4], figures=replace(LADDER[4].figures, drop=0.9))}
     order: list[int] = []
 

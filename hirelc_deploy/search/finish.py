@@ -211,7 +211,7 @@ class Finishing:
         best = min(ends, key=lambda each: _rank(each, self._goal, self._problem.budget, self._safe))
         known = (*self._apart_from(seen), *seen)
         hardness = {each.policy.digest(): self._hardness(each) for each in known}
-        whole = {each.policy.digest(): self._whole(each) for each in known}
+        whole = {each.policy.digest(): self._problem.whole(each.policy) for each in known}
         return Choice(best, known, tuple(ends), hardness, whole, self._problem.recipes)
 
     @property
@@ -236,9 +236,6 @@ class Finishing:
     def _hardness(self, evaluation: Evaluation) -> float:
         size_bytes, latency_ms = _prices(evaluation, self._goal)
         return evaluation.drop * float(self._times(Prices(np.array([size_bytes]), np.array([latency_ms])))[0])
-
-    def _whole(self, evaluation: Evaluation) -> float:
-        return float(self._problem.whole(self._problem.row(evaluation.policy)[None])[0])
 
     def _times(self, prices: Prices) -> np.ndarray:
         """By how much drops are harder to mend in such files than in one like the original's, (files,)."""

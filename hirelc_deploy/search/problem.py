@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from hirelc_deploy.budget import Budget, Figures
-from hirelc_deploy.policy import Policy, Precision
+from hirelc_deploy.policy import FP32, Policy, Precision
 from hirelc_deploy.search.space import Evaluation
 
 Rows = np.ndarray
@@ -182,20 +182,14 @@ class Problem:
         """Additive: what single options do to the outputs, (policies, variables), in nats."""
         return np.stack([self.sensitivity.damage[v.name][rows[:, i]] for i, v in enumerate(self.variables)], axis=1)
 
-    def whole(self, rows: Rows) -> np.ndarray:
-        """The part of the layers that is whole, (policies,): of those that have two bits for a weight a half counts,
-        of those that have one, or are gone, nothing."""
-        layers = [variable for variable in self.variables if isinstance(variable, LayerVariable)]
-        column = {variable.name: i for i, variable in enumerate(layers)}
-        found = np.ones((len(rows), max(1, len(layers))))
-        for variable in layers:
-            parts = np.array([min(1.0, (option.storage.bits - 1) / 2) for option in variable.options])
-            found[:, column[variable.name]] = parts[rows[:, self.position[variable.name]]]
-        for group in self.variables:
-            if isinstance(group, GroupVariable) and group.options[0] == 0:
-                going = [column[name] for name in group.gone_at_zero if name in column]
-                found[np.ix_(rows[:, self.position[group.name]] == 0, going)] = 0.0
-        return np.asarray(found.mean(1))
+    def whole(self, policy: Policy) -> float:
+        """The part of the layers that is whole: of those that have two bits for a weight a half counts, of those that
+        have one, or are gone, nothing."""
+        groups = [variable for variable in self.variables if isinstance(variable, GroupVariable)]
+        gone = {name for group in groups if policy.keep.get(group.in_policy) == 0 for name in group.gone_at_zero}
+        layers = [variable.name for variable in self.variables if isinstance(variable, LayerVariable)]
+        bits = [0 if name in gone else policy.precisions.get(name, FP32).storage.bits for name in layers]
+        return float(np.mean(np.clip((np.array(bits) - 1) / 2, 0.0, 1.0)))
 
     def left(self, drops: np.ndarray, prices: Prices) -> np.ndarray:
         """What fine-tuning is told to leave of drops of evaluations, (policies,): what limits are held against."""
