@@ -76,7 +76,8 @@ class FloatGraph:
     model: ir.Model
     weights: Mapping[str, str]
     twins: Mapping[str, str] = field(default_factory=dict)
-    """By the name of a weight that is another one transposed, since layers share it, that other's name."""
+    """By the name of a weight that is another one as it is read elsewhere, since layers share it, that other's name:
+    most often the same transposed."""
 
     @property
     def layer_of(self) -> dict[str, str]:
@@ -143,6 +144,32 @@ def _twins(graph: ir.Graph, layers: Mapping[str, nn.Module]) -> dict[str, str]:
         for name, layer in layers.items()
         if name not in as_it_is and id(layer.weight) in whole and _holds(graph.initializers[name], layer)
     }
+
+
+def apart(graph: FloatGraph, model: nn.Module) -> FloatGraph:
+    """With a weight of their own for layers that read an embedding's as it is: they can compute in integers.
+
+    It is the embedding's twin, so that a file holds one.
+    """
+    body = graph.model.graph
+    embeddings = {weight for layer, weight in graph.weights.items() if _is_embedding(model, layer)}
+    weights, twins = dict(graph.weights), dict(graph.twins)
+    for layer, whole in graph.weights.items():
+        if whole not in embeddings or _is_embedding(model, layer):
+            continue
+        name = f"{whole}#read"
+        if name not in twins:
+            value = ir.Value(name=name, const_value=body.initializers[whole].const_value)
+            body.register_initializer(value)
+            for use in tuple(body.initializers[whole].uses()):
+                if use.node.op_type != "Gather":
+                    use.node.replace_input_with(use.idx, value)
+        weights[layer], twins[name] = name, whole
+    return FloatGraph(graph.model, weights, twins)
+
+
+def _is_embedding(model: nn.Module, layer: str) -> bool:
+    return isinstance(model.get_submodule(layer), nn.Embedding)
 
 
 def _traced(model: nn.Module, inputs: tuple[Tensor, ...], opset: int) -> ir.Model:

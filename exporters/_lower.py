@@ -111,7 +111,12 @@ class Lowering:
             counts=counts,
             states=tuple(lowering.states),
             terms=tuple(lowering.terms),
-            alike=tuple((layer.name, twin) for layer in model.layers for twin in layer.shares_weight_with),
+            alike=tuple(
+                (layer.name, twin)
+                for layer in model.layers
+                for twin in layer.shares_weight_with
+                if model.layer[twin].op == layer.op
+            ),
             held=tuple(lowering.held()),
         )
 

@@ -87,6 +87,8 @@ class _Writer:
         self.twins = graph.twins
         self.scales: dict[int, ir.Value] = {}
         """By the identity of the codes that they belong to."""
+        self.read_both_ways: set[int] = set()
+        """Identities of codes that some operator reads as integers and another as floats."""
         self.grids: dict[str, tuple[ir.Value, ir.Value]] = {}
         self.input_scale: dict[ir.Node, ir.Value] = {}
         """Scale of what a node reads first, where that is held in uint8."""
@@ -156,63 +158,85 @@ class _Writer:
     def weights(self, chosen: Mapping[str, Precision], grids: Mapping[str, Grid] | None) -> dict[str, Decoded]:
         """Store weights in their formats and decode them for the nodes that read them; initializer -> what it became.
 
-        Without grids the file is only measured: codes and scales are zeros.  What is another weight transposed is made
-        of that one, if both are stored alike.
+        Without grids the file is only measured: codes and scales are zeros.  A weight's twin is made of it, if both are
+        stored alike, whatever they compute in.
         """
-        twins = {n: whole for n, whole in self.twins.items() if n in chosen and chosen[n] == chosen.get(whole)}
+        twins = {
+            name: whole
+            for name, whole in self.twins.items()
+            if name in chosen and whole in chosen and chosen[name].storage == chosen[whole].storage
+        }
+        largest = {name: largest_integer(precision.compute, self.largest) for name, precision in chosen.items()}
+        for name, whole in twins.items():
+            largest[whole] = min(largest[whole], largest[name])
         weights = {
-            name: self.as_read(name, precision, self.packed(name, precision, grids))
+            name: self.as_read(name, precision, self.packed(name, precision, grids, largest[name]))
             for name, precision in chosen.items()
             if name not in twins
+        }
+        self.read_both_ways = {
+            id(weights[whole].packed)
+            for name, whole in twins.items()
+            if (chosen[name].compute is Compute.FP32) is weights[whole].is_integer
         }
         nodes, decoded = decode(list(weights.values()), lambda array: self.constant("codes", array), self.shared)
         made, found = [*nodes], dict(zip(weights, decoded, strict=True))
         ends = {}
         for name, weight in weights.items():
-            added = self.connect(self.graph.initializers[name], weight, found[name])
-            ends[name] = added[0].outputs[0] if added else found[name].value
+            ends[name], added = self.connect(self.graph.initializers[name], weight, found[name])
             made += added
         for name, whole in twins.items():
-            found[name], added = self.connect_twin(name, weights[whole], found[whole], ends[whole])
+            twin = self.as_read(name, chosen[name], weights[whole].packed)
+            found[name], added = self.connect_twin(name, twin, weights[whole], found[whole], ends[whole])
             made += added
         self.graph.insert_before(self.graph[0], made)
         return found
 
-    def connect_twin(self, name: str, whole: Weight, decoded: Decoded, end: ir.Value) -> tuple[Decoded, list[ir.Node]]:
-        """A weight that is a whole one transposed, made of what that is decoded into: no codes and no scale of its own.
+    def connect_twin(
+        self, name: str, twin: Weight, whole: Weight, decoded: Decoded, end: ir.Value
+    ) -> tuple[Decoded, list[ir.Node]]:
+        """A weight that is a whole one as others read it, made of what that is decoded into: no codes of its own.
 
-        Where operators read floats, of `end`, which is what those of the whole one read.
+        Where the operators of both read floats, of `end`, which is what those of the whole one read.
         """
         value = self.graph.initializers[name]
-        weight = self.as_read(name, whole.precision, whole.packed)
-        if weight.axis == whole.axis:  # a product of integers reads both alike
-            return replace_in(decoded, bytes=0), self.connect(value, weight, decoded)
-        transposed = ir.node("Transpose", [decoded.value if weight.is_integer else end])
-        found = replace_in(decoded, value=transposed.outputs[0], bytes=0)
-        if weight.is_integer:
-            return found, [transposed, *self.connect(value, weight, found)]
-        ir.convenience.replace_all_uses_with(value, found.value)
-        return found, [transposed]
+        are_floats = not twin.is_integer and not whole.is_integer
+        read, made = end if are_floats else decoded.value, []
+        if twin.is_integer is not whole.is_integer:
+            kind = ir.DataType.INT8 if twin.is_integer else ir.DataType.FLOAT
+            made.append(ir.node("Cast", [read], {"to": int(kind)}))
+            read = made[-1].outputs[0]
+        if twin.axis != whole.axis:
+            made.append(ir.node("Transpose", [read]))
+            read = made[-1].outputs[0]
+        found = replace_in(decoded, value=read if made else decoded.value, bytes=0)
+        if are_floats:
+            ir.convenience.replace_all_uses_with(value, read)
+            return found, made
+        _, added = self.connect(value, twin, found)
+        return found, made + added
 
     def twins_in_floats(self, stored: set[str]) -> dict[str, ir.Value]:
-        """Make what is another weight transposed of that one, where both stay in floats; by name what it became."""
+        """Make a weight's twin of that weight, where both stay in floats; by name what it became."""
         found: dict[str, ir.Value] = {}
         for name, whole in self.twins.items():
             if stored.isdisjoint({name, whole}):
-                node = ir.node("Transpose", [self.graph.initializers[whole]])
-                self.graph.insert_before(self.graph[0], [node])
-                ir.convenience.replace_all_uses_with(self.graph.initializers[name], node.outputs[0])
+                found[name] = self.graph.initializers[whole]
+                if self.values(name)[1] != self.values(whole)[1]:
+                    node = ir.node("Transpose", [found[name]])
+                    self.graph.insert_before(self.graph[0], [node])
+                    found[name] = node.outputs[0]
+                ir.convenience.replace_all_uses_with(self.graph.initializers[name], found[name])
                 del self.graph.initializers[name]
-                found[name] = node.outputs[0]
         return found
 
-    def packed(self, name: str, precision: Precision, grids: Mapping[str, Grid] | None) -> Packed:
+    def packed(self, name: str, precision: Precision, grids: Mapping[str, Grid] | None, largest: int) -> Packed:
         array, axis = self.values(name)
         numbers, storage = load_format(precision.storage.format), precision.storage
         rows = rows_of(torch.from_numpy(array.copy()), axis)
         if grids is None:
             return numbers.blank(len(rows), rows.shape[1], storage)
-        return numbers.pack(rows, grids[name], storage, largest=largest_integer(precision.compute, self.largest))
+        return numbers.pack(rows, grids[name], storage, largest=largest)
 
     def as_read(self, name: str, precision: Precision, packed: Packed) -> Weight:
         """These codes in the shape in which the operator reads this weight that the file will have for it."""
@@ -235,28 +259,35 @@ class _Writer:
             self.scales[id(packed)] = self.constant("scale", packed.scale)
         return self.scales[id(packed)]
 
-    def connect(self, value: ir.Value, weight: Weight, decoded: Decoded) -> list[ir.Node]:
-        """The last step of decoding, integers to values, and what the readers need beside it."""
+    def connect(self, value: ir.Value, weight: Weight, decoded: Decoded) -> tuple[ir.Value, list[ir.Node]]:
+        """The last step of decoding, integers to values: what readers read, and the nodes that make it."""
         uses = list(value.uses())
-        scale = weight.packed.scale
-        made = []
         if weight.precision.compute is Compute.INT8_DYNAMIC:
             stored = self.scale(weight.packed)
             for use in uses:
                 self.multiply_integers(use.node, decoded.value, stored)
-            return []
+            return decoded.value, []
         if weight.precision.compute is Compute.INT8:
             stored = self.scale(weight.packed)
             explicit = uses[0].node.op_type != "Conv"
-            made.append(self.dequantise(decoded.value, stored, weight.axis, np.int8, explicit_zero=explicit))
-            for use in uses:
-                made += self.bias(use.node, stored)
+            end = self.dequantise(decoded.value, stored, weight.axis, np.int8, explicit_zero=explicit)
+            made = [end, *(node for use in uses for node in self.bias(use.node, stored))]
         else:
-            shape = [-1 if a == weight.axis and scale.ndim else 1 for a in range(len(weight.shape))]
-            made.append(ir.node("Mul", [decoded.value, self.constant("scale", scale.reshape(shape))]))
+            stored, made = self.broadcast_scale(weight)
+            end = ir.node("Mul", [decoded.value, stored])
+            made.append(end)
         for use in uses:
-            use.node.replace_input_with(use.idx, made[0].outputs[0])
-        return made
+            use.node.replace_input_with(use.idx, end.outputs[0])
+        return end.outputs[0], made
+
+    def broadcast_scale(self, weight: Weight) -> tuple[ir.Value, list[ir.Node]]:
+        """A weight's scale in a shape that multiplies it, and the nodes that make it."""
+        scale = weight.packed.scale
+        shape = np.array([-1 if a == weight.axis and scale.ndim else 1 for a in range(len(weight.shape))])
+        if id(weight.packed) not in self.read_both_ways:
+            return self.constant("scale", scale.reshape(shape)), []
+        shaped = ir.node("Reshape", [self.scale(weight.packed), self.shared(shape)])
+        return shaped.outputs[0], [shaped]
 
     def multiply_integers(self, node: ir.Node, integers: ir.Value, scale: ir.Value) -> None:
         """Put a product of integers, its input quantised at every run, in the place of a Gemm or MatMul."""

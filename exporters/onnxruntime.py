@@ -24,7 +24,7 @@ from hirelc_deploy.exporters._base import (
 )
 from hirelc_deploy.exporters._calibrate import Histogram, Method, Range, range_of
 from hirelc_deploy.exporters._compact import drop_unused, share, shorten, to_bytes
-from hirelc_deploy.exporters._float import FloatGraph, float_graph
+from hirelc_deploy.exporters._float import FloatGraph, apart, float_graph
 from hirelc_deploy.exporters._footprint import footprint
 from hirelc_deploy.exporters._observe import histograms, rounding_errors
 from hirelc_deploy.exporters._plan import Plan, plan
@@ -71,7 +71,7 @@ class OnnxRuntime:
         """The float ONNX graph of a model in eval mode: what both baseline and artifact are written from."""
         graph = float_graph(model, example, opset=opset)
         share(graph.model, parameters=dict(model.named_parameters()))
-        return graph
+        return apart(graph, model)
 
     def write(
         self,

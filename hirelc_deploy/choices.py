@@ -102,11 +102,10 @@ def completed(policy: Policy, graph: "ModelGraph", target: "Target") -> Policy:
             )
     for layer in graph.layers:
         for twin in layer.shares_weight_with:
-            asked = [policy.precisions.get(name, FP32) for name in (layer.name, twin)]
-            in_one_format = layer.op == graph.layer[twin].op or not any(each.storage.is_float for each in asked)
-            if asked[0] != asked[1] and in_one_format:
+            asked, other = (policy.precisions.get(name, FP32) for name in (layer.name, twin))
+            if not _share(asked, other, of_one_kind=layer.op == graph.layer[twin].op):
                 raise UserError(
-                    f"the policy stores {layer.name} as {asked[0]} and {twin} as {asked[1]}, and they share one weight",
+                    f"the policy stores {layer.name} as {asked} and {twin} as {other}, and they share one weight",
                     fix="give both the same precision",
                 )
     if policy.order not in (PRUNE_FIRST, QUANTIZE_FIRST):
@@ -119,3 +118,13 @@ def completed(policy: Policy, graph: "ModelGraph", target: "Target") -> Policy:
         precisions=dict.fromkeys(offered, FP32) | dict(policy.precisions),
         keep={group.name: group.total for group in graph.groups} | dict(policy.keep),
     )
+
+
+def _share(one: Precision, other: Precision, *, of_one_kind: bool) -> bool:
+    """Whether layers that share a weight can have these.
+
+    Those of different kinds (an embedding and a head) may compute in different ways, and one may read floats.
+    """
+    if of_one_kind:
+        return one == other
+    return one.storage == other.storage or one.storage.is_float or other.storage.is_float

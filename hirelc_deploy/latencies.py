@@ -167,11 +167,12 @@ class Latencies:
 
     @cached_property
     def computes_allowed(self) -> dict[str, tuple[Compute, ...]]:
-        """What each layer and those that share its weight may compute in, fp32 first."""
+        """What each layer and those of its kind that share its weight may compute in, fp32 first."""
         return {layer: self._allowed(layer) for layer in self._files.space.layers}
 
     def _allowed(self, layer: str) -> tuple[Compute, ...]:
-        together = (layer, *self._subject.graph.layer[layer].shares_weight_with)
+        layers = self._subject.graph.layer
+        together = (layer, *(twin for twin in layers[layer].shares_weight_with if layers[twin].op == layers[layer].op))
         computes = self._files.space.computes
         able = tuple(c for c in computes[layer] if all(c in computes[twin] for twin in together))
         if self._files.rounding_badly.isdisjoint(together):

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -166,6 +166,13 @@ class TiedEmbedding(nn.Module):
         return self.head(F.relu(self.inner(self.tokens(tokens))))
 
 
+class NextToken(TiedEmbedding):
+    """Its head reads the last token alone, on 2-D: the very values that the embedding reads."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens[:, -1])
+
+
 class TiedOnTwoShapes(nn.Module):
     """One weight that reads tokens, and what they come to: the exporter transposes it for the first."""
 
@@ -218,6 +225,8 @@ def single(layer: nn.Module, *behind: nn.Module) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(layer, *behind)
 
 
+TOKENS = np.random.default_rng(0).integers(0, 1200, (EXAMPLES, 7))
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, np.ndarray]]] = {
     "conv": (single(nn.Conv2d(3, 8, 3)), {"x": floats(3, 8, 8)}),
     "conv and relu": (single(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU()), {"x": floats(3, 8, 8)}),
@@ -241,10 +250,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, np.ndarray]]] = {
     "tied": (Tied, {"x": floats(6)}),
     "tied embedding": (TiedEmbedding, {"tokens": np.random.default_rng(0).integers(0, 20, (EXAMPLES, 7))}),
     # more than is folded by itself
-    "large tied embedding": (
-        lambda: TiedEmbedding(1200),
-        {"tokens": np.random.default_rng(0).integers(0, 1200, (EXAMPLES, 7))},
-    ),
+    "large tied embedding": (lambda: TiedEmbedding(1200), {"tokens": TOKENS}),
+    "large tied embedding, on 2-D": (lambda: NextToken(1200), {"tokens": TOKENS}),
     "tied, on 2-D and 3-D": (TiedOnTwoShapes, {"x": floats(5, 128)}),
     "clip above nought": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), Clip(0.5, 1.0), nn.Conv2d(8, 8, 3), nn.Flatten()),
@@ -497,8 +504,12 @@ def test_an_fp32_layer_between_int8_ones_keeps_its_float_weights(tmp_path: Path)
     assert relative_error(RUNTIME.load(path, threads=1).run(inputs), reference(model, inputs)) < INT8_TOLERANCE
 
 
-SHARING = {"large tied embedding": ("tokens", "head"), "tied, on 2-D and 3-D": ("first", "second")}
-"""Layers that read one weight, as it is and transposed."""
+SHARING = {
+    "large tied embedding": ("tokens", "head"),
+    "large tied embedding, on 2-D": ("tokens", "head"),
+    "tied, on 2-D and 3-D": ("first", "second"),
+}
+"""Layers that read one weight, one as it is and the other transposed or by another operator."""
 
 LITTLE = 3300
 """Bytes of the rest of a file, nodes and names: less than a weight's."""
@@ -508,11 +519,12 @@ LITTLE = 3300
     ("name", "precision"),
     [
         *(("large tied embedding", each) for each in (None, INT8_STORED, *COARSE_IN_FLOATS)),
+        *(("large tied embedding, on 2-D", each) for each in (None, INT8_STORED, *COARSE_IN_FLOATS)),
         *(("tied, on 2-D and 3-D", each) for each in (None, INT8, INT8_STORED, DYNAMIC, *COARSE)),
     ],
     ids=str,
 )
-def test_a_weight_that_is_read_as_it_is_and_transposed_lies_once_in_the_file(
+def test_a_weight_that_two_layers_read_lies_once_in_the_file(
     name: str, precision: Precision | None, tmp_path: Path
 ) -> None:
     """A session transposes it when it loads."""
@@ -529,6 +541,31 @@ def test_a_weight_that_is_read_as_it_is_and_transposed_lies_once_in_the_file(
     found = RUNTIME.load(path, threads=1).run(case.inputs)
     tolerance = FLOAT_TOLERANCE if computed == "fp32" else INT8_TOLERANCE
     assert relative_error(found, reference(case.rounded(precisions), case.inputs)) < tolerance
+    shapes = {key: tuple(tensor.shape) for key, tensor in case.folded.state_dict().items()}
+    assert len(RUNTIME.foreseen(case.graph, shapes, precisions)) == len(written.data)
+
+
+@pytest.mark.parametrize("name", ["large tied embedding", "large tied embedding, on 2-D"])
+@pytest.mark.parametrize("compute", [Compute.INT8, Compute.INT8_DYNAMIC])
+@pytest.mark.parametrize("stored", [INT8_STORED, *COARSE_IN_FLOATS], ids=str)
+def test_a_weight_lies_once_if_only_its_head_computes_in_integers(
+    name: str, stored: Precision, compute: Compute, tmp_path: Path
+) -> None:
+    """No embedding has an integer kernel."""
+    case = case_of(name)
+    precisions = {"tokens": stored, "head": replace(stored, compute=compute)}
+    seen = RUNTIME.observe(case.graph, precisions, [case.inputs])
+    written = RUNTIME.write(case.graph, precisions, case.grids(precisions), seen=seen, largest=LARGEST)
+    sizes = sorted(written.layers[layer].bytes for layer in precisions)
+    assert sizes[0] == 0
+    assert sizes[1] < len(written.data) < sizes[1] + LITTLE
+
+    path = tmp_path / "model.onnx"
+    path.write_bytes(written.data)
+    runs_as = RUNTIME.runs_as(path, written.tensors, threads=1)
+    assert (runs_as["tokens"], runs_as["head"]) == ("fp32", compute)
+    found = RUNTIME.load(path, threads=1).run(case.inputs)
+    assert relative_error(found, reference(case.rounded(precisions), case.inputs)) < INT8_TOLERANCE
     shapes = {key: tuple(tensor.shape) for key, tensor in case.folded.state_dict().items()}
     assert len(RUNTIME.foreseen(case.graph, shapes, precisions)) == len(written.data)
 

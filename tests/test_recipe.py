@@ -15,6 +15,7 @@ from hirelc_deploy.search.recipe import LADDER_KEEP_PERCENT, Recipe, ladder, sea
 from hirelc_deploy.search.space import Evaluation, SearchSpace
 
 INT8_TENSOR = Precision(Storage("int", 8, PerTensor()), Compute.INT8)
+INT8_IN_FLOATS = Precision(Storage("int", 8, PerChannel()), Compute.FP32)
 INT4_IN_FLOATS = Precision(Storage("int", 4, PerChannel()), Compute.FP32)
 INT4 = Precision(Storage("int", 4, PerChannel()), Compute.INT8)
 
@@ -106,6 +107,24 @@ def test_the_nearest_count_is_kept(percent: float, counts: tuple[int, ...], tota
 def test_a_layer_that_cannot_stays_as_it_was_trained() -> None:
     policy = Recipe(50, Compute.INT8).policy(space())
     assert policy == Policy({"conv": INT8, "words": FP32}, {"conv": 8})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        (Recipe(100, Compute.INT8), INT8_IN_FLOATS),
+        (Recipe(100, Compute.INT8, "int8"), INT8_IN_FLOATS),
+        (Recipe(100, Compute.INT8, "int4"), INT4_IN_FLOATS),
+        (Recipe(100, Compute.INT8, "int8/tensor"), FP32),
+        (Recipe(100, Compute.FP32, "int4"), INT4_IN_FLOATS),
+        (Recipe(100, Compute.FP32), FP32),
+    ],
+    ids=str,
+)
+def test_a_layer_that_cannot_compute_so_is_stored_so_all_the_same(recipe: Recipe, words: Precision) -> None:
+    every = (FP32, INT8_IN_FLOATS, INT4_IN_FLOATS)
+    some = replace(space(), layers={"conv": (*every, INT8, INT4, INT8_TENSOR), "words": every})
+    assert recipe.policy(some).precisions["words"] == words
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,18 @@ class Shared(Reads):
         self.other.weight = self.one.weight
 
 
+class SharedWithAnEmbedding(Reads):
+    """As the head of a language model behind its last norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(40, WIDTH)
+        self.one.weight = self.tokens.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(self.norm(x + self.tokens.weight[0]))
+
+
 class Attends(Reads):
     """An operator that is no layer reads the norm as well."""
 
@@ -106,7 +118,7 @@ def test_all_that_reads_a_norm_is_found(norm: Callable[[], nn.Module] | None) ->
 @pytest.mark.parametrize(
     "make",
     [
-        *(WithAResidual, ThroughACurve, InPlace, Shared, Attends),
+        *(WithAResidual, ThroughACurve, InPlace, Shared, SharedWithAnEmbedding, Attends),
         lambda: Reads(OnePlus),
         lambda: Reads(lambda: nn.LayerNorm(WIDTH, elementwise_affine=False)),
         lambda: Reads(nn.Identity),

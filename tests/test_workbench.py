@@ -253,6 +253,23 @@ def test_a_precision_that_only_another_target_has_is_refused_with_the_targets_na
         completed(Policy({"head": INT8}, {}), graph, floats_only)
 
 
+def test_layers_that_share_a_weight_are_stored_alike() -> None:
+    """What they compute in may differ where they are of different kinds: no embedding has an integer kernel."""
+    case = networks.build("tied_head")
+    graph = trace(case.model, case.example)
+    stored = Precision(INT8.storage, Compute.FP32)
+    for head in (INT8, replace(INT8, compute=Compute.INT8_DYNAMIC), stored):
+        asked = {"tokens": stored, "head": head}
+        assert completed(Policy(asked, {}), graph, HOST).precisions.items() >= asked.items()
+    coarse = Precision(Storage("int", 4, PerChannel()), Compute.INT8)
+    with pytest.raises(UserError, match="they share one weight"):
+        completed(Policy({"tokens": stored, "head": coarse}, {}), graph, HOST)
+
+    twice = traced("tied")[1]
+    with pytest.raises(UserError, match="they share one weight"):
+        completed(Policy({"one": INT8, "other": stored}, {}), twice, HOST)
+
+
 def test_what_a_policy_leaves_out_stays_as_it_was_trained() -> None:
     graph = traced("convolutions")[1]
     whole = completed(Policy({"head": INT8}, {STEM: 8}), graph, HOST)

@@ -17,6 +17,18 @@ def output_axis(layer: nn.Module) -> int:
     return 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
 
 
+def integer_bounds(
+    modules: Mapping[str, nn.Module], precisions: Mapping[str, Precision], *, largest: int
+) -> dict[str, int]:
+    """By layer, what bounds the integers of its weight: of layers that share one, the least that any of them bears."""
+    weights = {name: modules[name].weight for name in precisions}
+    bounds: dict[int, int] = {}
+    for name, precision in precisions.items():
+        key, bound = id(weights[name]), largest_integer(precision.compute, largest)
+        bounds[key] = min(bound, bounds.get(key, bound))
+    return {name: bounds[id(weight)] for name, weight in weights.items()}
+
+
 @torch.no_grad()
 def fitted(
     model: nn.Module,
@@ -41,14 +53,14 @@ def fitted(
             weights[name] = weight
             sharing[id(weight)].append(name)
     alike: dict[tuple[Storage, int], list[str]] = defaultdict(list)
-    # layers that share a weight share its grid, fitted to what the first one reads, and to the least that one bears
-    for first, *others in sharing.values():
+    bounds = integer_bounds(modules, {name: precisions[name] for name in weights}, largest=largest)
+    # layers that share a weight share its grid, fitted to what the first one reads
+    for first, *_ in sharing.values():
         layer, weight = modules[first], weights[first]
         if first in norms:
             weight = weight * along_channels(channel_factor(modules[norms[first]]), layer)
         rows[first] = rows_of(weight, output_axis(layer))
-        most = min(largest_integer(precisions[name].compute, largest) for name in (first, *others))
-        alike[precisions[first].storage, most].append(first)
+        alike[precisions[first].storage, bounds[first]].append(first)
     grids: dict[str, Grid] = {}
     for (storage, most), names in alike.items():
         found = load_format(storage.format).fit_all(
@@ -62,11 +74,10 @@ def fitted(
 def put_on(model: nn.Module, precisions: Mapping[str, Precision], grids: Mapping[str, Grid], *, largest: int) -> None:
     """Replace each weight by the value on its grid: the numbers that the file decodes to."""
     modules = dict(model.named_modules())
+    bounds = integer_bounds(modules, {name: precisions[name] for name in grids}, largest=largest)
     for name, grid in grids.items():
-        layer, precision = modules[name], precisions[name]
+        layer, storage = modules[name], precisions[name].storage
         weight = layer.get_parameter("weight")
         axis = output_axis(layer)
-        on_grid = load_format(precision.storage.format).quantise(
-            rows_of(weight, axis), grid, precision.storage, largest=largest_integer(precision.compute, largest)
-        )
+        on_grid = load_format(storage.format).quantise(rows_of(weight, axis), grid, storage, largest=bounds[name])
         weight.copy_(from_rows(on_grid, tuple(weight.shape), axis))

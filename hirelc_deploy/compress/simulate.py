@@ -17,10 +17,10 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from hirelc_deploy.compress.fold import Pairs, along_channels, channel_factor
-from hirelc_deploy.compress.grids import output_axis
+from hirelc_deploy.compress.grids import integer_bounds, output_axis
 from hirelc_deploy.graph import forward
 from hirelc_deploy.kernels import fp8, load_format
-from hirelc_deploy.kernels._base import Grid, floored, from_rows, largest_integer, rows_of
+from hirelc_deploy.kernels._base import Grid, floored, from_rows, rows_of
 from hirelc_deploy.policy import CALIBRATED, Compute, Precision, Storage
 
 LEVELS = 255  # steps of a uint8 grid
@@ -173,6 +173,8 @@ class Simulation:
         modules = dict(model.named_modules())
         stored: dict[int, StoredWeight] = {}
         common: dict[tuple[Storage, int, str], nn.Parameter] = {}
+        held = {name: precision for name, precision in precisions.items() if name in grids and name in modules}
+        bounds = integer_bounds(modules, held, largest=largest)
         for name, precision in precisions.items():
             layer = modules.get(name)
             if layer is None or not isinstance(getattr(layer, "weight", None), Tensor):
@@ -186,7 +188,7 @@ class Simulation:
                         precision.storage,
                         grids[name],
                         axis=output_axis(layer),
-                        largest=largest_integer(precision.compute, largest),
+                        largest=bounds[name],
                         factor=factor,
                     )
                     for role in stored[key].format.shared:  # trained for all layers at once

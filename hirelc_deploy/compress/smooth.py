@@ -131,7 +131,7 @@ def _found(model: nn.Module, example: Mapping[str, Tensor]) -> list[Pair]:
     modules = dict(model.named_modules())
     hooks = [module.register_forward_hook(write(name)) for name, module in modules.items() if _is_norm(module)]
     linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    holders = Counter(id(module.weight) for module in linear.values())
+    holders = Counter(id(each) for module in modules.values() for each in module.parameters(recurse=False))
     try:
         watch(model, linear, [example], read)
     finally:

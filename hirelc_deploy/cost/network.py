@@ -95,7 +95,7 @@ class Network:
     """In an order in which each follows from earlier ones."""
     terms: tuple[Term, ...]
     alike: tuple[tuple[str, str], ...] = ()
-    """Pairs of layers that share a weight: they compute alike."""
+    """Pairs of layers of one kind that share a weight: they compute alike."""
     held: tuple[Held, ...] = ()
     """What lies in memory while it runs, beside weights."""
 

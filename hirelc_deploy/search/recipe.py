@@ -4,17 +4,21 @@ The search has to beat it, so it gets every advantage: sizes are known exactly, 
 it proposes is fine-tuned before it is judged.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from hirelc_deploy.budget import Budget, Figures, excess, judge
 from hirelc_deploy.config import nearest
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.kernels import every_storage
-from hirelc_deploy.policy import FP16, FP32, Compute, Policy, Precision, Storage
+from hirelc_deploy.policy import FP16, FP32, INT8, Compute, Policy, Precision, Storage
 from hirelc_deploy.search.space import Choice, Evaluation, SearchSpace
 
 FASTEST = "fastest"
+
+DEFAULT_STORAGE = {Compute.INT8: str(INT8.storage), Compute.INT8_DYNAMIC: str(INT8.storage)}
+"""What a recipe of integers that names no storage means."""
 
 LADDER_KEEP_PERCENT = (100.0, 75.0, 50.0, 37.5, 25.0, 12.5)
 LADDER_COMPUTE = (Compute.INT8, Compute.FP8, Compute.FP16, Compute.FP32)
@@ -28,7 +32,11 @@ Evaluate = Callable[[Policy], Evaluation]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A uniform choice.  What a layer or the target cannot do stays as it was trained, in halves where it has them."""
+    """A uniform choice.
+
+    A layer that cannot compute so is stored so all the same, if it can be, and computes as it was trained; else it
+    stays as it was trained, in halves where it has them.
+    """
 
     keep_percent: float
     compute: Compute | None
@@ -67,8 +75,7 @@ class Recipe:
         precisions, fits = {}, False
         for layer, choices in space.layers.items():
             compute = self.compute or (computes or {}).get(layer, Compute.FP32)
-            instead = FP16 if FP16 in choices and compute is not Compute.FP32 else choices[0]
-            precisions[layer] = next((choice for choice in choices if self._fits(choice, compute)), instead)
+            precisions[layer] = self._nearest(choices, compute)
             fits |= self._fits(precisions[layer], compute)
         if not fits:
             raise UserError(
@@ -94,13 +101,20 @@ class Recipe:
         every = (precision for choices in space.layers.values() for precision in choices)
         return [precision for precision in every if self._fits(precision, self.compute or precision.compute)]
 
+    def _nearest(self, choices: Sequence[Precision], compute: Compute) -> Precision:
+        """What one layer becomes; an embedding, say, has no integer kernel, and most of a small file's bytes."""
+        fitting = (choice for choice in choices if self._fits(choice, compute))
+        trained, stored = choices[0], self.storage or DEFAULT_STORAGE.get(compute)
+        packed = (choice for choice in choices if choice.compute is trained.compute and _is(choice.storage, stored))
+        halves = (choice for choice in choices if choice == FP16 and compute is not Compute.FP32)
+        return next(chain(fitting, packed, halves), trained)
+
     def counts(self, space: SearchSpace) -> dict[str, int]:
         """The units that stay, by group."""
         return {group: self._count(space, group) for group in space.groups}
 
     def _fits(self, precision: Precision, compute: Compute) -> bool:
-        stored = precision.storage
-        return precision.compute is compute and self.storage in (None, str(stored), _bare(stored))
+        return precision.compute is compute and (self.storage is None or _is(precision.storage, self.storage))
 
     def _count(self, space: SearchSpace, group: str) -> int:
         """The nearest count on offer, the larger of two, but never none: whole branches are not a uniform matter."""
@@ -178,6 +192,11 @@ def _parts(text: str) -> dict[str, str]:
             )
         parts[name] = value
     return parts
+
+
+def _is(storage: Storage, name: str | None) -> bool:
+    """Whether that is what a recipe calls it, with its granularity or without."""
+    return name in (str(storage), _bare(storage))
 
 
 def _bare(storage: Storage) -> str:
