@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from hirelc_deploy.calibration import Calibration
 from hirelc_deploy.compress.batchnorm import reestimate
+from hirelc_deploy.compress.compensate import Moments, compensate, moments
 from hirelc_deploy.compress.distil import FineTuning, Teacher, as_tensors, distil, loss_of
 from hirelc_deploy.compress.fold import Pairs, fold, foldable, present
 from hirelc_deploy.compress.grids import fitted, put_on
 from hirelc_deploy.compress.importance import Method, scores
 from hirelc_deploy.compress.inputs import energies
 from hirelc_deploy.compress.posttraining import PostTraining, post_train
-from hirelc_deploy.compress.prune import Pruned, prune
+from hirelc_deploy.compress.prune import Kept, Pruned, prune
 from hirelc_deploy.compress.simulate import Simulation, put_on_unfolded, simulated
 from hirelc_deploy.copying import copied
 from hirelc_deploy.kernels._base import Grid
@@ -69,6 +70,7 @@ class Trainer:
         `is_symmetric` says whether the runtime has activations around nought; `progress` as in `Workbench`."""
         self._model = model
         self._start = model  # whose weights policies begin with
+        self._compensates = True
         self._task = task
         self._graph = graph
         self._run = run
@@ -87,14 +89,21 @@ class Trainer:
         found._progress = lambda *_: nullcontext(_unseen)
         return found
 
+    def get_ready(self) -> None:
+        """See what every policy with fewer channels needs: once, and not in each copy of this process."""
+        _ = self._moments
+
     def anew(self) -> "Trainer":
-        """The same for weights that are drawn anew."""
-        return self.starting_from(drawn_anew(self._model, self._fine_tuning.seed))
+        """The same for weights that are drawn anew, from which nothing is saved when channels go."""
+        found = self.starting_from(drawn_anew(self._model, self._fine_tuning.seed))
+        found._compensates = False
+        return found
 
     def starting_from(self, start: nn.Module) -> "Trainer":
         """The same for other weights of the network, in eval mode, which learn from the original all the same."""
         found = copy.copy(self)
-        found.__dict__.pop("_scores", None)  # those of the weights before
+        for known in ("_scores", "_moments"):  # those of the weights before
+            found.__dict__.pop(known, None)
         found._start = start
         return found
 
@@ -107,7 +116,7 @@ class Trainer:
 
     def cut(self, policy: Policy) -> nn.Module:
         """A copy with the policy's channels, norms folded, and not trained."""
-        return self._folded(self._pruned(policy).model)
+        return self._folded(self._cut(policy).model)
 
     def settled(self, policy: Policy) -> nn.Module:
         """The same with its statistics estimated again."""
@@ -117,7 +126,7 @@ class Trainer:
 
     def kept(self, policy: Policy) -> Mapping[str, tuple[int, ...]]:
         """The units of each group that stay."""
-        return self._pruned(policy).kept
+        return self._cut(policy).kept
 
     def simulated(
         self, model: nn.Module, policy: Policy, grids: Mapping[str, Grid], norms: Pairs | None = None
@@ -188,7 +197,8 @@ class Trainer:
             grids = self._distilled(whole, policy, grids, norms, first, f"{name}/whole", learn_first)
             self._run.drop_state(f"{name}/whole")
         put_on_unfolded(whole, policy.precisions, grids, largest=self._largest, norms=norms)
-        model = prune(whole, self._graph, policy, self._scores_of(whole)).model
+        before = self._compensation(self._moments_of(whole))
+        model = prune(whole, self._graph, policy, self._scores_of(whole), before=before).model
         return self._relearned(model, policy, second, name, learn_second)
 
     def _distilled(
@@ -301,8 +311,25 @@ class Trainer:
 
     # -- what both need --------------------------------------------------------------------------------------
 
-    def _pruned(self, policy: Policy) -> Pruned:
+    def _cut(self, policy: Policy) -> Pruned:
+        """Without the policy's channels, and what is left as it was."""
         return prune(self._start, self._graph, policy, self._scores)
+
+    def _pruned(self, policy: Policy) -> Pruned:
+        """The same with what is left changed so that it says what was lost."""
+        if not self._compensates or not self.is_smaller(policy):
+            return self._cut(policy)
+        return prune(self._start, self._graph, policy, self._scores, before=self._compensation(self._moments))
+
+    def _compensation(self, seen: Mapping[str, Moments]) -> Callable[[nn.Module, Kept], None]:
+        return lambda model, kept: compensate(model, self._graph, kept, seen, self._norms)
+
+    @cached_property
+    def _moments(self) -> Mapping[str, Moments]:
+        return self._moments_of(self._start)
+
+    def _moments_of(self, model: nn.Module) -> Mapping[str, Moments]:
+        return moments(model, self._graph, self._calibration.tensors())
 
     @cached_property
     def _scores(self) -> Mapping[str, Tensor]:

@@ -161,6 +161,7 @@ class Workbench:
         new = [each for each in smaller if self._has_to_be_made(each.digest())]
         if not new:
             return
+        self.trainer.get_ready()
         with self.progress("fine-tuning side by side", len(new)) as advance:
             for _ in self.engine(self._made_ahead, new):
                 advance()
@@ -198,6 +199,8 @@ class Workbench:
         What an evaluation is: the same for all policies, and seconds long.
         """
         new = {name: policy for policy in policies if (name := _recovery(policy)) not in self.run}
+        if any(map(self.trainer.is_smaller, new.values())):
+            self.trainer.get_ready()
         scores = self.engine(self._recovered_score, list(new.values()))
         found = [self.run.step(_recovery(policy), lambda: next(scores)) for policy in policies]
         for name in new:

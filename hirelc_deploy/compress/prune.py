@@ -1,6 +1,6 @@
 """Channels physically gone: exactly the units that a policy says, and whole branches where it says none."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,20 +17,30 @@ from hirelc_deploy.graph.trial import shapes
 from hirelc_deploy.graph.vanish import vanish
 from hirelc_deploy.policy import Policy
 
+Kept = Mapping[str, tuple[int, ...]]
+"""For every group the units that stay, ascending, numbered as in the original."""
+
 
 @dataclass(frozen=True)
 class Pruned:
     """A physical copy with fewer channels, and which of the original ones it has."""
 
     model: nn.Module
-    kept: Mapping[str, tuple[int, ...]]
-    """For every group the units that stayed, ascending, numbered as in the original."""
+    kept: Kept
 
 
-def prune(model: nn.Module, graph: ModelGraph, policy: Policy, scores: Mapping[str, Tensor]) -> Pruned:
+def prune(
+    model: nn.Module,
+    graph: ModelGraph,
+    policy: Policy,
+    scores: Mapping[str, Tensor],
+    *,
+    before: Callable[[nn.Module, Kept], None] = lambda *_: None,
+) -> Pruned:
     """A copy that keeps, of every group, as many units as the policy says: those with the highest scores.
 
-    Equal scores go by position, the first stays.  The paths of all modules stay.  Raises UserError for names that
+    Equal scores go by position, the first stays.  The paths of all modules stay.  `before` may change the copy's
+    weights for what will be gone.  Raises UserError for names that
     the network does not have and counts that are not legal; AssertionError if the result is not what was counted.
     """
     _check(graph, policy)
@@ -40,6 +50,7 @@ def prune(model: nn.Module, graph: ModelGraph, policy: Policy, scores: Mapping[s
     going = [group.vanishing for group in graph.groups if keep[group.name] == 0 and group.vanishing is not None]
 
     pruned = copied(model)
+    before(pruned, kept)
     cut(pruned, cuts_of((group, set(range(group.total)) - set(kept[group.name])) for group in shrinking))
     vanish(pruned, going)
     _verify(pruned, model, graph, keep)
