@@ -120,7 +120,7 @@ def _spread(layer: nn.Module, told: _Told, norm: nn.Module | None) -> None:
     shift = torch.tensordot(told.constant, lost.flatten(2).sum(2) if lost.dim() > 2 else lost, dims=1)
     bias = layer._parameters.get("bias")
     if bias is not None:
-        bias += shift.to(bias.dtype)
+        bias.add_(shift.to(bias.dtype))
     elif norm is not None:
         norm.get_buffer("running_mean").sub_(shift)
 
