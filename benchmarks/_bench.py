@@ -57,7 +57,7 @@ def workbench(
             graph.trace(trained.model, task.example),
             load_target(target),
             folder,
-            importance="l2",
+            importance="obs",
             fine_tuning=FineTuning(epochs=epochs, seed=seed),
             post_training=post_training_of(post_training),
             threads=threads,

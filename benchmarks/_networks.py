@@ -71,7 +71,7 @@ def bench_of(network: str, out: Path, *, threads: int = 1, batch: int = 1) -> It
             graph.trace(model, task.example),
             load_target("host"),
             folder,
-            importance="l2",
+            importance="obs",
             fine_tuning=FineTuning(epochs=0),
             post_training=PostTraining.of(()),
             threads=threads,

@@ -118,8 +118,8 @@ Importance = Annotated[
     str | None,
     typer.Option(
         metavar="MEASURE",
-        help="Which channels go first: those with the smallest weights, l2 (default), or the smallest effect on "
-        "the loss, taylor.",
+        help="Which channels go first: those that others tell best, obs (default), those with the smallest weights, "
+        "l2, or the smallest effect on the loss, taylor.",
         rich_help_panel=CHOICE,
     ),
 ]

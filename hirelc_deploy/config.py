@@ -22,7 +22,7 @@ _QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([^\W\d]*)\s*")
 SEARCHES = ("recipe", "hierarchical", "greedy", "greedy-order", "knapsack", "evolution", "random", "modelopt")
 """What can choose a policy; each name is something that exists."""
 ORDERS = ("prune-first", "quantize-first", "auto")
-IMPORTANCES = ("l2", "taylor")
+IMPORTANCES = ("obs", "l2", "taylor")
 TRTEXEC = "trtexec"
 """The command on a device that has it where its shell looks."""
 HOST_PYTHON = "python3"
@@ -160,7 +160,7 @@ class ExportSettings:
     """A folder with number formats of the user's own."""
     order: str = "prune-first"
     """Whether channels go first or formats come first; auto lets the step that perturbs the network less go first."""
-    importance: str = "l2"
+    importance: str = "obs"
     allow_estimates: bool = False
     evaluations: int | None = None
     """At most so many; None is EVALUATIONS for a search, and as many as a recipe needs."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from hirelc_deploy import checkpoint, choosing, console, datasets, graph, kernel
 from hirelc_deploy.augment import augmented
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.compress.distil import FineTuning, loss_of
+from hirelc_deploy.compress.importance import Measure
 from hirelc_deploy.compress.posttraining import PostTraining
 from hirelc_deploy.config import AUTOCAST, MODELOPT, ExportSettings
 from hirelc_deploy.errors import UserError
@@ -107,7 +108,7 @@ def _workbench(
         network,
         target,
         run,
-        importance="taylor" if settings.importance == "taylor" else "l2",
+        importance=cast(Measure, settings.importance),
         fine_tuning=FineTuning(epochs=settings.epochs, seed=settings.seed),
         post_training=PostTraining() if settings.post_training is None else post_training_of(settings.post_training),
         threads=settings.threads,

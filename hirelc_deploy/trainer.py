@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from hirelc_deploy.calibration import Calibration
 from hirelc_deploy.compress.batchnorm import reestimate
-from hirelc_deploy.compress.compensate import Moments, compensate, moments
+from hirelc_deploy.compress.compensate import Moments, compensate, moments, staying
 from hirelc_deploy.compress.distil import FineTuning, Teacher, as_tensors, distil, loss_of
 from hirelc_deploy.compress.fold import Pairs, fold, foldable, present
 from hirelc_deploy.compress.grids import fitted, put_on
-from hirelc_deploy.compress.importance import Method, scores
+from hirelc_deploy.compress.importance import Measure, scores
 from hirelc_deploy.compress.inputs import energies
 from hirelc_deploy.compress.posttraining import PostTraining, post_train
 from hirelc_deploy.compress.prune import Kept, Pruned, prune
@@ -59,7 +59,7 @@ class Trainer:
         run: "RunFolder",
         calibration: Calibration,
         *,
-        importance: Method,
+        importance: Measure,
         fine_tuning: FineTuning,
         post_training: PostTraining,
         largest: int,
@@ -91,12 +91,14 @@ class Trainer:
 
     def get_ready(self) -> None:
         """See what every policy with fewer channels needs: once, and not in each copy of this process."""
-        _ = self._moments
+        if self._compensates:
+            _ = self._moments
+        _ = self._scores
 
     def anew(self) -> "Trainer":
         """The same for weights that are drawn anew, from which nothing is saved when channels go."""
         found = self.starting_from(drawn_anew(self._model, self._fine_tuning.seed))
-        found._compensates = False
+        found._compensates, found._importance = False, "l2"
         return found
 
     def starting_from(self, start: nn.Module) -> "Trainer":
@@ -197,8 +199,9 @@ class Trainer:
             grids = self._distilled(whole, policy, grids, norms, first, f"{name}/whole", learn_first)
             self._run.drop_state(f"{name}/whole")
         put_on_unfolded(whole, policy.precisions, grids, largest=self._largest, norms=norms)
-        before = self._compensation(self._moments_of(whole))
-        model = prune(whole, self._graph, policy, self._scores_of(whole), before=before).model
+        seen = self._moments_of(whole)
+        scored = self._scores_of(whole, seen)
+        model = prune(whole, self._graph, policy, scored, before=self._compensation(seen)).model
         return self._relearned(model, policy, second, name, learn_second)
 
     def _distilled(
@@ -333,9 +336,11 @@ class Trainer:
 
     @cached_property
     def _scores(self) -> Mapping[str, Tensor]:
-        return self._scores_of(self._start)
+        return self._scores_of(self._start, self._moments if self._importance == "obs" else {})
 
-    def _scores_of(self, model: nn.Module) -> Mapping[str, Tensor]:
+    def _scores_of(self, model: nn.Module, seen: Mapping[str, Moments]) -> Mapping[str, Tensor]:
+        if self._importance == "obs":
+            return scores(model, self._graph, "l2") | staying(model, self._graph, seen, self._norms)
         batches = [batch for batch, _ in zip(self._task.train, range(TAYLOR_BATCHES), strict=False)]
         return scores(model, self._graph, self._importance, batches, partial(loss_of, self._task))
 

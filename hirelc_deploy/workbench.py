@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hirelc_deploy.budget import Figures
 from hirelc_deploy.calibration import Calibration
 from hirelc_deploy.compress.distil import FineTuning
-from hirelc_deploy.compress.importance import Method
+from hirelc_deploy.compress.importance import Measure
 from hirelc_deploy.compress.posttraining import PostTraining
 from hirelc_deploy.files import Files
 from hirelc_deploy.kernels._base import Grid
@@ -66,7 +66,7 @@ class Workbench:
         target: "Target",
         run: "RunFolder",
         *,
-        importance: Method,
+        importance: Measure,
         fine_tuning: FineTuning,
         post_training: PostTraining,
         threads: int,

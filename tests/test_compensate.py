@@ -1,13 +1,15 @@
 """Channels that go are told by those that stay: nothing is lost where they can be, and least squares otherwise."""
 
+import copy
 from collections.abc import Callable, Mapping
 
 import networks
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hirelc_deploy.compress.compensate import MOST_CHANNELS, compensate, moments
+from hirelc_deploy.compress.compensate import MOST_CHANNELS, compensate, moments, staying
 from hirelc_deploy.compress.fold import foldable
 from hirelc_deploy.compress.importance import scores
 from hirelc_deploy.compress.prune import prune
@@ -180,3 +182,76 @@ def test_layers_that_cannot_be_told_are_left_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("hirelc_deploy.compress.compensate.MOST_CHANNELS", 8 * 36 - 1)
     assert moments(flattened, graph, [images()]) == {}
     assert MOST_CHANNELS > 8 * 36
+
+
+# -- which channels go -----------------------------------------------------------------------------------------
+
+
+def order_of(model: nn.Module, graph: ModelGraph, seen_on: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """The units of each group, the first to go first."""
+    norms = foldable(model, {key: each[:2] for key, each in seen_on.items()})
+    found = staying(model, graph, moments(model, graph, [seen_on]), norms)
+    return {name: steps.argsort().tolist() for name, steps in found.items()}
+
+
+def test_of_channels_that_tell_each_other_one_stays() -> None:
+    """By weights alone all small ones would go, and with them what only they tell."""
+    model = seeded(READERS["with a bias"])
+    made = model.get_submodule("made")
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter[4:] = parameter[:4]
+            parameter[2:4] *= 0.1
+            parameter[6:] *= 0.1
+    graph = trace(model, {"x": torch.zeros(2, 3, 8, 8)})
+    gone = order_of(model, graph, images())["made"][:4]
+    assert {unit % 4 for unit in gone} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("name", sorted(READERS.keys() - {"transposed"}))  # places count alike, at the edge as well
+def test_the_first_to_go_is_the_one_that_costs_least(name: str) -> None:
+    """Each tried for itself: what the reader then writes, by least squares on the very examples."""
+    model = seeded(READERS[name])
+    graph = trace(model, {"x": torch.zeros(2, 3, 8, 8)})
+    reader = "head" if name == "flattened" else "read"
+    whole = {group.name: tuple(range(group.total)) for group in graph.groups}
+    with torch.no_grad():
+        wanted = written(model, reader)
+        costs = []
+        for unit in range(8):
+            stay = tuple(each for each in range(8) if each != unit)
+            trial = copy.deepcopy(model)
+            seen = moments(model, graph, [images()])
+            compensate(trial, graph, whole | {"made": stay}, seen, foldable(model, images()))
+            made = trial.get_submodule("made")
+            made.get_parameter("weight")[unit], made.get_parameter("bias")[unit] = 0.0, 0.0
+            costs.append(float((written(trial, reader) - wanted).square().mean()))
+    first, second = np.argsort(costs)[:2]
+    assert costs[first] < 0.99 * costs[second], "too close to tell"
+    assert order_of(model, graph, images())["made"][0] == first
+
+
+def written(model: nn.Module, layer: str) -> Tensor:
+    """What a layer and the norm behind it give."""
+    found: list[Tensor] = []
+    behind = model.get_submodule("norm" if layer == "read" else layer)
+    handle = behind.register_forward_hook(lambda _module, _args, output: found.append(output))
+    forward(model, images())
+    handle.remove()
+    return found[0]
+
+
+def test_many_units_go_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once."""
+    model = seeded(READERS["with a bias"])
+    graph = trace(model, {"x": torch.zeros(2, 3, 8, 8)})
+    monkeypatch.setattr("hirelc_deploy.compress.compensate.STEPS", 3)
+    assert sorted(order_of(model, graph, images())["made"]) == list(range(8))
+
+
+def test_a_group_of_whose_readers_nothing_is_known_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = seeded(Flattened)
+    graph = trace(model, {"x": torch.zeros(2, 3, 8, 8)})
+    assert order_of(model, graph, images()).keys() == {"made"}
+    monkeypatch.setattr("hirelc_deploy.compress.compensate.MOST_CHANNELS", 8)
+    assert order_of(model, graph, images()) == {}

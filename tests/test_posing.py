@@ -44,7 +44,7 @@ def posed_under(name: str, budget: Budget, folder: Path) -> Iterator[Posing]:
             graph,
             load_target("host").model_copy(update={"channel_multiple": MULTIPLE[name]}),
             run,
-            importance="l2",
+            importance="obs",
             fine_tuning=FineTuning(epochs=1),
             post_training=PostTraining.of(()),
             threads=1,

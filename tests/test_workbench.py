@@ -127,7 +127,7 @@ def opened(
             graph,
             target,
             run,
-            importance="l2",
+            importance="obs",
             fine_tuning=FineTuning(epochs=epochs),
             post_training=PostTraining.of(post_training),
             threads=1,

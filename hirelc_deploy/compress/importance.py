@@ -13,6 +13,9 @@ from hirelc_deploy.graph.calling import forward, tensors
 from hirelc_deploy.graph.model_graph import Axis, Group, ModelGraph
 
 Method = Literal["l2", "taylor"]
+Measure = Literal["obs", "l2", "taylor"]
+"""What a trainer goes by: `obs` is `compensate.staying`, and l2 where that says nothing."""
+
 Loss = Callable[[dict[str, Tensor], Tensor], Tensor]
 """The task's: outputs by name and target to a scalar."""
 
