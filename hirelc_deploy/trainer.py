@@ -340,7 +340,9 @@ class Trainer:
 
     def _scores_of(self, model: nn.Module, seen: Mapping[str, Moments]) -> Mapping[str, Tensor]:
         if self._importance == "obs":
-            return scores(model, self._graph, "l2") | staying(model, self._graph, seen, self._norms)
+            with self._progress("choosing channels", len(self._graph.groups)) as advance:
+                told = staying(model, self._graph, seen, self._norms, advance=advance)
+            return scores(model, self._graph, "l2") | told
         batches = [batch for batch, _ in zip(self._task.train, range(TAYLOR_BATCHES), strict=False)]
         return scores(model, self._graph, self._importance, batches, partial(loss_of, self._task))
 

@@ -171,7 +171,7 @@ def test_channels_that_are_dead_do_no_harm() -> None:
 
 
 def test_layers_that_cannot_be_told_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A weight that a layer which reads something else has as well, and more inputs than are looked at."""
+    """A weight that a layer which reads something else has as well, inputs that are not finite, and too many."""
     shared = seeded(Shared)
     graph = trace(shared, {"x": torch.zeros(2, 3, 8, 8)})
     assert not {"read", "again"} & moments(shared, graph, [images()]).keys()
@@ -179,6 +179,7 @@ def test_layers_that_cannot_be_told_are_left_alone(monkeypatch: pytest.MonkeyPat
     flattened = seeded(Flattened)
     graph = trace(flattened, {"x": torch.zeros(2, 3, 8, 8)})
     assert moments(flattened, graph, [images()]).keys() == {"head"}
+    assert moments(flattened, graph, [images(), {"x": torch.full((1, 3, 8, 8), torch.nan)}]) == {}
     monkeypatch.setattr("hirelc_deploy.compress.compensate.MOST_CHANNELS", 8 * 36 - 1)
     assert moments(flattened, graph, [images()]) == {}
     assert MOST_CHANNELS > 8 * 36

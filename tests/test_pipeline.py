@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from hirelc_deploy import graph, verification
 from hirelc_deploy.cli import main
 from hirelc_deploy.compress.batchnorm import reestimate
+from hirelc_deploy.compress.compensate import compensate, moments, staying
+from hirelc_deploy.compress.fold import foldable
 from hirelc_deploy.compress.importance import scores
 from hirelc_deploy.compress.prune import prune
 from hirelc_deploy.cost.estimate import EstimatedPrices
@@ -347,10 +349,14 @@ def test_behind_a_channel_last_flatten_the_right_columns_stay(tmp_path: Path) ->
     assert any(note.startswith("conv2: ") for note in outcome.manifest.notes)
 
     traced = graph.trace(model, task.example)
-    kept = prune(model, traced, policy_of(outcome), scores(model, traced, "l2")).kept["conv1"]
+    seen = moments(model, traced, [graph.tensors(inputs) for inputs, _ in task.train])
+    norms = foldable(model, graph.tensors(task.example))
+    scored = scores(model, traced, "l2") | staying(model, traced, seen, norms)
+    kept = prune(model, traced, policy_of(outcome), scored).kept
     silenced = copy.deepcopy(model)
+    compensate(silenced, traced, kept, seen, norms)
     with torch.no_grad():
-        for channel in set(range(8)) - set(kept):
+        for channel in set(range(8)) - set(kept["conv1"]):
             silenced.norm1.weight[channel] = silenced.norm1.bias[channel] = 0.0
     inputs = task.test.take(np.arange(5))[0]
     wanted = {name: value.detach().numpy() for name, value in graph.forward(silenced, graph.tensors(inputs)).items()}

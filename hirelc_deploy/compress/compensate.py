@@ -8,7 +8,7 @@ Which channels go is told by the same error, one after the other: Optimal Brain 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ MOST_CHANNELS = 4096
 """Layers that read more (a Linear behind a flatten) are left alone: their moments would take more than 128 MB."""
 
 
-STEPS = 256
+STEPS = 128
 """In which the units of a group go; of more units several go at once."""
 
 
@@ -48,7 +48,8 @@ class Moments:
 def moments(model: nn.Module, graph: ModelGraph, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Moments]:
     """By layer, of those that read channels which can go and that mix what they read: dense Conv and Linear layers.
 
-    A layer that shares its weight is left out, since others read something else.
+    A layer that shares its weight is left out, since others read something else, and so is one that has read what is
+    not finite.
     """
     modules = dict(model.named_modules())
     able = [name for name in _readers(graph) if _mixes(modules[name]) and not graph.layer[name].shares_weight_with]
@@ -68,7 +69,11 @@ def moments(model: nn.Module, graph: ModelGraph, batches: Iterable[Mapping[str, 
         counts[name] += len(seen) * seen.shape[2]
 
     watch(model, able, batches, read)
-    return {name: Moments(total / counts[name], products[name] / counts[name]) for name, total in sums.items()}
+    return {
+        name: Moments(total / counts[name], products[name] / counts[name])
+        for name, total in sums.items()
+        if products[name].isfinite().all()
+    }
 
 
 @torch.no_grad()
@@ -94,11 +99,18 @@ def compensate(
 
 
 @torch.no_grad()
-def staying(model: nn.Module, graph: ModelGraph, seen: Mapping[str, Moments], norms: Pairs) -> dict[str, Tensor]:
+def staying(
+    model: nn.Module,
+    graph: ModelGraph,
+    seen: Mapping[str, Moments],
+    norms: Pairs,
+    *,
+    advance: Callable[[str], None] = lambda _: None,
+) -> dict[str, Tensor]:
     """By group, how long each of its units stays where always the one goes that the others tell best: (units,).
 
     What it costs that a unit goes is what all layers that read it then err by, in parts of what they write.  Groups of
-    whose readers nothing was `seen` are left out.
+    whose readers nothing was `seen` are left out.  `advance` is called after each group.
     """
     modules = dict(model.named_modules())
     found: dict[str, Tensor] = {}
@@ -112,6 +124,7 @@ def staying(model: nn.Module, graph: ModelGraph, seen: Mapping[str, Moments], no
                 readers.append(_Reader.of(layer, seen[name].about(with_mean=with_mean), axis))
         if readers:
             found[group.name] = _staying(readers, group.total)
+        advance(group.name)
     return found
 
 
