@@ -95,6 +95,9 @@ of their variance; *kept* the part of the parameters that is left.
 The best rate grows with what is to be mended, and with narrowness.  At one rate for all, a network that lacks little is
 pushed away from where it was (a point and more on `vit14`), and one that lacks much does not get far.  So the rate is
 told: 1.5e-3 times the root of distance over kept, between 2.5e-4 and 8e-3 (`compress/distil.py`).
+
+Measured before those that stay told channels that go ([compensation.md](compensation.md)): distances are smaller now,
+and rates with them.
 """
 
 

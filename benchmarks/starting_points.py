@@ -208,8 +208,9 @@ An epoch that the policies of a search have in common (*generation*) brings eval
 Finished, with as many epochs in all, policies are no better for it, so a search leaves its weights as they were trained
 and learns what an evaluation's drop comes to (docs/findings.md).  Weights drawn anew end where no one would want them.
 
-Measured when every pruned network was trained at one rate, 2e-3; today's follows from how far it is from the original
-([fine-tuning.md](fine-tuning.md)).
+Measured when every pruned network was trained at one rate, 2e-3, and before those that stay told channels that go;
+today's rate follows from how far it is from the original ([fine-tuning.md](fine-tuning.md),
+[compensation.md](compensation.md)).
 """
 
 
