@@ -11,7 +11,7 @@ from toy_search import toy
 from hirelc_deploy.budget import Budget, Figures
 from hirelc_deploy.policy import FP32, INT8, Compute, PerChannel, Policy, Precision, Storage
 from hirelc_deploy.search.additive import recipe_ladder
-from hirelc_deploy.search.finish import FINALISTS, FIRST_HARDNESS, RECIPES, Finishing, Mending
+from hirelc_deploy.search.finish import FINALISTS, FIRST_HARDNESS, MOST_TIMES, RECIPES, Finishing, Mending
 from hirelc_deploy.search.problem import Evaluations, GroupVariable, LayerVariable, Prices, Problem, Rows
 from hirelc_deploy.search.space import Choice, Evaluation
 
@@ -279,7 +279,7 @@ def test_how_fast_a_file_is_goes_by_its_speed_up_if_that_was_seen() -> None:
         (5.0, 5.0, 1.71),
         (0.5, 2.0, 1.0),
         (4.0, -0.3, 29.47),
-        (30.0, -0.3, 120.0),
+        (30.0, -0.3, MOST_TIMES),
         (100.0, 0.2, 150.0),
         (100.0, -0.3, 200.0),
     ],
@@ -413,8 +413,8 @@ def test_what_is_mended_to_the_last_lets_more_be_hoped_for_each_time(left: float
 
 def test_what_may_be_tried_does_not_shrink_with_a_limit_that_is_small_for_one_example() -> None:
     """Fine-tuning mends as much whatever was allowed; where nothing is known of one example, the limit tells."""
-    for spread, most in ((0.0, 60.0), (15.0, 60.0), (24.0, 96.0)):
-        recipe = evaluation(99, 30.0, 1000)
+    for spread, unit in ((0.0, 0.5), (15.0, 0.5), (24.0, 0.8)):
+        recipe = evaluation(99, 20.0, 1000)
         problem = posed(
             limit=0.5,
             score_spread=spread,
@@ -423,7 +423,7 @@ def test_what_may_be_tried_does_not_shrink_with_a_limit_that_is_small_for_one_ex
         mended = replace(recipe, figures=replace(recipe.figures, drop=0.0))
         finishing = Finishing(problem, lambda _, mended=mended: mended)
         finishing.recipe(Evaluations(problem, 3))
-        assert allowed(finishing.aim) == pytest.approx(most)
+        assert allowed(finishing.aim) == pytest.approx(MOST_TIMES * unit)
 
 
 def begun(*, most: int) -> tuple[Finishing, list[int]]:

@@ -40,7 +40,7 @@ what was left of the finished policies on record (benchmarks/mending.py).  One p
 alike in what is minimised: so of two policies that cost as much the milder one is never told to be the harder, and
 nothing is gained by storing more bits or by running slower."""
 
-MOST_TIMES, FURTHER, FURTHER_UNHARMED = 120.0, 1.5, 2.0
+MOST_TIMES, FURTHER, FURTHER_UNHARMED = 80.0, 1.5, 2.0
 """How hard a policy may be at most, in that unit and times the hardest that was seen to be mended: what is left tells
 little of what more would leave, since mending ends abruptly.  Where nothing has failed yet it may be so much harder
 than what was mended, by the larger step where that lost nothing, as long as another can be finished to step back."""
@@ -100,9 +100,10 @@ class Mending:
 UNSEEN = 2.0
 """Drops of evaluations, as parts of what is safe, that are hoped to be mended before anything was seen."""
 
-FIRST_HARDNESS, RECIPES = 80.0, 4
-"""Of the recipe that is finished first, in the same unit: on three networks so much was mended, and what is far milder
-would teach nothing.  It is looked for with so many evaluations, and at most a third of all."""
+FIRST_HARDNESS, RECIPES = 40.0, 4
+"""Of the recipe that is finished first, in the same unit: half of this was mended on three networks when drops were
+twice as large, and what is far milder would teach nothing.  It is looked for with so many evaluations, and at most a
+third of all."""
 
 
 class Finishing:
