@@ -45,6 +45,15 @@ class Flattened(nn.Module):
         return self.head(self.made(x).relu().flatten(1))
 
 
+class OneByOne(Convolutions):
+    """What reads the channels is called with one example at a time, without its axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.act(self.made(x))
+        read = torch.stack([self.read(made[i]) for i in range(2)])
+        return self.head(self.norm(read).relu().mean((2, 3)))
+
+
 class Shared(Convolutions):
     """What reads the channels shares its weight with a layer that reads something else."""
 
@@ -175,6 +184,9 @@ def test_layers_that_cannot_be_told_are_left_alone(monkeypatch: pytest.MonkeyPat
     shared = seeded(Shared)
     graph = trace(shared, {"x": torch.zeros(2, 3, 8, 8)})
     assert not {"read", "again"} & moments(shared, graph, [images()]).keys()
+
+    one_by_one = seeded(lambda: OneByOne(bias=True))
+    assert "read" not in moments(one_by_one, trace(Convolutions(bias=True), {"x": torch.zeros(2, 3, 8, 8)}), [images()])
 
     flattened = seeded(Flattened)
     graph = trace(flattened, {"x": torch.zeros(2, 3, 8, 8)})

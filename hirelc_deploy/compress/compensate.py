@@ -58,6 +58,8 @@ def moments(model: nn.Module, graph: ModelGraph, batches: Iterable[Mapping[str, 
     counts: dict[str, int] = defaultdict(int)
 
     def read(name: str, layer: nn.Module, x: Tensor) -> None:
+        if not isinstance(layer, nn.Linear) and x.dim() < layer.get_parameter("weight").dim():
+            return  # one example without its axis
         seen = x.reshape(1, -1, x.shape[-1]).mT if isinstance(layer, nn.Linear) else x.flatten(2)  # (_, channels, _)
         channels = seen.shape[1]
         if name not in sums:
