@@ -179,6 +179,20 @@ def test_channels_that_are_dead_do_no_harm() -> None:
     assert off(found, model, {"x": images(1)["x"] + 1e-3}) < 1e-6
 
 
+def test_large_means_hide_nothing() -> None:
+    """Squares of what lies at a thousand have no digits left for what varies by a tenth."""
+    model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 4))
+    seeded(lambda: model)
+    with torch.no_grad():
+        model[0].bias.add_(1000.0)
+        model[0].weight.mul_(0.1)
+    graph = trace(model, {"x": torch.zeros(2, 3)})
+    inputs = {"x": torch.randn(EXAMPLES, 3, generator=torch.Generator().manual_seed(3))}
+    (found,) = moments(model, graph, [inputs]).values()
+    seen = forward(model[0].double(), {"x": inputs["x"].double()})["output"].detach()
+    torch.testing.assert_close(found.covariance.double(), torch.cov(seen.T, correction=0), rtol=1e-3, atol=1e-6)
+
+
 def test_layers_that_cannot_be_told_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight that a layer which reads something else has as well, inputs that are not finite, and too many."""
     shared = seeded(Shared)

@@ -7,7 +7,7 @@ Which channels go is told by the same error, one after the other: Optimal Brain 
 (arXiv 2302.04089).
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -23,25 +23,53 @@ RIDGE = 1e-3
 to the end."""
 
 MOST_CHANNELS = 4096
-"""Layers that read more (a Linear behind a flatten) are left alone: their moments would take more than 128 MB."""
+"""Layers that read more (a Linear behind a flatten) are left alone: their moments would take more than 64 MB."""
 
 
 STEPS = 128
 """In which the units of a group go; of more units several go at once."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Moments:
-    """Of what a layer has read, over examples and places."""
+    """Of what a layer has read, over examples and places; in float32, as all layers' are held at once."""
 
     mean: Tensor
-    """(channels,), float64."""
-    products: Tensor
-    """Mean products of two channels, (channels, channels), float64."""
+    """(channels,)."""
+    covariance: Tensor
+    """(channels, channels)."""
 
-    def about(self, *, with_mean: bool) -> Tensor:
-        """Mean products, of deviations from the mean if that can be held by a constant."""
-        return self.products - torch.outer(self.mean, self.mean) if with_mean else self.products
+    def products(self, *, with_mean: bool) -> Tensor:
+        """Mean products of two channels in float64, of deviations from the mean if a constant can hold that."""
+        found, mean = self.covariance.double(), self.mean.double()
+        return found if with_mean else found + torch.outer(mean, mean)
+
+
+@dataclass
+class _Sums:
+    """What has been read so far, less what the first example has on average, or else large means hide what varies."""
+
+    about: Tensor
+    total: Tensor
+    products: Tensor
+    count: int = 0
+
+    @classmethod
+    def about_first(cls, example: Tensor) -> "_Sums":
+        mean = example.mean(1)
+        return cls(mean, torch.zeros_like(mean), torch.zeros_like(torch.outer(mean, mean)))
+
+    def add(self, example: Tensor) -> None:
+        """(channels, places)."""
+        off = example - self.about[:, None]
+        self.total += off.sum(1)
+        self.products += off @ off.mT
+        self.count += off.shape[1]
+
+    @property
+    def moments(self) -> Moments:
+        mean = self.total / self.count
+        return Moments(self.about + mean, self.products / self.count - torch.outer(mean, mean))
 
 
 @torch.no_grad()
@@ -53,29 +81,20 @@ def moments(model: nn.Module, graph: ModelGraph, batches: Iterable[Mapping[str, 
     """
     modules = dict(model.named_modules())
     able = [name for name in _readers(graph) if _mixes(modules[name]) and not graph.layer[name].shares_weight_with]
-    sums: dict[str, Tensor] = {}
-    products: dict[str, Tensor] = {}
-    counts: dict[str, int] = defaultdict(int)
+    sums: dict[str, _Sums] = {}
 
     def read(name: str, layer: nn.Module, x: Tensor) -> None:
         if not isinstance(layer, nn.Linear) and x.dim() < layer.get_parameter("weight").dim():
             return  # one example without its axis
         seen = x.reshape(1, -1, x.shape[-1]).mT if isinstance(layer, nn.Linear) else x.flatten(2)  # (_, channels, _)
-        channels = seen.shape[1]
         if name not in sums:
-            sums[name] = x.new_zeros(channels, dtype=torch.float64)
-            products[name] = x.new_zeros(channels, channels, dtype=torch.float64)
+            sums[name] = _Sums.about_first(seen[0])
         for each in seen:  # nothing as large as all of a batch's channels squared
-            sums[name] += each.sum(1)
-            products[name] += each @ each.mT
-        counts[name] += len(seen) * seen.shape[2]
+            sums[name].add(each)
 
     watch(model, able, batches, read)
-    return {
-        name: Moments(total / counts[name], products[name] / counts[name])
-        for name, total in sums.items()
-        if products[name].isfinite().all()
-    }
+    found = {name: each.moments for name, each in sums.items()}
+    return {name: each for name, each in found.items() if each.covariance.isfinite().all()}
 
 
 @torch.no_grad()
@@ -115,40 +134,63 @@ def staying(
     whose readers nothing was `seen` are left out.  `advance` is called after each group.
     """
     modules = dict(model.named_modules())
+    reading = {group.name: [(_layer_of(axis), axis) for axis in _read(group)] for group in graph.groups}
+    left = Counter(name for axes in reading.values() for name, _ in axes)
+    known: dict[str, _Whole] = {}
     found: dict[str, Tensor] = {}
     for group in graph.groups:
         readers = []
-        for axis in _read(group):
-            name = axis.tensor.removesuffix(".weight")
+        for name, axis in reading[group.name]:
+            left[name] -= 1
             if name in seen:
-                layer = modules[name]
-                with_mean = _holds_a_mean(layer, modules[norms[name]] if name in norms else None)
-                readers.append(_Reader.of(layer, seen[name].about(with_mean=with_mean), axis))
+                norm = modules[norms[name]] if name in norms else None
+                whole = known.pop(name, None) or _Whole.of(modules[name], seen[name], norm)
+                readers.append(whole.part(axis))
+                if left[name]:  # another group is read by it as well
+                    known[name] = whole
         if readers:
             found[group.name] = _staying(readers, group.total)
         advance(group.name)
     return found
 
 
-@dataclass
-class _Reader:
-    """A layer whose inputs go one after the other, its weights changed for each that is gone."""
+@dataclass(frozen=True)
+class _Whole:
+    """A layer whose inputs may go."""
 
     weights: Tensor
     """(inputs, outputs x places)."""
     inverse: Tensor
-    """Of the mean products of the inputs that are left, (inputs, inputs); noughts for the others."""
+    """Of the mean products of its inputs, (inputs, inputs)."""
     written: Tensor
     """Mean square of what it writes."""
-    entries: Tensor
-    """Inputs of each unit, (units, inputs of one)."""
 
     @classmethod
-    def of(cls, layer: nn.Module, products: Tensor, axis: Axis) -> "_Reader":
-        weights = _by_input(layer).double().flatten(1).clone()
+    def of(cls, layer: nn.Module, seen: Moments, norm: nn.Module | None) -> "_Whole":
+        products = seen.products(with_mean=_holds_a_mean(layer, norm))
+        weights = _by_input(layer).double().flatten(1)
         written = (products @ weights * weights).sum().clamp(min=torch.finfo(torch.float32).tiny)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(_ridged(products)))
-        return cls(weights, inverse, written, torch.tensor(axis.entries))
+        return cls(weights, torch.cholesky_inverse(_factor(products)), written)
+
+    def part(self, axis: Axis) -> "_Reader":
+        """What it reads of one group; the inverse of what is left changes there as if there were nothing else."""
+        entries = torch.tensor(axis.entries)
+        own = entries.flatten()
+        places = torch.arange(len(own)).view(entries.shape)
+        return _Reader(self.weights[own], self.inverse[own][:, own], self.written, places)
+
+
+@dataclass
+class _Reader:
+    """A layer's weights for the units of a group, which go one after the other: those that are left tell those."""
+
+    weights: Tensor
+    """(inputs, outputs x places)."""
+    inverse: Tensor
+    """(inputs, inputs), noughts for those that are gone."""
+    written: Tensor
+    entries: Tensor
+    """Inputs of each unit, (units, inputs of one)."""
 
     @property
     def costs(self) -> Tensor:
@@ -195,15 +237,22 @@ class _Told:
         goes = torch.zeros_like(seen.mean, dtype=torch.bool)
         goes[list(gone)] = True
         out, stay = goes.nonzero()[:, 0], (~goes).nonzero()[:, 0]
-        products = seen.about(with_mean=with_mean)
-        weights = torch.linalg.solve(_ridged(products[stay][:, stay]), products[stay][:, out])
-        constant = seen.mean[out] - weights.T @ seen.mean[stay] if with_mean else torch.zeros_like(seen.mean[out])
+        products = seen.products(with_mean=with_mean)
+        weights = torch.cholesky_solve(products[stay][:, out], _factor(products[stay][:, stay]))
+        mean = seen.mean.double() if with_mean else torch.zeros_like(seen.mean, dtype=torch.float64)
+        constant = mean[out] - weights.T @ mean[stay]
         return cls(out, stay, weights, constant)
 
 
-def _ridged(products: Tensor) -> Tensor:
+def _factor(products: Tensor) -> Tensor:
+    """Of Cholesky, of the products with a ridge: larger than RIDGE where rounding has made some negative."""
     variance = products.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    return products + (RIDGE * variance * torch.ones_like(products.diagonal())).diag()
+    ridge = RIDGE * variance * torch.ones_like(products.diagonal())
+    factor, failed = torch.linalg.cholesky_ex(products + ridge.diag())
+    while failed:
+        ridge = 10 * ridge
+        factor, failed = torch.linalg.cholesky_ex(products + ridge.diag())
+    return factor
 
 
 def _spread(layer: nn.Module, told: _Told, norm: nn.Module | None) -> None:
@@ -230,12 +279,16 @@ def _holds_a_mean(layer: nn.Module, norm: nn.Module | None) -> bool:
 
 def _readers(graph: ModelGraph) -> list[str]:
     """Layers that read channels which can go."""
-    found = (axis.tensor.removesuffix(".weight") for group in graph.groups for axis in _read(group))
+    found = (_layer_of(axis) for group in graph.groups for axis in _read(group))
     return [name for name in dict.fromkeys(found) if name in graph.layer]
 
 
 def _read(group: Group) -> list[Axis]:
     return [axis for axis in group.axes if axis.role == "in" and axis.tensor.endswith(".weight")]
+
+
+def _layer_of(axis: Axis) -> str:
+    return axis.tensor.removesuffix(".weight")
 
 
 def _entries_gone(graph: ModelGraph, kept: Mapping[str, tuple[int, ...]]) -> dict[str, set[int]]:
@@ -245,7 +298,7 @@ def _entries_gone(graph: ModelGraph, kept: Mapping[str, tuple[int, ...]]) -> dic
         gone = set(range(group.total)) - set(kept[group.name])
         if 0 < len(gone) < group.total:
             for axis in _read(group):
-                found[axis.tensor.removesuffix(".weight")] |= {at for unit in gone for at in axis.entries[unit]}
+                found[_layer_of(axis)] |= {at for unit in gone for at in axis.entries[unit]}
     return found
 
 
