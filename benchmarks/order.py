@@ -61,9 +61,8 @@ change over that of the weight, mean over layers); and the order in which the st
 first, which is what `--order auto` takes.  *Right* where that order has the smaller drop, *even* where the two differ
 by less than one standard error of a score.
 
-Measured when every pruned network was trained at one rate, 2e-3, and before those that stay told channels that go;
-today's rate follows from how far it is from the original ([fine-tuning.md](fine-tuning.md),
-[compensation.md](compensation.md)).
+Channels that go are told by those that stay ([compensation.md](compensation.md)) in both orders, in the second by what
+the quantised network reads.
 """
 
 
