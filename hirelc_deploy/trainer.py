@@ -316,7 +316,8 @@ class Trainer:
 
     def _cut(self, policy: Policy) -> Pruned:
         """Without the policy's channels, and what is left as it was."""
-        return prune(self._start, self._graph, policy, self._scores)
+        # what keeps all channels need not look at the data for it
+        return prune(self._start, self._graph, policy, self._scores if self.is_smaller(policy) else {})
 
     def _pruned(self, policy: Policy) -> Pruned:
         """The same with what is left changed so that it says what was lost."""
