@@ -111,12 +111,7 @@ class Lowering:
             counts=counts,
             states=tuple(lowering.states),
             terms=tuple(lowering.terms),
-            alike=tuple(
-                (layer.name, twin)
-                for layer in model.layers
-                for twin in layer.shares_weight_with
-                if model.layer[twin].op == layer.op
-            ),
+            alike=tuple((layer.name, other) for layer in model.layers for other in model.alike(layer.name)),
             held=tuple(lowering.held()),
         )
 

@@ -103,7 +103,7 @@ def completed(policy: Policy, graph: "ModelGraph", target: "Target") -> Policy:
     for layer in graph.layers:
         for twin in layer.shares_weight_with:
             asked, other = (policy.precisions.get(name, FP32) for name in (layer.name, twin))
-            if not _share(asked, other, of_one_kind=layer.op == graph.layer[twin].op):
+            if not _share(asked, other, of_one_kind=twin in graph.alike(layer.name)):
                 raise UserError(
                     f"the policy stores {layer.name} as {asked} and {twin} as {other}, and they share one weight",
                     fix="give both the same precision",

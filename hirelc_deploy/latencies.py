@@ -171,8 +171,7 @@ class Latencies:
         return {layer: self._allowed(layer) for layer in self._files.space.layers}
 
     def _allowed(self, layer: str) -> tuple[Compute, ...]:
-        layers = self._subject.graph.layer
-        together = (layer, *(twin for twin in layers[layer].shares_weight_with if layers[twin].op == layers[layer].op))
+        together = (layer, *self._subject.graph.alike(layer))
         computes = self._files.space.computes
         able = tuple(c for c in computes[layer] if all(c in computes[twin] for twin in together))
         if self._files.rounding_badly.isdisjoint(together):

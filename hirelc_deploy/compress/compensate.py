@@ -25,7 +25,6 @@ to the end."""
 MOST_CHANNELS = 4096
 """Layers that read more (a Linear behind a flatten) are left alone: their moments would take more than 64 MB."""
 
-
 STEPS = 128
 """In which the units of a group go; of more units several go at once."""
 
@@ -114,8 +113,7 @@ def compensate(
     modules = dict(model.named_modules())
     for name, gone in _entries_gone(graph, kept).items():
         if name in seen:
-            layer = modules[name]
-            norm = modules[norms[name]] if name in norms else None
+            layer, norm = modules[name], _norm_behind(name, norms, modules)
             _spread(layer, _Told.by(seen[name], gone, with_mean=_holds_a_mean(layer, norm)), norm)
 
 
@@ -143,7 +141,7 @@ def staying(
         for name, axis in reading[group.name]:
             left[name] -= 1
             if name in seen:
-                norm = modules[norms[name]] if name in norms else None
+                norm = _norm_behind(name, norms, modules)
                 whole = known.pop(name, None) or _Whole.of(modules[name], seen[name], norm)
                 readers.append(whole.part(axis))
                 if left[name]:  # another group is read by it as well
@@ -173,7 +171,7 @@ class _Whole:
         return cls(weights, torch.cholesky_inverse(_factor(products)), written)
 
     def part(self, axis: Axis) -> "_Reader":
-        """What it reads of one group; the inverse of what is left changes there as if there were nothing else."""
+        """What it reads of one group: what goes there changes the inverse elsewhere, too, which is not asked for."""
         entries = torch.tensor(axis.entries)
         own = entries.flatten()
         places = torch.arange(len(own)).view(entries.shape)
@@ -271,6 +269,10 @@ def _by_input(layer: nn.Module) -> Tensor:
     """A view of a layer's weight with its inputs first."""
     weight = layer.get_parameter("weight")
     return weight if isinstance(layer, nn.modules.conv._ConvTransposeNd) else weight.transpose(0, 1)
+
+
+def _norm_behind(layer: str, norms: Pairs, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    return modules[norms[layer]] if layer in norms else None
 
 
 def _holds_a_mean(layer: nn.Module, norm: nn.Module | None) -> bool:

@@ -40,8 +40,8 @@ def prune(
     """A copy that keeps, of every group, as many units as the policy says: those with the highest scores.
 
     Equal scores go by position, the first stays.  The paths of all modules stay.  `before` may change the copy's
-    weights for what will be gone.  Raises UserError for names that
-    the network does not have and counts that are not legal; AssertionError if the result is not what was counted.
+    weights for what will be gone.  Raises UserError for names that the network does not have and counts that are not
+    legal; AssertionError if the result is not what was counted.
     """
     _check(graph, policy)
     keep = {group.name: policy.keep.get(group.name, group.total) for group in graph.groups}

@@ -157,6 +157,11 @@ class ModelGraph:
     def group(self) -> Mapping[str, Group]:
         return {group.name: group for group in self.groups}
 
+    def alike(self, layer: str) -> tuple[str, ...]:
+        """The layers of its kind that share its weight: they compute alike, and others may not."""
+        op = self.layer[layer].op
+        return tuple(name for name in self.layer[layer].shares_weight_with if self.layer[name].op == op)
+
     @cached_property
     def block_of(self) -> Mapping[str, str]:
         """Block name by layer name."""

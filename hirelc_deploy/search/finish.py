@@ -101,9 +101,9 @@ UNSEEN = 2.0
 """Drops of evaluations, as parts of what is safe, that are hoped to be mended before anything was seen."""
 
 FIRST_HARDNESS, RECIPES = 40.0, 4
-"""Of the recipe that is finished first, in the same unit: half of this was mended on three networks when drops were
-twice as large, and what is far milder would teach nothing.  It is looked for with so many evaluations, and at most a
-third of all."""
+"""Of the recipe that is finished first, in the same unit: twice this was mended on three networks while evaluations
+dropped twice as much (compress/compensate.py), and what is far milder would teach nothing.  It is looked for with so
+many evaluations, and at most a third of all."""
 
 
 class Finishing:
