@@ -1,14 +1,29 @@
 """What a target's TOML may say.  A device that cannot do something says so here; no code asks for a device's name."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hirelc_deploy.config import nearest
 from hirelc_deploy.cpu import has_dot_product, stands_for
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.policy import Compute, Precision
+
+OPERATORS = (
+    *("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"),
+    *("Linear", "Embedding"),
+)
+"""What a layer can be (`hirelc_deploy.graph.layers`): a rule for anything else would be one that no layer follows."""
+
+
+def _known_operator(name: str) -> str:
+    if name not in OPERATORS:
+        raise ValueError("no operator that a layer can be")
+    return name
+
+
+Operator = Annotated[str, AfterValidator(_known_operator)]
 
 
 class _Table(BaseModel):
@@ -109,7 +124,7 @@ class Target(_Table):
     description: str
     kind: Literal["cpu", "gpu"]
     runtime: RuntimeNeeds
-    computes: Mapping[str, tuple[Compute, ...]]
+    computes: Mapping[Operator, tuple[Compute, ...]]
     """By operator (`Layer.op`), the arithmetic it can run in, fp32 or the like first.  What is not named stays fp32."""
     weights: Weights
     channel_multiple: int = Field(ge=1)
@@ -122,7 +137,7 @@ class Target(_Table):
     cpu: Cpu | None = None
     """None: the machine's own."""
     gpu: Gpu | None = None
-    precisions: Mapping[str, tuple[str, ...]] | None = None
+    precisions: Mapping[Operator, tuple[str, ...]] | None = None
     """By operator, how a layer's weights may be stored for what it computes in, as `int4/group64->fp16`; floats are not
     named.  None: in every number format, as the runtime decodes them when a file is loaded."""
     estimate: Estimate | None = None
@@ -202,7 +217,12 @@ def parse_target(data: Mapping[str, Any], source: str) -> Target:
 def _explained(error: ValidationError, source: str) -> UserError:
     # a misspelt key is two errors, unknown and missing: the first is the one that helps
     first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    if "[key]" in first["loc"]:
+        return UserError(
+            f"{source} has an unknown operator {place!r}",
+            fix=f"did you mean {nearest(str(first['input']), OPERATORS)}? The operators are {', '.join(OPERATORS)}",
+        )
     if first["type"] == "extra_forbidden":
         known = _keys_at(first["loc"][:-1])
         return UserError(

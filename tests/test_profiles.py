@@ -13,8 +13,10 @@ from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.cpu import cpu_flags, has_dot_product
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import runtime_names
+from hirelc_deploy.graph import layers
 from hirelc_deploy.policy import Compute
 from hirelc_deploy.profiles import FOLDER, Estimate, load_target, target_names
+from hirelc_deploy.profiles._schema import OPERATORS
 
 VNNI = frozenset({"avx2", "avx512f", "avx512_vnni"})
 AVX2 = frozenset({"avx2", "fma"})
@@ -82,6 +84,19 @@ def test_an_unknown_key_is_refused_with_the_nearest(own, old, new, key, meant):
         load_target(change(own, old, new))
     assert f"did you mean {meant}?" in refused.value.fix
     assert str(own) in refused.value.what
+
+
+@pytest.mark.parametrize("table", ["computes", "precisions"])
+def test_a_rule_for_an_operator_that_does_not_exist_is_refused_with_the_nearest(own, table):
+    own.write_text(own.read_text() + "[precisions]\n" * (table == "precisions"))
+    rule = 'Conv2D = ["fp32", "int8"]' if table == "computes" else 'Conv2D = ["int8/channel->int8"]'
+    with pytest.raises(UserError, match=rf"unknown operator '{table}\.Conv2D'") as refused:
+        load_target(change(own, f"[{table}]\n", f"[{table}]\n{rule}\n"))
+    assert "did you mean Conv2d?" in refused.value.fix
+
+
+def test_targets_know_the_operators_that_layers_are():
+    assert tuple(operator.__name__ for operator in layers.OPERATORS) == OPERATORS
 
 
 @pytest.mark.parametrize(
