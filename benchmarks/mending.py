@@ -4,9 +4,11 @@ Reads the finished policies of the searches' manifests in benchmarks/results (an
 benchmarks/results/mending.json, and says there how well what was left is told by the drop alone, by bytes alone, by
 speed alone, by all of them, by the drop times powers of how many times smaller and faster the file is, and by the same
 over powers of the part of its layers that is whole (`Problem.whole`).  One of the first of these is hardness
-(`search/finish.py`).  Each is a line in logarithms with one slope for all networks and a constant for each; errors are
-of every policy held out in turn, of networks with three at least.  The result file also has policies that only the logs
-of searches told of; how fast they are, or how much of them is whole, is not always known, and they are then not judged.
+(`search/finish.py`).  Each is a line in logarithms with one slope for all networks and a constant for each, which is
+another where the evaluation's channels were told by those that stay (`compress/compensate.py`), since it then drops by
+less; errors are of every policy held out in turn, of networks with three at least.  The result file also has policies
+that only the logs of searches told of; how fast they are, or how much of them is whole, is not always known, and they
+are then not judged.
 """
 
 import argparse
@@ -36,6 +38,9 @@ LEAST_LEFT = 0.1
 LEAST_POLICIES = 3
 """Of a network: the constant takes one."""
 
+TOLD_SINCE = "2026-11-30T12:00"
+"""Manifests of this time and later are of evaluations whose channels were told by those that stay."""
+
 Row = dict[str, Any]
 
 
@@ -48,12 +53,18 @@ def finished_in(manifest: Path) -> list[Row]:
             "size_bytes": each.size_bytes,
             "speedup": each.speedup,
             "whole": each.whole_part,
+            "told": found.created >= TOLD_SINCE,
             "drop_points": each.drop_points,
             "left_points": each.finished_drop_points,
         }
         for each in found.search.front
         if each.finished_drop_points is not None
     ]
+
+
+def kind(row: Row) -> str:
+    """What has a constant of its own."""
+    return f"{row['network']}{', told' * row.get('told', False)}"
 
 
 def held_out_error(networks: Sequence[str], told: np.ndarray, left: np.ndarray) -> float:
@@ -71,7 +82,7 @@ def held_out_error(networks: Sequence[str], told: np.ndarray, left: np.ndarray) 
 def with_known(rows: Sequence[Row], key: str) -> list[Row]:
     """Those of which it is known, of networks with enough of them."""
     known = [row for row in rows if row.get(key) is not None]
-    names = [row["network"] for row in known]
+    names = [kind(row) for row in known]
     return [row for row, name in zip(known, names, strict=True) if names.count(name) >= LEAST_POLICIES]
 
 
@@ -104,7 +115,7 @@ def judged_by_whole(rows: Sequence[Row]) -> dict[str, float]:
 
 def errors_of(told: dict[str, np.ndarray], rows: Sequence[Row]) -> dict[str, float]:
     """How far what was left is off by each of these."""
-    networks, (left,) = [row["network"] for row in rows], logs(rows, "left_points")
+    networks, (left,) = [kind(row) for row in rows], logs(rows, "left_points")
     errors = {name: round(held_out_error(networks, each, left), 3) for name, each in told.items()}
     return {"policies": len(rows), **errors}
 

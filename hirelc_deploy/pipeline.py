@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hirelc_deploy import __version__, choosing, console, demo as demonstration
 from hirelc_deploy.alternatives import against_recipes, predicted, write_front
-from hirelc_deploy.config import ExportSettings
+from hirelc_deploy.config import POST_TRAINING_STEPS, ExportSettings
 from hirelc_deploy.opening import POLICY_FILE, budget_of, opened
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.profiles import load_target
@@ -98,6 +98,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
                 order=policy.order,
                 front=others,
             ),
+            training=_training_record(settings),
             budget=budget,
             checks=(),
             verdict="unverified",
@@ -178,6 +179,16 @@ def _task_record(task: "Task", spec: str) -> manifests.TaskRecord:
         test_examples=task.test.examples,
         search_seen_in_training=task.search_seen_in_training,
         unit=task.unit,
+    )
+
+
+def _training_record(settings: ExportSettings) -> manifests.TrainingRecord:
+    steps = POST_TRAINING_STEPS if settings.post_training is None else settings.post_training
+    return manifests.TrainingRecord(
+        epochs=settings.epochs,
+        importance=settings.importance,
+        augment=settings.augment,
+        post_training=() if settings.epochs else steps,
     )
 
 

@@ -35,6 +35,7 @@ from hirelc_deploy.compress.compensate import compensate, moments, staying
 from hirelc_deploy.compress.fold import foldable
 from hirelc_deploy.compress.importance import scores
 from hirelc_deploy.compress.prune import prune
+from hirelc_deploy.config import POST_TRAINING_STEPS
 from hirelc_deploy.cost.estimate import EstimatedPrices
 from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.cost.predictor import read_artifacts
@@ -117,6 +118,7 @@ def test_a_recipe_is_made_real(artifact: verification.Outcome, tmp_path: Path) -
         assert (layer(outcome, "down").kept, layer(outcome, "down").of) == (kept, of)
         assert {record.compute for record in outcome.manifest.layers} == {compute}
     assert in_floats.manifest.search.method == "recipe keep=25%,compute=fp32"
+    assert artifact.manifest.training == manifests.TrainingRecord(epochs=1, importance="obs")
 
 
 def test_what_is_fastest_here_is_resolved_before_it_is_a_policy(tmp_path: Path) -> None:
@@ -130,6 +132,8 @@ def test_what_is_fastest_here_is_resolved_before_it_is_a_policy(tmp_path: Path) 
     assert learned.measured_us > 0
     assert sum(learned.parts_us.values()) > 0
     assert (outcome.status, outcome.manifest.verdict) == (ExitStatus.OK, "pass")
+    training = manifests.TrainingRecord(epochs=0, importance="obs", post_training=POST_TRAINING_STEPS)
+    assert outcome.manifest.training == training
     computes = {name: str(each.compute) for name, each in policy_of(outcome).precisions.items()}
     assert set(computes.values()) <= {"fp32", "int8", "int8_dynamic"}
     assert {record.name: record.runs_as for record in outcome.manifest.layers} == computes

@@ -154,6 +154,26 @@ def test_what_was_not_measured_is_not_shown_as_measured() -> None:
     assert printed(made)
 
 
+@pytest.mark.parametrize(
+    ("training", "told"),
+    [
+        ({"epochs": 1, "importance": "obs"}, "1 epoch of fine-tuning; channels removed by obs"),
+        (
+            {"epochs": 6, "importance": "l2", "augment": ("flip", "shift")},
+            "6 epochs of fine-tuning, train images changed by flip and shift; channels removed by l2",
+        ),
+        (
+            {"epochs": 0, "importance": "obs", "post_training": ("statistics", "biases")},
+            "none; weights corrected by statistics, biases; channels removed by obs",
+        ),
+        ({"epochs": 0, "importance": "obs"}, "none; weights corrected by nothing; channels removed by obs"),
+    ],
+)
+def test_the_page_says_how_weights_were_trained(training: dict[str, Any], told: str) -> None:
+    assert f"<dt>training</dt><dd>{told}</dd>" in report.html(manifest(training=training))
+    assert "<dt>training</dt>" not in report.html(manifest())  # as manifests of before have it
+
+
 def test_a_score_in_millimetres_loses_no_points() -> None:
     task = {"spec": "s", "sha256": "", "test_examples": 1, "search_seen_in_training": False, "unit": "mm"}
     source = report.html(manifest(task=task))

@@ -229,6 +229,19 @@ class SearchRecord(Record):
     """What else there is to choose from, the smallest first."""
 
 
+class TrainingRecord(Record):
+    """How the weights of the file were made from the checkpoint's."""
+
+    epochs: int
+    """Of fine-tuning; 0 where nothing was trained."""
+    importance: str
+    """By what channels were removed: obs, l2 or taylor."""
+    augment: tuple[str, ...] = ()
+    """How train images were changed at random."""
+    post_training: tuple[str, ...] = ()
+    """The steps that were taken where nothing was trained."""
+
+
 class Environment(Record):
     cpu: str
     flags: tuple[str, ...]
@@ -259,6 +272,8 @@ class Manifest(Record):
     error: PredictionError
     layers: tuple[LayerRecord, ...]
     search: SearchRecord
+    training: TrainingRecord | None = None
+    """None in a manifest of before it was written down."""
     budget: Budget
     checks: tuple[Check, ...]
     verdict: VerdictWord
