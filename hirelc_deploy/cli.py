@@ -334,6 +334,15 @@ def export(
 @app.command(epilog=EXIT_STATUSES)
 def verify(
     folder: Artifact,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Where the data of the export lies by now: digits, FILE.npz, a folder of images, or FILE.py:callable. "
+            "Default: where it lay then. Other data is refused.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
     allow_estimates: AllowEstimates = None,
     host: Host = None,
     provider: ProviderName = None,
@@ -346,8 +355,10 @@ def verify(
 
     elsewhere = Elsewhere(host, provider, host_python, host_trtexec)
     if elsewhere:
-        return _close(verification.verify_elsewhere(folder, elsewhere, allow_estimates=bool(allow_estimates)))
-    return _close(verification.verify(folder, allow_estimates=bool(allow_estimates)))
+        return _close(
+            verification.verify_elsewhere(folder, elsewhere, allow_estimates=bool(allow_estimates), data=data)
+        )
+    return _close(verification.verify(folder, allow_estimates=bool(allow_estimates), data=data))
 
 
 @app.command(epilog=EXIT_STATUSES)

@@ -14,7 +14,7 @@ from hirelc_deploy.profiles import Target, load_target, target_names
 from hirelc_deploy.verify import engines, judge, manifest as manifests, ort_device, remote
 from hirelc_deploy.verify.environment import cpu_model, environment
 from hirelc_deploy.verify.manifest import Artifact, Manifest, PredictionError
-from hirelc_deploy.verify.measure import BASELINE_FP16_FILE, InProcess, OnDevice, foretold, measure
+from hirelc_deploy.verify.measure import BASELINE_FILE, BASELINE_FP16_FILE, InProcess, OnDevice, foretold, measure
 from hirelc_deploy.verify.providers import PROVIDERS, Provider
 
 if TYPE_CHECKING:
@@ -30,19 +30,23 @@ class Outcome:
     status: ExitStatus
 
 
-def verify(folder: Path, *, allow_estimates: bool = False, task: "Task | None" = None) -> Outcome:
+def verify(
+    folder: Path, *, allow_estimates: bool = False, data: str | None = None, task: "Task | None" = None
+) -> Outcome:
     """Measure an artifact again on this machine, write the figures into its manifest, and judge it.
 
     A file that is not the one of the manifest is not measured: the artifact fails, and keeps its figures.
 
-    The data is loaded anew by its spec, or is `task`.  Raises UserError if it is not the data of the manifest.
+    The data is loaded anew by its spec, or by `data` where it lies elsewhere by now, or is `task`.  Raises UserError if
+    it is not the data of the manifest, or if what the artifact is measured beside is another file than it was.
     """
     manifest = manifests.read(folder)
     if any(check.ok is False for check in judge.unchanged(folder, manifest.artifact)):
         # figures of another file would be no figures of this artifact
         return judged(folder, manifest, allow_estimates=allow_estimates)
     _can_be_measured_here(manifest)
-    task, runtime = _same_task(manifest, task), load_runtime(manifest.runtime.name)
+    _check_baselines(folder, manifest)
+    task, runtime = _same_task(manifest, task, data), load_runtime(manifest.runtime.name)
     seen = measure(
         folder,
         manifest.artifact.path,
@@ -73,6 +77,7 @@ def verify_elsewhere(
     elsewhere: Elsewhere,
     *,
     allow_estimates: bool = False,
+    data: str | None = None,
     task: "Task | None" = None,
     target: Target | None = None,
 ) -> Outcome:
@@ -89,7 +94,8 @@ def verify_elsewhere(
     file = manifest.built_from or manifest.artifact
     if any(check.ok is False for check in judge.unchanged(folder, file)):
         return judged(folder, manifest, allow_estimates=allow_estimates)
-    task = _same_task(manifest, task)
+    _check_baselines(folder, manifest)
+    task = _same_task(manifest, task, data)
     if builds:
         found = _by_trtexec(folder, file.path, manifest, elsewhere, task, target)
         again = _with(manifest, found, elsewhere, artifact=Artifact.of(folder / engines.ENGINE_FILE), built_from=file)
@@ -230,13 +236,26 @@ def _with(manifest: Manifest, found: OnDevice, elsewhere: Elsewhere, **changed: 
     )
 
 
-def _same_task(manifest: Manifest, task: "Task | None") -> "Task":
-    """The data of an artifact, loaded anew by its spec if it is not given.  Raises UserError if it is other data."""
-    task = task or datasets.load_task(manifest.task.spec, seed=manifest.search.seed)
+def _check_baselines(folder: Path, manifest: Manifest) -> None:
+    """Raises UserError where the original is not the file that it was: ratios would be those of another network."""
+    for baseline, name in ((manifest.baseline, BASELINE_FILE), (manifest.baseline_fp16, BASELINE_FP16_FILE)):
+        if baseline is None or baseline.sha256 is None:
+            continue
+        if manifests.sha256(folder / name) != baseline.sha256:
+            raise UserError(
+                f"{folder / name} is not the file that this artifact was measured beside",
+                fix="restore it, or export again",
+            )
+
+
+def _same_task(manifest: Manifest, task: "Task | None", data: str | None) -> "Task":
+    """The data of an artifact, loaded anew if it is not given.  Raises UserError if it is other data."""
+    spec = manifest.task.spec if data is None else data
+    task = task or datasets.load_task(spec, seed=manifest.search.seed)
     if task.fingerprint() != manifest.task.sha256:
         raise UserError(
-            f"{manifest.task.spec} is not the data that this artifact was measured on",
-            fix="restore the data, or export again on what there is now",
+            f"{spec} is not the data that this artifact was measured on",
+            fix="restore the data, say where it is (--data), or export again on what there is now",
         )
     return task
 

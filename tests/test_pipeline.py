@@ -504,6 +504,26 @@ def test_verify_refuses_other_data_and_leaves_the_figures(copied: Path) -> None:
     assert (copied / "manifest.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("found", ["another", "none"])
+def test_verify_measures_beside_no_other_original(copied: Path, found: str) -> None:
+    before = (copied / "manifest.json").read_bytes()
+    if found == "another":
+        shutil.copy(copied / "model.onnx", copied / "baseline.onnx")
+    else:
+        (copied / "baseline.onnx").unlink()
+    with pytest.raises(UserError, match=r"baseline\.onnx (is not the file|cannot be read)"):
+        verification.verify(copied, task=digits())
+    assert (copied / "manifest.json").read_bytes() == before
+
+
+def test_verify_takes_data_from_where_it_lies_by_now(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(copied)]) == ExitStatus.USER_ERROR  # exported from memory
+    before = manifests.read(copied)
+    assert main(["verify", str(copied), "--data", "digits"]) == ExitStatus.OK
+    assert manifests.read(copied).measured.accuracy == before.measured.accuracy
+    assert manifests.read(copied).task == before.task
+
+
 def test_a_network_that_is_slower_is_noted_once_however_often_it_is_measured(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

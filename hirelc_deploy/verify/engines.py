@@ -20,7 +20,7 @@ from hirelc_deploy.exporters._trt_exec import JETPACK, Times
 from hirelc_deploy.rundir import write_atomic
 from hirelc_deploy.verify import accuracy
 from hirelc_deploy.verify.machines import numbers_of
-from hirelc_deploy.verify.manifest import Baseline, Environment, Measured, MeasuredBasis, Percentiles
+from hirelc_deploy.verify.manifest import Baseline, Environment, Measured, MeasuredBasis, Percentiles, sha256
 from hirelc_deploy.verify.measure import BASELINE_FILE, BASELINE_FP16_FILE, Measurement, OnDevice, example, together
 from hirelc_deploy.verify.power import Power, drawn, watched
 
@@ -191,12 +191,14 @@ def measure_on(
             accuracy=compared.before,
             latency_ms=latencies[BASELINE],
             energy_mj=baseline.energy_mj,
+            sha256=sha256(folder / BASELINE_FILE),
         ),
         baseline_fp16=Baseline(
             size_bytes=built[HALVES].size_bytes,
             accuracy=task.score(outputs[HALVES], targets),
             latency_ms=latencies[HALVES],
             energy_mj=built[HALVES].energy_mj,
+            sha256=sha256(folder / BASELINE_FP16_FILE),
         ),
         measured=Measured(
             size_bytes=artifact.size_bytes,

@@ -109,6 +109,8 @@ class Baseline(Record):
     memory_bytes: int | None = None
     load_ms: Figure | None = None
     energy_mj: Figure | None = None
+    sha256: str | None = None
+    """Of the file in the artifact folder, of which a device may have built an engine; None in older manifests."""
 
 
 class Predicted(Record):

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from hirelc_deploy.verify import accuracy, timing
-from hirelc_deploy.verify.manifest import Baseline, Environment, Measured, MeasuredBasis, Percentiles, Record
+from hirelc_deploy.verify.manifest import (
+    Baseline,
+    Environment,
+    Measured,
+    MeasuredBasis,
+    Percentiles,
+    Record,
+    sha256,
+)
 
 if TYPE_CHECKING:
     from hirelc_deploy.exporters._base import Arrays, Footprint, Runtime, Session
@@ -167,6 +175,7 @@ def measure(
             size_bytes=sizes[name],
             accuracy=score,
             latency_ms=Percentiles.model_validate(times[name].latency_ms()),
+            sha256=sha256(paths[name]),
             **needs[name],
         )
         for name, score in scores.items()
