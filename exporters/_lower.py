@@ -17,7 +17,8 @@ import onnx_ir as ir
 from hirelc_deploy.cost.kernel import ABSENT, Kernel, Operand, number_text
 from hirelc_deploy.cost.network import Channels, Condition, Held, Network, State, Term
 from hirelc_deploy.exporters._base import NO_FLOATS, Floats
-from hirelc_deploy.exporters._float import FloatGraph, name_of, weight_of
+from hirelc_deploy.exporters._float import FloatGraph
+from hirelc_deploy.exporters._graph import name_of, weight_of
 from hirelc_deploy.exporters._plan import ACTIVATIONS, INTEGER, MOVES, activation_behind, computed_by, writes_integers
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.policy import Compute

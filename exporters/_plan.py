@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from hirelc_deploy.exporters._float import FloatGraph, constant, name_of
+from hirelc_deploy.exporters._float import FloatGraph
+from hirelc_deploy.exporters._graph import constant, name_of
 from hirelc_deploy.policy import Compute, Precision
 
 MOVES = {"MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}

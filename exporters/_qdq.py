@@ -17,7 +17,8 @@ import torch
 
 from hirelc_deploy.exporters._base import Stored
 from hirelc_deploy.exporters._calibrate import Range
-from hirelc_deploy.exporters._float import FloatGraph, constant, name_of, replace
+from hirelc_deploy.exporters._float import FloatGraph
+from hirelc_deploy.exporters._graph import constant, name_of, replace
 from hirelc_deploy.exporters._plan import ACTIVATIONS, Held, Plan
 from hirelc_deploy.exporters._weights import Decoded, Weight, decode
 from hirelc_deploy.kernels import load_format

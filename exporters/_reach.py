@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from hirelc_deploy.exporters._calibrate import LEVELS, Range
-from hirelc_deploy.exporters._float import FloatGraph, constant, name_of
+from hirelc_deploy.exporters._float import FloatGraph
+from hirelc_deploy.exporters._graph import constant, name_of
 from hirelc_deploy.exporters._plan import ACTIVATIONS, Plan
 from hirelc_deploy.kernels._base import Grid
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from hirelc_deploy.exporters._float import FloatGraph, weight_of
+from hirelc_deploy.exporters._float import FloatGraph
+from hirelc_deploy.exporters._graph import weight_of
 from hirelc_deploy.exporters._qdq import output_axis
 
 

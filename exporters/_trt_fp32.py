@@ -13,7 +13,8 @@ import onnx
 import onnx_ir as ir
 
 from hirelc_deploy.exporters._base import Adviser, Arrays, Floats
-from hirelc_deploy.exporters._float import FloatGraph, constant, name_of, weight_of
+from hirelc_deploy.exporters._float import FloatGraph
+from hirelc_deploy.exporters._graph import constant, name_of, weight_of
 from hirelc_deploy.exporters._observe import errors_of, values
 from hirelc_deploy.exporters._plan import computed_by
 from hirelc_deploy.exporters._trt_half import LARGEST_HALF, half, read_through

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from hirelc_deploy.exporters._float import name_of, replace
+from hirelc_deploy.exporters._graph import name_of, replace
 
 LARGEST_HALF = float(np.finfo(np.float16).max)
 SMALLEST_HALF = float(np.finfo(np.float16).smallest_subnormal)

@@ -11,7 +11,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from hirelc_deploy.cost.network import Condition
-from hirelc_deploy.exporters._float import name_of
+from hirelc_deploy.exporters._graph import name_of
 from hirelc_deploy.exporters._lower import Lowering
 from hirelc_deploy.exporters._plan import computed_by
 from hirelc_deploy.policy import CALIBRATED, Compute

@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 
-from hirelc_deploy.exporters._float import FloatGraph, name_of, weight_of
+from hirelc_deploy.exporters._float import FloatGraph
+from hirelc_deploy.exporters._graph import name_of, weight_of
 from hirelc_deploy.exporters._plan import ACTIVATIONS, Held, Plan, computed_by
 from hirelc_deploy.policy import CALIBRATED, Compute, Precision
 

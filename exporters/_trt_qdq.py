@@ -18,7 +18,8 @@ import torch
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters._base import Stored
 from hirelc_deploy.exporters._calibrate import SIGNED_STEPS
-from hirelc_deploy.exporters._float import FloatGraph, constant, name_of, weight_of
+from hirelc_deploy.exporters._float import FloatGraph
+from hirelc_deploy.exporters._graph import constant, name_of, weight_of
 from hirelc_deploy.exporters._plan import Plan
 from hirelc_deploy.exporters._qdq import output_axis
 from hirelc_deploy.exporters._trt_half import half_scale

@@ -8,7 +8,7 @@ read back in fp32 by what computes with it.
 import onnx
 import onnx_ir as ir
 
-from hirelc_deploy.exporters._float import name_of
+from hirelc_deploy.exporters._graph import name_of
 from hirelc_deploy.exporters._trt_half import TYPE_ATTRIBUTES, read_through
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT

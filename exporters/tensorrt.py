@@ -37,7 +37,8 @@ from hirelc_deploy.exporters._base import (
 )
 from hirelc_deploy.exporters._calibrate import Histogram, Method, magnitude_of
 from hirelc_deploy.exporters._compact import drop_unused, share, shorten, to_bytes
-from hirelc_deploy.exporters._float import FloatGraph, float_graph, name_of, weight_of
+from hirelc_deploy.exporters._float import FloatGraph, float_graph
+from hirelc_deploy.exporters._graph import name_of, weight_of
 from hirelc_deploy.exporters._observe import histograms, rounding_errors
 from hirelc_deploy.exporters._plan import Plan
 from hirelc_deploy.exporters._qdq import rounded
