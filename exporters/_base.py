@@ -3,7 +3,7 @@
 Timing, scoring and judging are the same for every runtime and live in `hirelc_deploy.verify`.
 """
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -154,8 +154,11 @@ class Runtime(Protocol):
 
     def version(self) -> str: ...
 
-    def float_graph(self, model: "nn.Module", example: Arrays, *, opset: int) -> Any:
-        """A model in eval mode as this runtime's float graph: what baseline and artifact are both written from."""
+    def float_graph(self, model: "nn.Module", example: Arrays, *, opset: int, unfolded: Collection[str] = ()) -> Any:
+        """A model in eval mode as this runtime's float graph: what baseline and artifact are both written from.
+
+        Parameters that `unfolded` names are not computed with until a session loads.
+        """
         ...
 
     def write(

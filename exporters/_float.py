@@ -9,7 +9,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,11 +64,13 @@ class _Flat(nn.Module):
         return tuple(forward(model, dict(zip(self.names, inputs, strict=True))).values())
 
 
-def float_graph(model: nn.Module, example: Mapping[str, np.ndarray], *, opset: int) -> FloatGraph:
+def float_graph(
+    model: nn.Module, example: Mapping[str, np.ndarray], *, opset: int, unfolded: Collection[str] = ()
+) -> FloatGraph:
     """Export `model` (in eval mode) with a free batch axis at the given opset.
 
-    `example` holds one batch by input name.  Raises UserError with the exporter's own words if the model
-    cannot be exported.
+    `example` holds one batch by input name; parameters that `unfolded` names are initializers of their own.  Raises
+    UserError with the exporter's own words if the model cannot be exported.
     """
     inputs = {name: torch.as_tensor(np.asarray(array)) for name, array in example.items()}
     inputs = {name: _at_least(tensor, EXAMPLES_TRACED) for name, tensor in inputs.items()}
@@ -82,7 +84,7 @@ def float_graph(model: nn.Module, example: Mapping[str, np.ndarray], *, opset: i
                 f"the model cannot be written as ONNX: {_first_cause(error)}",
                 fix="PyTorch's exporter needs a forward without data-dependent Python; see torch.onnx.export",
             ) from error
-        fold(exported)
+        fold(exported, unfolded={f"{WRAPPED}.{name}" for name in unfolded})
     layers = {name: module for name, module in model.named_modules() if _has_weight(module)}
     initializers = exported.graph.initializers
     weights = {layer: initializers[name] for layer, name in _locate(exported.graph, layers).items()}

@@ -1,5 +1,7 @@
 """What the exporter's own optimisation does to a float graph, as far as it does not depend on values."""
 
+from collections.abc import Collection
+
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 from onnxscript.optimizer import fold_constants
@@ -47,16 +49,21 @@ What can be folded was folded before numbers were chosen; folded here, weights w
 """
 
 
-def fold(model: ir.Model) -> None:
+def fold(model: ir.Model, *, unfolded: Collection[str]) -> None:
     """What the exporter's own optimisation does, as far as it does not depend on values.
 
     Equal initializers stay apart and biases of zeros stay: fine-tuning changes both, and with them the size of a
-    file that was told before; and a bias that two layers share could not be cut for one of them.
+    file that was told before; and a bias that two layers share could not be cut for one of them.  Initializers with the
+    names `unfolded` are not folded into others: a session does that when it loads.
     """
+
+    def should_fold(node: ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in unfolded for value in node.inputs) else None
+
     passes.InlinePass()(model)
     _fold_transposes_of_shared_weights(model.graph)
     for _ in range(FOLDING_ROUNDS):
-        fold_constants(model)
+        fold_constants(model, should_fold=should_fold)
         rewrite(model, REWRITES)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.LiftSubgraphInitializersToMainGraphPass()(model)

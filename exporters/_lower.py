@@ -78,6 +78,7 @@ class Lowering:
         """When a value is held in blocks of channels."""
         self.channels: dict[ir.Value, Channels] = {}
         self.places = {node: i for i, node in enumerate(self.graph)}
+        self.constant = _folded(self.graph)
         self.copies: list[Held] = []
         """What borders make of tensors."""
         self.fused: dict[ir.Node, tuple[Condition, ...]] = {}
@@ -219,8 +220,8 @@ class Lowering:
             for compute in self.computes[layer]:
                 self.term(node, compute, (Condition(layer, frozenset({compute})),), layer)
             return
-        if all(x is None or x.is_initializer() for x in node.inputs):
-            return  # folded when a session loads
+        if node.outputs[0] in self.constant:
+            return
         integer = self.integer.get(node.outputs[0])
         fused = self.fused.get(node)
         if integer is not None and node.op_type not in ACTIVATIONS:
@@ -382,14 +383,10 @@ class Lowering:
 
         A node is a moment, and so are the borders behind it.
         """
-        constant: set[ir.Value] = set()
-        for node in self.graph:
-            if all(x is None or x.is_initializer() or x in constant for x in node.inputs):
-                constant.update(node.outputs)  # folded when a session loads
         end = 2 * len(self.places)
         for value in self.values():
             producer = value.producer()
-            if value in constant or (producer is not None and _keeps_its_input(producer)):
+            if value in self.constant or (producer is not None and _keeps_its_input(producer)):
                 continue
             integer, uses = self.integer.get(value), self._uses_through_views(value)
             first, last = self.moment(value), max(map(self.runs, uses), default=end)
@@ -431,7 +428,7 @@ class Lowering:
 
     def read_by(self, node: ir.Node) -> list[ir.Value]:
         """What an operator reads when it runs, without what is about shapes."""
-        read = [x for x in node.inputs if x is not None and not x.is_initializer()]
+        read = [x for x in node.inputs if x is not None and not x.is_initializer() and x not in self.constant]
         return read[:1] if node.op_type in MOVES else read
 
     def shape(self, value: ir.Value) -> tuple[int, ...]:
@@ -467,6 +464,15 @@ class Lowering:
         constant = [x for x in node.inputs if x is not None and x.is_initializer() and len(self.shape(x)) == 1]
         producer = others[0].producer() if len(others) == 1 and constant else None
         return self.layer(producer) if producer is not None and producer.op_type == "MatMul" else None
+
+
+def _folded(graph: ir.Graph) -> set[ir.Value]:
+    """What a session computes when it loads: what follows from initializers alone."""
+    found: set[ir.Value] = set()
+    for node in graph:
+        if all(x is None or x.is_initializer() or x in found for x in node.inputs):
+            found.update(node.outputs)
+    return found
 
 
 def _keeps_its_input(node: ir.Node) -> bool:

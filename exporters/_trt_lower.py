@@ -52,7 +52,7 @@ class TensorRtLowering(Lowering):
             for compute in self.computes[layer]:
                 self.term(node, compute, (Condition(layer, frozenset({compute})),), layer)
             return
-        read = [x for x in node.inputs if x is not None and not x.is_initializer()]
+        read = [x for x in node.inputs if x is not None and not x.is_initializer() and x not in self.constant]
         if not read or node.op_type in FREE or self._is_about_shapes(node) or self._is_taken_along(node):
             return
         if self.floats.get(computed_by(node, self.names)) is Compute.FP32:

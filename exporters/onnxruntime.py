@@ -4,7 +4,7 @@ The path of a model: PyTorch -> float graph (`_float`) -> plan and Q/DQ (`_qdq`)
 """
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,9 +67,11 @@ class OnnxRuntime:
     def version(self) -> str:
         return _sessions.version()
 
-    def float_graph(self, model: nn.Module, example: Arrays, *, opset: int) -> FloatGraph:
+    def float_graph(
+        self, model: nn.Module, example: Arrays, *, opset: int, unfolded: Collection[str] = ()
+    ) -> FloatGraph:
         """The float ONNX graph of a model in eval mode: what both baseline and artifact are written from."""
-        graph = float_graph(model, example, opset=opset)
+        graph = float_graph(model, example, opset=opset, unfolded=unfolded)
         share(graph.model, parameters=dict(model.named_parameters()))
         return apart(graph, model)
 

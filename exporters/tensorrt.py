@@ -8,7 +8,7 @@ the operators say, node by node, every half rounded (`_trt_reference`).  That is
 and says nothing of its speed.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,11 @@ class TensorRt:
         """What files are run by here."""
         return f"simulated by onnxruntime {_sessions.version()}"
 
-    def float_graph(self, model: nn.Module, example: Arrays, *, opset: int) -> FloatGraph:
+    def float_graph(
+        self, model: nn.Module, example: Arrays, *, opset: int, unfolded: Collection[str] = ()
+    ) -> FloatGraph:
         """The float ONNX graph of a model in eval mode: what both baseline and artifact are written from."""
-        graph = float_graph(model, example, opset=opset)
+        graph = float_graph(model, example, opset=opset, unfolded=unfolded)
         share(graph.model, parameters=dict(model.named_parameters()))
         return graph
 

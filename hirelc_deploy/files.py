@@ -183,8 +183,19 @@ class Files:
         return self._skeletons[gone]
 
     def float_graph(self, model: nn.Module) -> Any:
-        """A model as the runtime's files are made of it."""
-        return self._runtime.float_graph(model, self._subject.task.example, opset=self._subject.target.runtime.opset)
+        """A model as the runtime's files are made of it.
+
+        What is cut and is no layer's (a table of positions with a column a head) has the shape that is foreseen only as
+        it is itself.
+        """
+        graph = self._subject.graph
+        cut = {axis.tensor for group in graph.groups for axis in group.axes}
+        return self._runtime.float_graph(
+            model,
+            self._subject.task.example,
+            opset=self._subject.target.runtime.opset,
+            unfolded={name for name in cut if name.rpartition(".")[0] not in graph.layer},
+        )
 
     # -- ready to run ----------------------------------------------------------------------------------------
 

@@ -320,6 +320,9 @@ TRANSFORMERS = {
 }
 
 
+ATTENTIVE = ("ViTLayer", "SwinLayer")
+
+
 @pytest.mark.parametrize("kind", TRANSFORMERS)
 def test_the_blocks_of_networks_never_seen(kind: str) -> None:
     with torch.random.fork_rng(devices=[]):
@@ -331,8 +334,10 @@ def test_the_blocks_of_networks_never_seen(kind: str) -> None:
     assert expected
     assert [block.name for block in graph.blocks if block.name in expected] == expected
     assert any(group.legal[0] == 0 for group in graph.groups)
-    offered = " ".join(group.name for group in graph.groups)
-    assert not any(projection in offered for projection in ("q_proj", "k_proj", "v_proj", "query", "key", "value"))
+    heads = [group for group in graph.groups if group.kind == "heads"]
+    assert {block for group in heads for block in group.blocks} == ({*expected} if kind in ATTENTIVE else set())
+    of_channels = " ".join(group.name for group in graph.groups if group.kind == "channels")
+    assert not any(projection in of_channels for projection in ("q_proj", "k_proj", "v_proj", "query", "key", "value"))
 
 
 def test_outputs_have_names_whatever_a_network_returns() -> None:

@@ -34,7 +34,7 @@ OFFERED = {
     "text": {"positions": 8, "conv": 12},
     "tied_head": {"mlp.2": 8, "mlp.0": 12},
     "two_inputs": {"see": 8, "hear1": 10, "hear2": 6},
-    "attention": {"fc1": 16},
+    "attention": {"key": 2, "fc1": 16},
 }
 """Units of every group that is offered; the output layer never is."""
 
@@ -47,7 +47,7 @@ VANISHING = {
     "inverted": {"depthwise": ("expand", "depthwise", "project")},
     "gated": {"depthwise": ("expand", "depthwise", "squeeze", "excite", "project")},
     "tied_head": {"mlp.0": ("mlp.0", "mlp.2")},
-    "attention": {"fc1": ("fc1", "fc2")},
+    "attention": {"key": ("query", "key", "value", "out"), "fc1": ("fc1", "fc2")},
 }
 """The layers that leave with the last unit; in all other networks no branch goes."""
 
@@ -121,10 +121,9 @@ def test_shared_weights_are_refused_by_name() -> None:
         assert "one.weight" in reason(graph, name)
 
 
-def test_attention_widths_are_left_out_with_the_networks_own_words() -> None:
+def test_the_width_of_an_attention_is_left_out_with_the_networks_own_words_but_for_its_heads() -> None:
     graph = traced("attention")
-    left = {entry.name for entry in graph.left_out}
-    assert "key" in left
+    assert {entry.name for entry in graph.left_out}.isdisjoint({"query", "key", "value"})
     assert "with half of its units removed the network fails: RuntimeError" in reason(graph, "fc2")
 
 

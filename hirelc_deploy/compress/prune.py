@@ -10,7 +10,7 @@ from hirelc_deploy.copying import copied
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.graph.calling import forward
 from hirelc_deploy.graph.model_graph import Group, ModelGraph
-from hirelc_deploy.graph.proof import cuts_of
+from hirelc_deploy.graph.proof import cuts_of, recount
 from hirelc_deploy.graph.shapes import check_keep, nearest, parameters_after, shapes_after
 from hirelc_deploy.graph.slicing import cut
 from hirelc_deploy.graph.trial import shapes
@@ -46,12 +46,17 @@ def prune(
     _check(graph, policy)
     keep = {group.name: policy.keep.get(group.name, group.total) for group in graph.groups}
     kept = {group.name: best(group, keep[group.name], scores) for group in graph.groups}
-    shrinking = [group for group in graph.groups if 0 < keep[group.name] < group.total]
+    shrinking = [
+        (group, set(range(group.total)) - set(kept[group.name]))
+        for group in graph.groups
+        if 0 < keep[group.name] < group.total
+    ]
     going = [group.vanishing for group in graph.groups if keep[group.name] == 0 and group.vanishing is not None]
 
     pruned = copied(model)
     before(pruned, kept)
-    cut(pruned, cuts_of((group, set(range(group.total)) - set(kept[group.name])) for group in shrinking))
+    cut(pruned, cuts_of(shrinking))
+    recount(pruned, shrinking)
     vanish(pruned, going)
     _verify(pruned, model, graph, keep)
     return Pruned(pruned, kept)

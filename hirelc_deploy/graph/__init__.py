@@ -10,7 +10,8 @@ from hirelc_deploy.errors import UserError
 from hirelc_deploy.graph.blocks import blocks
 from hirelc_deploy.graph.branches import with_vanishing
 from hirelc_deploy.graph.calling import Inputs, forward, tensors
-from hirelc_deploy.graph.candidates import candidates
+from hirelc_deploy.graph.candidates import candidates, in_order, without_overlaps
+from hirelc_deploy.graph.heads import head_candidates
 from hirelc_deploy.graph.idle import idle
 from hirelc_deploy.graph.layers import observe
 from hirelc_deploy.graph.model_graph import Block, Group, Layer, LeftOut, ModelGraph, Signature
@@ -89,13 +90,40 @@ def _groups(
     limit_bytes: int,
 ) -> tuple[tuple[Group, ...], tuple[LeftOut, ...]]:
     """Found, proved, and tried without: the groups to offer, and the others with their reasons."""
+    failed = None
     try:
         touched = list_groups(model, one, limit_s=limit_s, limit_bytes=limit_bytes)
     except UntraceableError as error:
-        return (), (LeftOut("model", f"no channels can be removed: {error}"),)
+        touched, failed = [], str(error)
     groups, unfit = candidates(model, touched, layers, found)
     proved, wrong = prove(jittered, batch, groups)
-    return with_vanishing(jittered, batch, proved, layers), (*unfit, *wrong)
+    proved, wrong_together = _with_heads(model, jittered, batch, layers, found, proved)
+    heads = [group for group in proved if group.kind == "heads"]
+    made = {member.module for group in heads for member in group.members if member.role == "out"}
+    without = [left for left in (*unfit, *wrong) if left.name.partition(":")[0] not in made]
+    if failed is not None:
+        without.append(LeftOut("model", f"no channels{' but heads' * bool(heads)} can be removed: {failed}"))
+    return with_vanishing(jittered, batch, proved, layers), (*without, *wrong_together)
+
+
+def _with_heads(
+    model: nn.Module,
+    jittered: nn.Module,
+    batch: Inputs,
+    layers: tuple[Layer, ...],
+    found: tuple[Block, ...],
+    proved: tuple[Group, ...],
+) -> tuple[tuple[Group, ...], tuple[LeftOut, ...]]:
+    """The groups with those of heads that are proved; of a head that is not, its channels are told of already."""
+    waiting, heads = head_candidates(model, layers, found, proved), list[Group]()
+    while waiting:
+        right, _ = prove(jittered, batch, [ways[0] for ways in waiting])
+        heads += right
+        waiting = [ways[1:] for ways in waiting if ways[0] not in right and ways[1:]]
+    heads, _ = without_overlaps(heads)
+    if not heads:
+        return proved, ()
+    return prove(jittered, batch, in_order([*proved, *heads], layers))
 
 
 def _is_only_of(gone: Collection[str], group: Group, layers: tuple[Layer, ...]) -> bool:

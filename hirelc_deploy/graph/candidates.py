@@ -35,10 +35,14 @@ def candidates(
             groups.extend(builder.groups(touches))
         except UnsupportedError as error:
             left_out.append(LeftOut(touches[0].name, str(error)))
-    groups, overlapping = _without_overlaps(groups)
+    groups, overlapping = without_overlaps(groups)
+    return tuple(in_order(groups, layers)), (*left_out, *overlapping)
+
+
+def in_order(groups: Sequence[Group], layers: Sequence[Layer]) -> list[Group]:
+    """As their first members come in the forward pass."""
     position = {layer.name: i for i, layer in enumerate(layers)}
-    groups.sort(key=lambda group: min(position.get(member.module, len(position)) for member in group.members))
-    return tuple(groups), (*left_out, *overlapping)
+    return sorted(groups, key=lambda group: min(position.get(each.module, len(position)) for each in group.members))
 
 
 class _Builder:
@@ -166,7 +170,7 @@ def _positions(entries: tuple[tuple[int, ...], ...], period: int | None) -> tupl
     return tuple(tuple(sorted({entry % period for entry in unit})) for unit in entries)
 
 
-def _without_overlaps(groups: Sequence[Group]) -> tuple[list[Group], list[LeftOut]]:
+def without_overlaps(groups: Sequence[Group]) -> tuple[list[Group], list[LeftOut]]:
     """Leave out groups that claim the same weights: a tied weight cannot follow two decisions."""
     claims: dict[tuple[str, int, int], list[str]] = defaultdict(list)
     for group in groups:

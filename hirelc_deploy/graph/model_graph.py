@@ -71,6 +71,16 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Counter:
+    """A module's own number that a group's units are counted in, which its forward pass relies on."""
+
+    module: str
+    attribute: str
+    per_unit: int
+    """1 of heads, a head's channels of a width of all heads together."""
+
+
+@dataclass(frozen=True)
 class Vanishing:
     """The modules that are replaced when a branch goes: nothing of theirs stays in the network."""
 
@@ -105,6 +115,8 @@ class Group:
     axes: tuple[Axis, ...] = ()
     vanishing: Vanishing | None = None
     """How the branch goes; None where 0 is not legal."""
+    counters: tuple[Counter, ...] = ()
+    """What else shrinks with it, beside axes."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ attention heads mixed up) fits in every shape and runs; only its outputs tell.
 """
 
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -106,10 +106,12 @@ class _Trial:
 
     @torch.no_grad()
     def __call__(self, groups: Sequence[Group]) -> str | None:
-        cuts = cuts_of((group, _half_of(group)) for group in groups)
+        choices = [(group, _half_of(group)) for group in groups]
+        cuts = cuts_of(choices)
         try:
             cut_copy = copied(self.model)
             cut(cut_copy, cuts)
+            recount(cut_copy, choices)
             outputs = forward(cut_copy, self.inputs)
             if shapes(outputs) != self.shapes:
                 return OUTPUT
@@ -135,7 +137,16 @@ class _Trial:
             return forward(masked, self.inputs)
 
 
-def cuts_of(choices: Any) -> dict[tuple[str, int], set[int]]:
+def recount(model: nn.Module, choices: Iterable[tuple[Group, Collection[int]]]) -> None:
+    """Let modules know, of (group, units that go) pairs, how many are left where a group counts in them; in place."""
+    for group, gone in choices:
+        for counter in group.counters:
+            setattr(
+                model.get_submodule(counter.module), counter.attribute, counter.per_unit * (group.total - len(gone))
+            )
+
+
+def cuts_of(choices: Iterable[tuple[Group, Collection[int]]]) -> dict[tuple[str, int], set[int]]:
     """(Group, units that go) pairs as positions of tensors."""
     cuts: dict[tuple[str, int], set[int]] = {}
     for group, units in choices:
