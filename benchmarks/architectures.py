@@ -75,6 +75,7 @@ def _row(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     return {
         "layers": len(traced.layers),
         "groups": len(traced.groups),
+        "groups_of_heads": sum(group.kind == "heads" for group in traced.groups),
         "left_out": [f"{each.name}: {each.reason}" for each in traced.left_out],
         "parameters": parameters_after(traced, {}),
         "parameters_halved": parameters_after(traced, keep),
@@ -130,6 +131,7 @@ def page() -> None:
         "layers",
         "in int8",
         "groups",
+        "of heads",
         "left out",
         "parameters",
         "halved",
@@ -143,6 +145,7 @@ def page() -> None:
             str(row["layers"]),
             f"{row['halved_int8']['in_integers']} of {row['halved_int8']['asked']}",
             str(row["groups"]),
+            str(row["groups_of_heads"]),
             str(len(row["left_out"])),
             f"{row['parameters'] / 1e3:,.0f} k",
             f"{100 * row['parameters_halved'] / row['parameters']:.0f} %",
@@ -164,9 +167,10 @@ script says what is done. {count} architectures of transformers {transformers}, 
 nothing is said of accuracy: it is seen that networks are cut, written, and computed in integers as they should be.
 
 - *in int8*: layers that ONNX Runtime really computes in int8, of those that were asked to.
-- *groups*: what channels can be removed from, each proved; *left out*: what could not be offered, as an export says
-  too, or is called for nothing (an auxiliary head, a table of position biases). In attention the channels of queries,
-  keys and values stay: whole heads are not removed yet.
+- *groups*: what channels can be removed from, each proved; *of heads*: those of them whose units are whole heads of an
+  attention (with the columns of its table of position biases, where it has one; of grouped queries, heads of keys with
+  the queries that read them); *left out*: what could not be offered, as an export says too, or is called for nothing
+  (an auxiliary head).
 - *halved*: parameters that stay where half of every group goes.
 - *fp32*, *halved, fp32*: how far the file's outputs are from PyTorch's, relative to their size; *int8*: the same of the
   halved network, next to itself in floats. Random weights make noise larger, layer by layer, where trained ones do not;

@@ -175,7 +175,7 @@ def test_heads_are_offered_and_go_as_if_nobody_read_them(kind: Callable[[], nn.M
     graph = trace(model, example())
     group = heads_of(graph)
     assert (group.total, group.unit) == FOUND[kind]
-    assert group.legal[-1] == group.total
+    assert group.legal == tuple(range(group.total + 1))  # with the last head the branch goes
     made = {member.module for member in group.members if member.role == "out"}
     assert made.isdisjoint(left.name for left in graph.left_out)
 
@@ -188,6 +188,16 @@ def test_heads_are_offered_and_go_as_if_nobody_read_them(kind: Callable[[], nn.M
         expected = model(**example())
         torch.testing.assert_close(pruned.model(**example()), expected)
     assert sum(p.numel() for p in pruned.model.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_without_heads_the_block_is_its_shortcut() -> None:
+    model = net(Fused)
+    graph = trace(model, example())
+    pruned = prune(model, graph, Policy({}, {heads_of(graph).name: 0}), scores(model, graph, "l2")).model
+    with torch.no_grad():
+        expected = model.head(model.embed(example()["x"]).mean(1))
+        torch.testing.assert_close(pruned(**example()), expected)
+    assert not any("attention" in name for name, _ in pruned.named_parameters())
 
 
 def test_a_fused_projection_is_cut_as_it_is_laid_out() -> None:
@@ -218,10 +228,9 @@ def test_the_file_has_the_heads_that_are_left_and_the_size_that_was_told(
 ) -> None:
     model = net(kind)
     group = heads_of(trace(model, example()))
-    stays = Policy({}, {group.name: group.total - 1})
-    policy = write_policy(tmp_path / "policy.json", stays)
-    manifest = export(tmp_path / "out", model, random_task(x=(TOKENS, 6)), policy=policy).manifest
-    assert manifest.predicted.size_bytes == manifest.measured.size_bytes < manifest.baseline.size_bytes
-    assert manifest.error.agreement == 100.0
-    kept = {layer.name: layer.kept for layer in manifest.layers}
-    assert kept[group.name] == {Fused: 2 * 3 * DIM, Grouped: DIM, Positioned: 2 * DIM}[kind]
+    for stay, channels in ((group.total - 1, {Fused: 24, Grouped: 4, Positioned: 8}[kind]), (0, 0)):
+        policy = write_policy(tmp_path / "policy.json", Policy({}, {group.name: stay}))
+        manifest = export(tmp_path / str(stay), model, random_task(x=(TOKENS, 6)), policy=policy).manifest
+        assert manifest.predicted.size_bytes == manifest.measured.size_bytes < manifest.baseline.size_bytes
+        assert manifest.error.agreement == 100.0
+        assert {layer.name: layer.kept for layer in manifest.layers}[group.name] == channels

@@ -66,11 +66,27 @@ class Bypass(nn.Module):
         return x.clone() if isinstance(x, Tensor) else x
 
 
+class Blank(nn.Module):
+    """In the place of a projection that serves nothing but a branch that is gone: zeros, as wide as its result was.
+
+    What lies between the two may reshape by numbers that stand in the forward pass, as heads are told apart; nobody
+    reads what comes of it, and no file has it.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Any) -> Any:
+        return x.new_zeros(*x.shape[:-1], self.width) if isinstance(x, Tensor) else x
+
+
 def vanish(model: nn.Module, vanishing: Iterable[Vanishing]) -> None:
     """Replace the modules of branches that go, in place; the paths of all others stay."""
     for branch in vanishing:
         for name in branch.bypassed:
-            _stand_in(model, name, Bypass())
+            module = model.get_submodule(name)
+            _stand_in(model, name, Blank(module.out_features) if isinstance(module, nn.Linear) else Bypass())
         for name in branch.silenced:
             _stand_in(model, name, Gone())
 
