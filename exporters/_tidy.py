@@ -19,6 +19,7 @@ def tidy(model: ir.Model) -> None:
         passes.NameFixPass()(model)
     _drop_added_zeros(model.graph)
     _drop_neutral_norms(model.graph)
+    _drop_reshapes_to_the_same(model.graph)
     _pool_instead_of_mean(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     kept = {*model.graph.inputs, *model.graph.outputs}
@@ -92,6 +93,22 @@ def _drop_neutral_norms(graph: ir.Graph) -> None:
             for array, wanted in zip(statistics, (1, 0, 0, 1), strict=True)
         )
         if is_neutral and x is not None:
+            replace(node.outputs[0], x)
+            graph.remove(node, safe=True)
+
+
+def _drop_reshapes_to_the_same(graph: ir.Graph) -> None:
+    """What the exporter writes of a view that changes nothing: behind an attention with one head left, say."""
+    for node in list(graph):
+        if node.op_type != "Reshape":
+            continue
+        x, target = node.inputs[0], constant(node.inputs[1])
+        if x is None or x.shape is None or target is None or len(x.shape) != target.size:
+            continue
+        sizes = list(zip(x.shape, target.ravel().tolist(), strict=True))
+        free = [size for size in x.shape if not isinstance(size, int)]
+        is_same = all(wanted == (size if isinstance(size, int) else -1) for size, wanted in sizes)
+        if len(free) <= 1 and is_same and not (x.producer() is None and node.outputs[0].is_graph_output()):
             replace(node.outputs[0], x)
             graph.remove(node, safe=True)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import networks
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from hirelc_deploy.exporters._base import Exported
 from hirelc_deploy.exporters._calibrate import Range
 from hirelc_deploy.exporters._float import FloatGraph
 from hirelc_deploy.exporters._plan import plan
+from hirelc_deploy.exporters._tidy import tidy
 from hirelc_deploy.exporters.onnxruntime import optimised
 from hirelc_deploy.kernels._base import Grid
 from hirelc_deploy.policy import INT8, Compute, PerChannel, PerGroup, PerTensor, Precision, Storage
@@ -622,6 +625,25 @@ def test_what_holds_its_weight_in_no_layer_is_written_as_it_is(tmp_path: Path) -
     path = tmp_path / "model.onnx"
     path.write_bytes(RUNTIME.write(RUNTIME.float_graph(model, inputs, opset=18), {}).data)
     assert relative_error(RUNTIME.load(path, threads=1).run(inputs), reference(model, inputs)) < FLOAT_TOLERANCE
+
+
+def test_a_reshape_to_the_shape_that_is_there_is_dropped_and_no_other() -> None:
+    model = ir.from_onnx_text("""
+        <ir_version: 8, opset_import: ["" : 18]>
+        network (float[N, 3, 4] x) => (float[N, 4, 3] y)
+        <int64[3] same = {-1, 3, 4}, int64[3] other = {-1, 4, 3}, int64[3] fixed = {2, 4, 3}>
+        {
+            a = Relu(x)
+            b = Reshape(a, same)
+            c = Reshape(b, other)
+            d = Relu(c)
+            y = Reshape(d, fixed)
+        }
+    """)
+    passes.ShapeInferencePass()(model)
+    tidy(model)
+    left = [(node.op_type, node.inputs[-1].name) for node in model.graph]
+    assert left == [("Relu", "x"), ("Reshape", "other"), ("Relu", "c"), ("Reshape", "fixed")]
 
 
 def test_an_output_is_not_called_like_an_input() -> None:

@@ -467,7 +467,10 @@ def test_a_transformer_of_the_transformers_library(tmp_path: Path) -> None:
     assert {record.runs_as for record in outcome.manifest.layers} == {"int8"}
     assert outcome.manifest.layers[0].name.endswith("patch_embeddings.projection")
     narrowed = {record.name for record in outcome.manifest.layers if record.kept == 16 and record.of == 32}
-    assert len(narrowed) == 2  # the inner width of both MLPs; heads and the residual width stay
+    assert len(narrowed) == 2  # the inner width of both MLPs
+    heads = {(record.kept, record.of) for record in outcome.manifest.layers if record.name.endswith("k_proj")}
+    assert heads == {(8, 16)}  # one of two; the size was told to the byte all the same
+    assert outcome.manifest.predicted.size_bytes == outcome.manifest.measured.size_bytes
     assert run_file(outcome.folder, task.test.take(np.arange(3))[0])["logits"].shape == (3, 5)
 
 

@@ -101,16 +101,17 @@ def _is_read(makers: Sequence[Layer], reader: Layer) -> bool:
     return any(times * reader.in_channels in widths for times in (1, *FUSED))
 
 
-def _numbers(module: nn.Module) -> dict[str, int]:
-    """Whole numbers that a module holds, by name."""
-    return {name: value for name, value in vars(module).items() if type(value) is int and value > 1}
+def _numbers(holder: object) -> dict[str, int]:
+    """Whole numbers that a module or its configuration holds, by name."""
+    entries = holder if isinstance(holder, Mapping) else getattr(holder, "__dict__", {})
+    return {name: value for name, value in entries.items() if type(value) is int and value > 1}
 
 
 def _ways(attention: _Attention) -> Iterator[tuple[int, bool, tuple[Counter, ...]]]:
     """Numbers of heads, whether a projection holds queries, keys and values one behind the other, and what shrinks."""
-    configured = getattr(attention.module, "config", None)
-    of_heads = _of_heads(_numbers(attention.module)) | _of_heads(_numbers(configured) if configured else {})
-    sizes = {value for name, value in _numbers(attention.module).items() if "head" in name and _names_a_size(name)}
+    own, configured = _numbers(attention.module), _numbers(getattr(attention.module, "config", None))
+    of_heads = _of_heads(own) | _of_heads(configured)
+    sizes = {value for name, value in own.items() if "head" in name and _names_a_size(name)}
     numbers = {*of_heads.values(), *(attention.width // size for size in sizes if attention.width % size == 0)}
     for heads in sorted(numbers, reverse=True):
         if heads < 2 or attention.width % heads or any(maker.out_channels % heads for maker in attention.makers):
