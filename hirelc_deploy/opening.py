@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -16,6 +17,7 @@ from hirelc_deploy.compress.importance import Measure
 from hirelc_deploy.compress.posttraining import PostTraining
 from hirelc_deploy.config import AUTOCAST, MODELOPT, ExportSettings
 from hirelc_deploy.errors import UserError
+from hirelc_deploy.graph.attention import with_plain_attention
 from hirelc_deploy.identity import fingerprint
 from hirelc_deploy.policy import Compute, Policy
 from hirelc_deploy.pool import Engine, Pool, in_turn
@@ -65,6 +67,7 @@ def opened(
         )
     task = augmented(task or datasets.load_task(settings.data, seed=settings.seed), settings.augment)
     trained = checkpoint.of(model, settings.model) if model else checkpoint.load(settings.model, settings.checkpoint)
+    trained = replace(trained, model=with_plain_attention(trained.model, task.example))
     network = graph.trace(trained.model, task.example)
     _check_outputs(trained, task)
     _check_integers(trained, task)

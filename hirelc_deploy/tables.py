@@ -20,6 +20,7 @@ from hirelc_deploy.cost.network import Network
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import Arrays
+from hirelc_deploy.graph.attention import with_plain_attention
 from hirelc_deploy.profiles import Target, load_target
 from hirelc_deploy.profiles._table import read_table
 from hirelc_deploy.rundir import disk_errors
@@ -133,7 +134,7 @@ def _network(settings: ProfileSettings, target: Target) -> Network:
         example = datasets.load_task(settings.data).example
     else:
         example = {"input": np.zeros((2, *_shape(settings.input or "")), np.float32)}
-    return network_of(model, example, target, batch=settings.batch)
+    return network_of(with_plain_attention(model, example), example, target, batch=settings.batch)
 
 
 def network_of(model: nn.Module, example: Arrays, target: Target, *, batch: int) -> Network:
