@@ -157,7 +157,8 @@ What the hierarchical search evaluates next was settled on a model of `small14`,
 evaluations of it (docs/findings.md), so `small14` is no network that it has never seen.
 
 All of this was evaluated before channels that stay told those that go ([compensation.md](compensation.md), 2026-11-30):
-evaluations of narrow networks drop less now, for every method alike.  The rate of an evaluation's training follows from
+evaluations of narrow networks drop less now, for every method alike.  That of `vit14` was done before whole heads, and
+with them its residual width, could go as well.  The rate of an evaluation's training follows from
 the network's distance to the original ([fine-tuning.md](fine-tuning.md)).  Where all methods together gain
 little on the recipes, a unit is little as well, and one lucky evaluation is a part of it.
 """
