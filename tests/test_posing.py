@@ -114,7 +114,7 @@ def test_files_that_are_timed_correct_what_is_told_of_others(tmp_path: Path, mon
         corrected = posing.timed(problem, policies)
         slower = corrected.costs(alike).latency_ms / told_ms
         whole_ms = corrected.costs(problem.as_trained[None]).latency_ms[0]
-        assert (slower > 1.1).all()
+        assert (slower > 1.05).all()  # how far depends on how well six other files, timed before, agree
         assert corrected.before.latency_ms == pytest.approx(whole_ms)
         anew = posing.repriced(evaluation)
         assert anew.figures.latency_ms == pytest.approx(slower[0] * told_ms[0])
