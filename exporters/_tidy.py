@@ -66,6 +66,14 @@ def _is_default(node: ir.Node, attribute: ir.Attr) -> bool:
     return attribute.name in defaults and attribute.value == defaults[attribute.name]
 
 
+def _leave_out(graph: ir.Graph, node: ir.Node, same: ir.Value) -> None:
+    """Let what reads a node's result read a value that is the same, unless the graph would hand its input through."""
+    if same.producer() is None and node.outputs[0].is_graph_output():
+        return
+    replace(node.outputs[0], same)
+    graph.remove(node, safe=True)
+
+
 def _drop_added_zeros(graph: ir.Graph) -> None:
     """x + 0 is x: what is left of a residual branch that is gone."""
     for node in list(graph):
@@ -75,10 +83,7 @@ def _drop_added_zeros(graph: ir.Graph) -> None:
             array = constant(node.inputs[zero])
             kept = node.inputs[other]
             if array is not None and array.size == 1 and array.ndim <= 1 and not array.any() and kept is not None:
-                if kept.producer() is None and node.outputs[0].is_graph_output():
-                    continue  # the graph would hand its input through
-                replace(node.outputs[0], kept)
-                graph.remove(node, safe=True)
+                _leave_out(graph, node, kept)
                 break
 
 
@@ -93,8 +98,7 @@ def _drop_neutral_norms(graph: ir.Graph) -> None:
             for array, wanted in zip(statistics, (1, 0, 0, 1), strict=True)
         )
         if is_neutral and x is not None:
-            replace(node.outputs[0], x)
-            graph.remove(node, safe=True)
+            _leave_out(graph, node, x)
 
 
 def _drop_reshapes_to_the_same(graph: ir.Graph) -> None:
@@ -108,9 +112,8 @@ def _drop_reshapes_to_the_same(graph: ir.Graph) -> None:
         sizes = list(zip(x.shape, target.ravel().tolist(), strict=True))
         free = [size for size in x.shape if not isinstance(size, int)]
         is_same = all(wanted == (size if isinstance(size, int) else -1) for size, wanted in sizes)
-        if len(free) <= 1 and is_same and not (x.producer() is None and node.outputs[0].is_graph_output()):
-            replace(node.outputs[0], x)
-            graph.remove(node, safe=True)
+        if len(free) <= 1 and is_same:
+            _leave_out(graph, node, x)
 
 
 def _pool_instead_of_mean(graph: ir.Graph) -> None:

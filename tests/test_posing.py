@@ -102,19 +102,19 @@ def test_latencies_are_the_predictors(posed: tuple[Posing, Problem]) -> None:
 
 
 def test_files_that_are_timed_correct_what_is_told_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a search's policies take half as long again as was told: so do their like, and the recipes do not."""
+    """Those of a search's policies take twice as long as was told: so do their like, and the recipes do not."""
     with posed_under("convolutions", Budget(drop=1.0), tmp_path) as posing:
         problem, latencies = posing.problem(), posing._bench.latencies
         policies = [narrowest(problem, "int4"), narrowest(problem, "int2")]
         alike = np.stack([problem.row(policy) for policy in policies])
         told_ms = problem.costs(alike).latency_ms
         evaluation = Evaluation(policies[0], Figures(latency_ms=told_ms[0], speedup=1.0, size_bytes=9, drop=1.0), 90.0)
-        monkeypatch.setattr(latencies, "times_ms", lambda policies: (1.5 * told_ms[: len(policies)]).tolist())
+        monkeypatch.setattr(latencies, "times_ms", lambda policies: (2.0 * told_ms[: len(policies)]).tolist())
 
         corrected = posing.timed(problem, policies)
         slower = corrected.costs(alike).latency_ms / told_ms
         whole_ms = corrected.costs(problem.as_trained[None]).latency_ms[0]
-        assert (slower > 1.05).all()  # how far depends on how well six other files, timed before, agree
+        assert (slower > 1.1).all()
         assert corrected.before.latency_ms == pytest.approx(whole_ms)
         anew = posing.repriced(evaluation)
         assert anew.figures.latency_ms == pytest.approx(slower[0] * told_ms[0])

@@ -10,9 +10,8 @@ from hirelc_deploy.copying import copied
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.graph.calling import forward
 from hirelc_deploy.graph.model_graph import Group, ModelGraph
-from hirelc_deploy.graph.proof import cuts_of, recount
+from hirelc_deploy.graph.proof import remove
 from hirelc_deploy.graph.shapes import check_keep, nearest, parameters_after, shapes_after
-from hirelc_deploy.graph.slicing import cut
 from hirelc_deploy.graph.trial import shapes
 from hirelc_deploy.graph.vanish import vanish
 from hirelc_deploy.policy import Policy
@@ -55,8 +54,7 @@ def prune(
 
     pruned = copied(model)
     before(pruned, kept)
-    cut(pruned, cuts_of(shrinking))
-    recount(pruned, shrinking)
+    remove(pruned, shrinking)
     vanish(pruned, going)
     _verify(pruned, model, graph, keep)
     return Pruned(pruned, kept)

@@ -4,6 +4,7 @@ An `nn.MultiheadAttention` holds its projections as bare parameters and calls no
 quantised, and no head removed.  In its place comes a module that computes the same by Linear layers.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,12 +87,12 @@ class PlainAttention(nn.Module):
 
 @torch.no_grad()
 def _linear(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> nn.Linear:
-    weight = torch.cat([*weights]).detach()
-    bias = None if biases[0] is None else torch.cat([each for each in biases if each is not None]).detach()
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer.weight = nn.Parameter(weight.clone())
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.clone())
+    """One layer of several, on top of one another; all of them have a bias, or none."""
+    weight, given = torch.cat([*weights]), [bias for bias in biases if bias is not None]
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bool(given), device="meta")  # nothing is drawn
+    layer.weight = nn.Parameter(weight)
+    if given:
+        layer.bias = nn.Parameter(torch.cat(given))
     return layer
 
 
@@ -119,9 +120,7 @@ def with_plain_attention(model: nn.Module, example: Mapping[str, np.ndarray | Te
     of their own, share a parameter, are subclasses, are not called, or are called without an axis of examples.
     """
     found = {name: module for name, module in model.named_modules() if name and type(module) is nn.MultiheadAttention}
-    counts: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     calls = _calls(model, example, found) if found else {}
     for name, module in found.items():
         own = [*module.parameters()]

@@ -170,14 +170,17 @@ def _positions(entries: tuple[tuple[int, ...], ...], period: int | None) -> tupl
     return tuple(tuple(sorted({entry % period for entry in unit})) for unit in entries)
 
 
+def claimed(group: Group) -> Iterator[tuple[str, int, int]]:
+    """Tensor, axis and position of all that a group cuts."""
+    return ((axis.tensor, axis.axis, at) for axis in group.axes for unit in axis.entries for at in unit)
+
+
 def without_overlaps(groups: Sequence[Group]) -> tuple[list[Group], list[LeftOut]]:
     """Leave out groups that claim the same weights: a tied weight cannot follow two decisions."""
     claims: dict[tuple[str, int, int], list[str]] = defaultdict(list)
     for group in groups:
-        for axis in group.axes:
-            for unit in axis.entries:
-                for position in unit:
-                    claims[axis.tensor, axis.axis, position].append(group.name)
+        for claim in claimed(group):
+            claims[claim].append(group.name)
     rivals: dict[str, LeftOut] = {}
     for (tensor, _, _), names in claims.items():
         for name in names:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from hirelc_deploy.graph.candidates import claimed
 from hirelc_deploy.graph.model_graph import Axis, Block, Counter, Group, Layer, Member
 from hirelc_deploy.graph.slicing import first_names
 
@@ -46,7 +47,7 @@ def head_candidates(
 ) -> list[list[Group]]:
     """For every attention the groups that its heads may be, the likelier first; none of what is `taken` is in them."""
     first = first_names(model)
-    claimed = {place for group in taken for place in _places(group)}
+    theirs = {claim for group in taken for claim in claimed(group)}
     found = []
     for attentions in _attentions(model, layers):
         ways = [
@@ -54,14 +55,10 @@ def head_candidates(
             for attention in attentions
             for heads, fused, counters in _ways(attention)
         ]
-        free = [way for way in dict.fromkeys(ways) if claimed.isdisjoint(_places(way))]
+        free = [way for way in dict.fromkeys(ways) if theirs.isdisjoint(claimed(way))]
         if free:
             found.append(free)
     return found
-
-
-def _places(group: Group) -> Iterator[tuple[str, int, int]]:
-    return ((axis.tensor, axis.axis, entry) for axis in group.axes for unit in axis.entries for entry in unit)
 
 
 def _attentions(model: nn.Module, layers: Sequence[Layer]) -> Iterator[list[_Attention]]:
@@ -166,17 +163,17 @@ def _group(
     axes[weight, 1] = Axis(weight, 1, "in", _shares(reader.in_channels, heads, 1))
     for name, axis in _tables(attention, heads):
         axes.setdefault((first[name], axis), Axis(first[name], axis, "out", _shares(heads, heads, 1)))
-    names = [maker.name for maker in attention.makers]
-    members = (*(Member(each.name, "out", each.out_channels) for each in attention.makers),)
-    within = {block.name for block in blocks if {*names, reader.name} & {*block.layers}}
+    made = [Member(maker.name, "out", maker.out_channels) for maker in attention.makers]
+    members = (*made, Member(reader.name, "in", reader.in_channels))
+    around = {member.module for member in members}
     return Group(
-        name=min(names),
+        name=min(member.module for member in made),
         kind="heads",
         unit=attention.width // heads,
         total=heads,
         legal=tuple(range(1, heads + 1)),
-        members=(*members, Member(reader.name, "in", reader.in_channels)),
-        blocks=tuple(block.name for block in blocks if block.name in within),
+        members=members,
+        blocks=tuple(block.name for block in blocks if not around.isdisjoint(block.layers)),
         axes=tuple(axes.values()),
         counters=counters,
     )

@@ -107,15 +107,13 @@ class _Trial:
     @torch.no_grad()
     def __call__(self, groups: Sequence[Group]) -> str | None:
         choices = [(group, _half_of(group)) for group in groups]
-        cuts = cuts_of(choices)
         try:
             cut_copy = copied(self.model)
-            cut(cut_copy, cuts)
-            recount(cut_copy, choices)
+            remove(cut_copy, choices)
             outputs = forward(cut_copy, self.inputs)
             if shapes(outputs) != self.shapes:
                 return OUTPUT
-            masked = self._masked(groups, cuts)
+            masked = self._masked(groups, cuts_of(choices))
         except Exception as error:  # a network may fail in any way; its own words are the reason
             return f"with half of its units removed the network fails: {first_line(error)}"
         error_size = relative_error(outputs, masked)
@@ -137,8 +135,9 @@ class _Trial:
             return forward(masked, self.inputs)
 
 
-def recount(model: nn.Module, choices: Iterable[tuple[Group, Collection[int]]]) -> None:
-    """Let modules know, of (group, units that go) pairs, how many are left where a group counts in them; in place."""
+def remove(model: nn.Module, choices: Sequence[tuple[Group, Collection[int]]]) -> None:
+    """Cut (group, units that go) pairs in place, and let modules that count a group's units know how many are left."""
+    cut(model, cuts_of(choices))
     for group, gone in choices:
         for counter in group.counters:
             setattr(
