@@ -42,6 +42,7 @@ LAYERS = (
     ("opening",),
     ("pipeline", "tables"),
     ("compare",),
+    ("options",),
     ("cli",),
     ("__main__",),
 )
