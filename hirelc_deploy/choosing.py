@@ -14,7 +14,7 @@ from hirelc_deploy.errors import UserError
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.posing import Posing
 from hirelc_deploy.search import methods, recipe as recipes
-from hirelc_deploy.search.finish import Finishing
+from hirelc_deploy.search.finish import FINALISTS, Finishing
 from hirelc_deploy.search.problem import Evaluations, Spent
 from hirelc_deploy.search.recipe import Recipe
 from hirelc_deploy.search.space import Choice, Evaluation
@@ -84,7 +84,7 @@ def _searched(
     limit = settings.evaluations or EVALUATIONS
     with tensorboard.logged(settings.tensorboard) as log:
         problem = posing.problem()
-        finishing = Finishing(problem, complete, prepare=prepare, note=console.note)
+        finishing = Finishing(problem, complete, most=FINALISTS, prepare=prepare, note=console.note)
         with console.progress("searching", limit) as advance:
             seen = Evaluations(problem, limit, lambda each: advance(describe(each, bench.task.unit)), console.note, log)
             finishing.recipe(seen)

@@ -130,8 +130,8 @@ def test_in_the_root_the_installed_command_is_not_shadowed_by_the_clone(command)
 
 SHORT_DEMO = """
 import sys
-from hirelc_deploy import cli, demo
-demo.EVALUATIONS, demo.EPOCHS = 6, 6
+from hirelc_deploy import choosing, cli, demo
+demo.EVALUATIONS, demo.EPOCHS, choosing.FINALISTS = 6, 6, 2
 sys.exit(cli.main(["demo", "--out", "demo"]))
 """
 """`make demo` takes minutes: the same search, cut short."""

@@ -35,7 +35,7 @@ def small_effort() -> Iterator[None]:
         patch.setattr(effects, "COUNTS_TRIED", 3)
         patch.setattr(effects, "LOOKED_AT", 64)
         patch.setattr(trainer, "RECOVERY_EXAMPLES", 256)
-        patch.setattr("hirelc_deploy.search.finish.FINALISTS", 2)
+        patch.setattr(choosing, "FINALISTS", 2)
         yield
 
 
