@@ -17,6 +17,7 @@ from hirelc_deploy.compress.batchnorm import reestimate
 from hirelc_deploy.compress.distil import (
     LEAST_RATE,
     MOST_RATE,
+    RATE_BATCH,
     FineTuning,
     Teacher,
     as_tensors,
@@ -292,12 +293,17 @@ def test_epochs_that_are_done_are_not_read_again(monkeypatch: pytest.MonkeyPatch
     assert epochs == [1]
 
 
-def test_the_rate_grows_with_the_error_that_is_to_be_mended_and_with_narrowness() -> None:
-    assert peak_rate(1.5e-3, distance=1.0, kept=1.0) == pytest.approx(1.5e-3)
-    assert peak_rate(1.5e-3, distance=0.25, kept=1.0) == pytest.approx(0.75e-3)
-    assert peak_rate(1.5e-3, distance=1.0, kept=0.25) == pytest.approx(3e-3)
-    assert peak_rate(1.5e-3, distance=0.0, kept=1.0) == peak_rate(1.5e-3, distance=float("nan"), kept=1.0) == LEAST_RATE
-    assert peak_rate(1.5e-3, distance=float("inf"), kept=0.5) == peak_rate(1.5e-3, 1.0, 1e-6) == MOST_RATE
+def test_the_rate_grows_with_the_error_that_is_to_be_mended_and_with_narrowness_and_with_the_batch() -> None:
+    def rate(distance: float, kept: float, batch: int = RATE_BATCH) -> float:
+        return peak_rate(1.5e-3, distance, kept, batch)
+
+    assert rate(1.0, 1.0) == pytest.approx(1.5e-3)
+    assert rate(0.25, 1.0) == pytest.approx(0.75e-3)
+    assert rate(1.0, 0.25) == pytest.approx(3e-3)
+    assert rate(0.0, 1.0) == rate(float("nan"), 1.0) == LEAST_RATE
+    assert rate(float("inf"), 0.5) == rate(1.0, 1e-6) == MOST_RATE
+    for distance in (0.0, 1.0, float("inf")):
+        assert rate(distance, 1.0, 4 * RATE_BATCH) == pytest.approx(2 * rate(distance, 1.0))
 
 
 def test_how_far_a_network_is_from_the_original() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from exporting import hasten
 
-from hirelc_deploy import cli
+from hirelc_deploy import choosing, cli, costing
 from hirelc_deploy.errors import ExitStatus
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +67,11 @@ def commands(page: str = README, after: str = "## Your own model, in ten lines")
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("hirelc-deploy ")]
 
 
-def test_the_ten_lines_do_what_they_say(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_ten_lines_do_what_they_say(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choosing, "EVALUATIONS", 8)  # the same search, cut short
+    monkeypatch.setattr(costing, "SIZE_SAMPLES", 60)
     export, report, gate = commands()
     assert cli.main(export) == ExitStatus.OK
     assert "verdict: pass" in capsys.readouterr().out

@@ -42,7 +42,8 @@ class FineTuning:
     epochs: int
     seed: int = 0
     rate: float = 1.5e-3
-    """Peak of Adam's rate for a network as wide as the original whose outputs are wrong altogether (`peak_rate`)."""
+    """Peak of Adam's rate, in batches of RATE_BATCH, for a network as wide as the original whose outputs are wrong
+    altogether (`peak_rate`)."""
     weight_decay: float = 1e-4
     task_weight: float = 0.5
     """Weight of the task's own loss beside the distance to the original's outputs."""
@@ -53,20 +54,25 @@ SETTLED = 0.25
 
 
 LEAST_RATE, MOST_RATE = 2.5e-4, 8e-3
-"""A peak is between these."""
+"""A peak is between these, in batches of RATE_BATCH."""
+
+RATE_BATCH = 32
+"""The batches that rates were found with; in others they grow with the root."""
 
 LOOKED_AT = 512
 """Examples from which it is told how far a network is from the original."""
 
 
-def peak_rate(rate: float, distance: float, kept: float) -> float:
+def peak_rate(rate: float, distance: float, kept: float, batch: int) -> float:
     """The peak of Adam's rate for a network this far from the original, with this part of its parameters.
 
     In proportion to the error that is to be mended, the root of the mean squared one, and to the width of what is left:
     a step of Adam moves every weight by as much, so that a sum over fewer of them moves less (as in muP, arXiv
-    2203.03466).  docs/fine-tuning.md has the measurements.
+    2203.03466).  And to the root of the batch, whose gradient is the surer the larger it is (arXiv 2205.10287).
+    docs/fine-tuning.md has the measurements.
     """
-    return min(max(LEAST_RATE, rate * math.sqrt(distance / kept)), MOST_RATE)  # the least if the distance is NaN
+    told = min(max(LEAST_RATE, rate * math.sqrt(distance / kept)), MOST_RATE)  # the least if the distance is NaN
+    return told * math.sqrt(batch / RATE_BATCH)
 
 
 class Checkpoints(Protocol):
@@ -234,7 +240,8 @@ def distil(
     rate = settings.rate  # a checkpoint holds the one that it began with
     if state is None:
         kept = parameters_of(student) / teacher.parameters
-        rate = peak_rate(rate, distance_of(student, teacher, task.train, settings.seed), kept)
+        distance = distance_of(student, teacher, task.train, settings.seed)
+        rate = peak_rate(rate, distance, kept, task.train.batch)
     optimizer = torch.optim.AdamW(_groups(student, settings.weight_decay), lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     held = _Held(student, simulation, optimizer, schedule)
