@@ -20,7 +20,6 @@ from _bench import record_export
 
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.pipeline import export
-from hirelc_deploy.verification import Outcome
 
 EXAMPLE = Path("examples/fashion_mnist")
 
@@ -57,22 +56,23 @@ EPOCHS = {"wide": 6, "small": 12, "depthwise": 6, "vit": 2, "small14": 6}
 """Of each policy that a search finishes: what fits into an hour or so on two cores."""
 
 
-def run(network: str, search: str | None, goals: bool, out: Path, workers: int) -> Outcome:
-    """The network by its recipe, or as a search finds it, judged by its limits."""
+OUT = Path("out/benchmarks")
+
+
+def settings_of(network: str, search: str | None, *, goals: bool, out: Path, workers: int) -> ExportSettings:
+    """The network by its recipe, or as a search finds it, with its limits."""
     searched = {"search": search, "epochs": EPOCHS[network], "max_drop": MAX_DROP[network]}
     how = BY_HAND[network] if search is None else searched | (GOALS[network] if goals else {})
     task = "task14" if network.endswith("14") else "task"
-    return export(
-        ExportSettings(
-            target="host",
-            model=f"{EXAMPLE}/networks.py:{network}",
-            checkpoint=EXAMPLE / "checkpoints" / f"{network}.safetensors",
-            data=f"{EXAMPLE}/task.py:{task}",
-            out=out,
-            workers=workers,
-            resume=True,
-            **how,
-        )
+    return ExportSettings(
+        target="host",
+        model=f"{EXAMPLE}/networks.py:{network}",
+        checkpoint=EXAMPLE / "checkpoints" / f"{network}.safetensors",
+        data=f"{EXAMPLE}/task.py:{task}",
+        out=out,
+        workers=workers,
+        resume=True,
+        **how,
     )
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--search", choices=("hierarchical", "recipe"))
     parser.add_argument("--goals", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"))
+    parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     for network in options.networks:
         if options.search is None and network not in BY_HAND:
@@ -90,7 +90,8 @@ def main() -> None:
         if options.goals and (options.search is None or network not in GOALS):
             parser.error(f"--goals is for a search of {', '.join(GOALS)}")
         name = network if options.search is None else f"{network}_{options.search}{'_goals' * options.goals}"
-        outcome = run(network, options.search, options.goals, options.out / name, options.workers)
+        out, workers = options.out / name, options.workers
+        outcome = export(settings_of(network, options.search, goals=options.goals, out=out, workers=workers))
         record_export(outcome.folder, name)
         print(f"{name}: {outcome.manifest.verdict}, {outcome.folder}")
 
