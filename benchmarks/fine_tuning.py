@@ -21,6 +21,7 @@ from torch import nn
 from hirelc_deploy.compress import distil
 from hirelc_deploy.policy import Policy
 from hirelc_deploy.search.recipe import Recipe
+from hirelc_deploy.verify.accuracy import Outputs
 from hirelc_deploy.workbench import Workbench
 
 OUT = Path("out/benchmarks/fine_tuning")
@@ -67,7 +68,8 @@ def evaluated(bench: Workbench, text: str) -> dict[str, Any]:
 
     rates: dict[str, Rate] = {f"{rate:g}": lambda *_, rate=rate: rate for rate in RATES}
     for name, rate in {**rates, "told": told}.items():
-        row["evaluated"][name] = drop(bench, text, bench.trainer.recovered, rate)[0]
+        outputs = outputs_of(bench, text, bench.trainer.recovered, name, rate)
+        row["evaluated"][name] = bench.scoring.drop(bench.scoring.of(outputs))
     return row
 
 
@@ -75,6 +77,8 @@ def finished(bench: Workbench, text: str) -> dict[str, Any]:
     """What is left of the drop and of the distance after all epochs, at each of MULTIPLES."""
     row: dict[str, Any] = {"recipe": text, "finished": {}, "distance": {}}
     peak_rate = distil.peak_rate
+    original = distil.Teacher(bench.trainer.original, bench.task.search)
+    said = original.outputs(np.arange(bench.task.search.examples), {})
 
     def make(policy: Policy, name: str) -> nn.Module:
         return bench.trainer.trained(policy, name)[0]
@@ -86,21 +90,20 @@ def finished(bench: Workbench, text: str) -> dict[str, Any]:
             row["batch"] = batch
             return float(times * row["rate"])
 
-        row["finished"][str(times)], row["distance"][str(times)] = drop(bench, text, make, multiple)
+        outputs = outputs_of(bench, text, make, str(times), multiple)
+        row["finished"][str(times)] = bench.scoring.drop(bench.scoring.of(outputs))
+        row["distance"][str(times)] = original.distance(distil.as_tensors(outputs), said).item()
     return row
 
 
-def drop(bench: Workbench, text: str, make: Callable[..., nn.Module], rate: Rate) -> tuple[float, float]:
-    """On the search split, of the recipe's network, trained at this rate; and how far its outputs are off, squared and
-    in units of the original's variance."""
+def outputs_of(bench: Workbench, text: str, make: Callable[..., nn.Module], named: str, rate: Rate) -> Outputs:
+    """On the search split, of the recipe's network, trained at the rate of this name."""
     policy = Recipe.parse(text).policy(bench.space, {})
-    name = f"{text}/{make.__name__}"
+    name = f"{text}/{named}/{make.__name__}"
     with patch.object(distil, "peak_rate", rate):
         outputs = bench.simulated_outputs(make(policy, name), policy)
     bench.run.drop_state(name)
-    original = bench.scoring.outputs(bench.trainer.original)
-    off = [np.mean(np.square(outputs[each] - original[each])) / np.var(original[each]) for each in original]
-    return bench.scoring.drop(bench.scoring.of(outputs)), float(np.mean(off))
+    return outputs
 
 
 PAGE = ROOT / "docs" / "fine-tuning.md"

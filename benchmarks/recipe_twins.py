@@ -36,8 +36,11 @@ def measure(network: str, folder: Path) -> dict[str, Any]:
         posing = Posing(bench, budget_of(settings))
         chosen = bench.evaluate(policy)
         recipes = posing.problem().recipes
-        priced = {name: posing.predictor.foretell([each]) for name, each in recipes.items()}
-        costs = {name: bench.files.predicted_bytes(recipes[name]) * float(told.ms[0]) for name, told in priced.items()}
+        told_ms = posing.predictor.foretell(list(recipes.values())).ms
+        costs = {
+            name: bench.files.predicted_bytes(each) * float(ms)
+            for (name, each), ms in zip(recipes.items(), told_ms, strict=True)
+        }
         most = TIMES * cost(chosen)
         near = sorted((name for name in recipes if costs[name] <= most), key=lambda name: -costs[name])[:EVALUATED]
         evaluated = {name: posing.evaluate(recipes[name]) for name in near}

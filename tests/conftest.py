@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -9,6 +10,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from hirelc_deploy.verification import Outcome
 
 # a shared machine is slow at times; a property is about values, not about time
 settings.register_profile("here", deadline=None)
@@ -21,3 +25,13 @@ def _own_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hirelc_deploy.profiles.user_cache_path", lambda name: tmp_path_factory.getbasetemp() / name)
         yield
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> "Outcome":
+    """A fine-tuned INT8 network with half its channels, judged by limits that it meets; no test may change it."""
+    from exporting import digits, export, trained_digit_net
+
+    out = tmp_path_factory.mktemp("artifact") / "artifact"
+    limits = {"max_drop": 90.0, "max_size_bytes": 100_000}
+    return export(out, trained_digit_net(), digits(), recipe="keep=50%,compute=int8", epochs=1, **limits)

@@ -157,12 +157,6 @@ def check(outcome: verification.Outcome) -> None:
     assert policy.precisions.keys() == {layer.name for layer in manifest.layers}
 
 
-def half_in_integers(out: Path) -> verification.Outcome:
-    """A fine-tuned INT8 network with half its channels, judged by limits that it meets."""
-    limits = {"max_drop": 90.0, "max_size_bytes": 100_000}
-    return export(out, trained_digit_net(), digits(), recipe="keep=50%,compute=int8", epochs=1, **limits)
-
-
 def policy_of(outcome: verification.Outcome) -> Policy:
     return Policy.from_dict(json.loads((outcome.folder / "policy.json").read_bytes()))
 

@@ -17,7 +17,6 @@ from exporting import (
     DigitNet,
     digits,
     export,
-    half_in_integers,
     needs_linux,
     policy_of,
     quick_target,
@@ -59,12 +58,6 @@ FLOAT_TOLERANCE = 1e-4
 
 # A step of an activation's grid that rounds the other way in the file, carried on through a few layers.
 INT8_TOLERANCE = 0.05
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> verification.Outcome:
-    """No test may change it."""
-    return half_in_integers(tmp_path_factory.mktemp("pipeline") / "artifact")
 
 
 class Recorded:

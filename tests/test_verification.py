@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from exporting import (
     digits,
-    half_in_integers,
     random_task,
 )
 
@@ -16,12 +15,6 @@ from hirelc_deploy.cli import main
 from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.verify import judge, manifest as manifests
 from hirelc_deploy.verify.measure import Measurement
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> verification.Outcome:
-    """No test may change it."""
-    return half_in_integers(tmp_path_factory.mktemp("verification") / "artifact")
 
 
 @pytest.fixture
