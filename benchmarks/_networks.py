@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from _bench import workbench
 from torch import nn
-from torch.onnx._internal.exporter import _registration
 from transformers import (
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
@@ -92,10 +90,3 @@ def random_policies(space: SearchSpace, count: int) -> list[Policy]:
         counts = {group: [n for n in each if n] for group, each in space.groups.items()}
         found.append(Policy(precisions, {group: int(random.choice(each)) for group, each in counts.items()}))
     return found
-
-
-def hasten() -> None:
-    """Torch's exporter reads its 1,500 translations anew for every file: two thirds of a draft's time here."""
-    read = getattr(getattr(_registration, "ONNXRegistry", None), "from_torchlib", None)
-    if read is not None:
-        _registration.ONNXRegistry.from_torchlib = staticmethod(cache(read))

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 from _bench import RESULTS, ROOT, cpu_text, machine, markdown, save
-from _networks import NETWORKS, bench_of, hasten, random_policies
+from _networks import NETWORKS, bench_of, random_policies
 from scipy.stats import spearmanr
 
 from hirelc_deploy import console
@@ -340,7 +340,6 @@ def _of_less_time(network: str, tables: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    hasten()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     steps = parser.add_subparsers(dest="step", required=True)
     for name in ("profile", "measure", "price", "budgets", "judge"):

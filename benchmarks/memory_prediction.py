@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from _bench import RESULTS, ROOT, machine, markdown, save
-from _networks import NETWORKS, bench_of, hasten, random_policies
+from _networks import NETWORKS, bench_of, random_policies
 from latency_prediction import here, table_of
 from scipy.optimize import least_squares
 
@@ -261,7 +261,6 @@ def _cells(errors_pct: Sequence[float]) -> tuple[str, str, str]:
 
 
 def main() -> None:
-    hasten()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("step", choices=("measure", "fit"))
     parser.add_argument("networks", nargs="*", help=f"of {', '.join(NETWORKS)}")

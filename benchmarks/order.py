@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from _bench import RESULTS, ROOT, machine, markdown, save, workbench
-from _networks import hasten
 
 from hirelc_deploy.budget import Budget
 from hirelc_deploy.policy import PRUNE_FIRST, QUANTIZE_FIRST
@@ -106,7 +105,6 @@ def page() -> str:
 
 
 def main() -> None:
-    hasten()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("networks", nargs="*")
     parser.add_argument("--out", type=Path, default=OUT)

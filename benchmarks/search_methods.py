@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from _bench import RESULTS, ROOT, between_marks, cpu_text, machine, markdown, save, workbench
-from _networks import hasten
 
 from hirelc_deploy import compare as comparing
 from hirelc_deploy.budget import Budget, Figures
@@ -314,7 +313,6 @@ def record(problem: Problem, runs: list[Run], evaluations: int) -> dict[str, Any
 
 
 def main() -> None:
-    hasten()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     steps = parser.add_subparsers(dest="step", required=True)
     for name in ("run", "parts", "targets"):

@@ -22,6 +22,7 @@ from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters._fold import fold
 from hirelc_deploy.exporters._graph import constant, name_of, weight_of
 from hirelc_deploy.exporters._tidy import tidy
+from hirelc_deploy.exporters._translations import read_once
 from hirelc_deploy.graph import forward
 
 WRAPPED = "wrapped"
@@ -76,7 +77,7 @@ def float_graph(
     inputs = {name: _at_least(tensor, EXAMPLES_TRACED) for name, tensor in inputs.items()}
     with torch.no_grad():
         output_names = list(forward(model, inputs))
-    with _quiet():
+    with _quiet(), read_once():
         try:
             exported = _traced(_Flat(model, tuple(inputs)), tuple(inputs.values()), opset)
         except Exception as error:  # whatever the exporter raises is the model's own story

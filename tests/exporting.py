@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.onnx._internal.exporter import _registration
 
 from hirelc_deploy import datasets, latencies, pipeline, verification
 from hirelc_deploy.compress.batchnorm import reestimate
@@ -50,15 +49,9 @@ sources = ["a data sheet"]
 
 
 def hasten() -> None:
-    """Spend no time on what these tests do not look at.
-
-    Torch's exporter reads its 1,500 translations anew for every file, which is two thirds of an export's time.
-    """
+    """Spend no time on what these tests do not look at."""
     latencies.PREDICTION_SECONDS = 0.05
     hierarchical.HIGH_STEPS, hierarchical.LOW_STEPS, hierarchical.PROPOSALS = 512, 1024, 32
-    read = getattr(getattr(_registration, "ONNXRegistry", None), "from_torchlib", None)
-    if read is not None and not hasattr(read, "cache_info"):
-        _registration.ONNXRegistry.from_torchlib = staticmethod(functools.cache(read))
 
 
 class DigitNet(nn.Module):
