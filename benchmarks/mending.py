@@ -6,9 +6,10 @@ speed alone, by all of them, by the drop times powers of how many times smaller 
 over powers of the part of its layers that is whole (`Problem.whole`).  One of the first of these is hardness
 (`search/finish.py`).  Each is a line in logarithms with one slope for all networks and a constant for each, which is
 another where the evaluation's channels were told by those that stay (`compress/compensate.py`), since it then drops by
-less; errors are of every policy held out in turn, of networks with three at least.  The result file also has policies
-that only the logs of searches told of; how fast they are, or how much of them is whole, is not always known, and they
-are then not judged.
+less, and where the policy was trained at the rate of its own batches (`compress/distil.py`), which leaves less; errors
+are of every policy held out in turn, of networks with three at least.  The result file also has policies that only the
+logs of searches told of; how fast they are, or how much of them is whole, is not always known, and they are then not
+judged.
 """
 
 import argparse
@@ -41,6 +42,9 @@ LEAST_POLICIES = 3
 TOLD_SINCE = "2026-11-30T12:00"
 """Manifests of this time and later are of evaluations whose channels were told by those that stay."""
 
+OWN_RATE_SINCE = "2026-11-30T18:12"
+"""Manifests of this time and later are of policies that were finished at the rate of their own batches."""
+
 Row = dict[str, Any]
 
 
@@ -54,6 +58,7 @@ def finished_in(manifest: Path) -> list[Row]:
             "speedup": each.speedup,
             "whole": each.whole_part,
             "told": found.created >= TOLD_SINCE,
+            "own_rate": found.created >= OWN_RATE_SINCE,
             "drop_points": each.drop_points,
             "left_points": each.finished_drop_points,
         }
@@ -64,7 +69,7 @@ def finished_in(manifest: Path) -> list[Row]:
 
 def kind(row: Row) -> str:
     """What has a constant of its own."""
-    return f"{row['network']}{', told' * row.get('told', False)}"
+    return f"{row['network']}{', told' * row.get('told', False)}{', own rate' * row.get('own_rate', False)}"
 
 
 def held_out_error(networks: Sequence[str], told: np.ndarray, left: np.ndarray) -> float:
