@@ -83,7 +83,7 @@ from a draft of its file; the score from the simulation in PyTorch, on the searc
 on the file.  In brackets by how much the prediction was the larger.  Milliseconds move with the machine's own speed,
 which on a shared machine differs by the hour: both files of a ratio move together.  What a search's tables tell in
 milliseconds is brought to the machine's pace at the measurement by one kernel that is always the same; records from
-before 2026-11-29 are not.
+before 2026-11-29 are not.  Those from before 2026-11-30, 20:00, were timed beside whatever else ran on the core.
 
 """
 

@@ -131,6 +131,8 @@ def test_in_the_root_the_installed_command_is_not_shadowed_by_the_clone(command)
 SHORT_DEMO = """
 import sys
 from hirelc_deploy import choosing, cli, costing, demo, effects
+from hirelc_deploy.verify import quiet
+quiet.CORE.left_s = quiet.CORE.patience = 0.0
 costing.SIZE_SAMPLES, effects.COUNTS_TRIED, effects.LOOKED_AT = 60, 3, 64
 demo.EVALUATIONS, demo.EPOCHS, choosing.FINALISTS = 6, 6, 2
 sys.exit(cli.main(["demo", "--out", "demo"]))

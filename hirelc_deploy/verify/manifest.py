@@ -126,6 +126,15 @@ class Predicted(Record):
     load_ms: Figure | None = None
 
 
+class Rounds(Record):
+    """Of the timing: how many were made, in how many nothing else ran on the core, and how many count."""
+
+    all: int
+    quiet: int
+    counted: int
+    """The quiet ones, or all where those were too few."""
+
+
 class MeasuredBasis(Record):
     size: Basis
     accuracy: Basis
@@ -143,6 +152,8 @@ class Measured(Record):
     speedup: Figure | None
     """Times faster than the baseline, on the clock that the environment names."""
     speedup_ci95: tuple[Figure, Figure] | None = None
+    rounds: Rounds | None = None
+    """Whose times those are; None where the core was not watched."""
     drop_points: Figure | None
     """On the test split, in the unit of the score; positive is worse."""
     drop_ci95: tuple[Figure, Figure] | None

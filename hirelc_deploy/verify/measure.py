@@ -15,6 +15,7 @@ from hirelc_deploy.verify.manifest import (
     MeasuredBasis,
     Percentiles,
     Record,
+    Rounds,
     sha256,
 )
 
@@ -191,6 +192,7 @@ def measure(
             compression=sizes["baseline"] / sizes["artifact"],
             speedup=speedup.value,
             speedup_ci95=(speedup.lo, speedup.hi),
+            rounds=_rounds(times["artifact"]),
             drop_points=compared.drop,
             drop_ci95=compared.drop_ci95,
             agreement=compared.agreement,
@@ -226,9 +228,14 @@ def foretold(
         "latency_ms": dict.fromkeys(("p50", "p90", "p99"), artifact_ms),
         "speedup": baseline_ms / artifact_ms,
         "speedup_ci95": None,
+        "rounds": None,
         "basis": {"size": "measured" if is_final else "estimate", "accuracy": "simulated", "latency": "estimate"},
     }
     return Measurement.model_validate(figures | {"p50_ms": artifact_ms})
+
+
+def _rounds(seen: timing.Timing) -> Rounds | None:
+    return None if seen.rounds is None else Rounds(**asdict(seen.rounds))
 
 
 def _needs(place: Place, path: Path, inputs: "Arrays") -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from hirelc_deploy.verify import quiet
+
 if TYPE_CHECKING:
     from hirelc_deploy.exporters._base import Arrays, Session
 
@@ -48,10 +50,22 @@ class Visit:
 
 
 @dataclass(frozen=True)
+class Rounds:
+    """How many rounds were made, in how many of them nothing else ran on the core, and how many count."""
+
+    all: int
+    quiet: int
+    counted: int
+    """The quiet ones, or all where those were too few."""
+
+
+@dataclass(frozen=True)
 class Timing:
-    """One session's visits, one a round."""
+    """One session's visits, one a round that counts."""
 
     visits: tuple[Visit, ...]
+    rounds: Rounds | None = None
+    """None where that is not looked at: on a device."""
 
     @cached_property
     def wall_ms(self) -> np.ndarray:
@@ -117,6 +131,7 @@ def interleave(
     warmup: int = WARMUP_RUNS,
     rounds: int | None = None,
     seconds: float = SECONDS,
+    core: quiet.Core = quiet.CORE,
 ) -> dict[str, Timing]:
     """Time sessions side by side, on both clocks, so that whatever disturbs the machine disturbs all of them.
 
@@ -124,6 +139,9 @@ def interleave(
     none always runs behind the same one; and none runs behind itself, since its caches would still be warm.  Without
     `rounds`, as many are made as fit into `seconds`, between MIN_ROUNDS and MAX_ROUNDS.  `threads` are those of each
     session (`pause_s`).
+
+    A visit beside something else on the `core` is made again, as long as there is patience for that.  Rounds without
+    one count; where they are too few, all of them do.
     """
     if rounds is not None and rounds < 1:
         raise ValueError(f"{rounds} rounds")
@@ -131,16 +149,52 @@ def interleave(
         name: _runs_a_visit(_warm_up(session, inputs, warmup, WARMUP_SHARE * seconds / len(sessions)))
         for name, session in sessions.items()
     }
-    visits: dict[str, list[Visit]] = {name: [] for name in sessions}
     orders = _orders(list(sessions))
+    made: list[dict[str, _Watched]] = []
     with _no_garbage_collection():
-        for _ in _rounds(rounds, seconds):
-            for name in next(orders):
-                if pause := pause_s(threads):
-                    time.sleep(pause)
-                    sessions[name].run(inputs)
-                visits[name].append(_visit(sessions[name], inputs, runs[name]))
-    return {name: Timing(tuple(seen)) for name, seen in visits.items()}
+        made_s = 0.0
+        while not _is_enough(len(made), made_s, rounds, seconds):
+            made.append({name: _watched(sessions[name], inputs, runs[name], threads, core) for name in next(orders)})
+            made_s += sum(each.seconds for each in made[-1].values())
+    alone = [each for each in made if core.is_quiet(max(watched.loop_ns for watched in each.values()))]
+    counting = alone if len(alone) >= (rounds or MIN_ROUNDS) else made
+    seen = Rounds(len(made), len(alone), len(counting))
+    return {name: Timing(tuple(each[name].visit for each in counting), seen) for name in sessions}
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A visit, and how the core was meanwhile."""
+
+    visit: Visit
+    seconds: float
+    """By the wall clock, without what was waited."""
+    loop_ns: int
+    """Of the slower of the loops before and behind it."""
+
+
+def _watched(session: "Session", inputs: "Arrays", runs: int, threads: int, core: quiet.Core) -> _Watched:
+    """A visit of so many runs, with the core for itself if that can be waited for."""
+    while True:
+        before_ns = core.wait()
+        began_s = time.perf_counter()
+        if pause := pause_s(threads):
+            time.sleep(pause)
+            session.run(inputs)
+        visit = _visit(session, inputs, runs)
+        loop_ns = max(before_ns, core.look())
+        seconds = time.perf_counter() - began_s
+        is_quiet = core.is_quiet(loop_ns)
+        core.spent(seconds, is_quiet=is_quiet)
+        if is_quiet or not core.is_waited_for:
+            return _Watched(visit, seconds, loop_ns)
+
+
+def _is_enough(made: int, made_s: float, rounds: int | None, seconds: float) -> bool:
+    """Whether as many rounds were made as asked for, or the time is up."""
+    if rounds is not None:
+        return made >= rounds
+    return made >= (MIN_ROUNDS if made_s >= seconds else MAX_ROUNDS)
 
 
 def ratio(baseline: Timing, candidate: Timing, *, clock: Clock, seed: int = 0) -> Ratio:
@@ -178,18 +232,6 @@ def _warm_up(session: "Session", inputs: "Arrays", runs: int, seconds: float) ->
 
 def _runs_a_visit(run_ms: float) -> int:
     return max(1, math.ceil(VISIT_MS / run_ms))
-
-
-def _rounds(rounds: int | None, seconds: float) -> Iterator[int]:
-    """Round numbers: as many as asked for, or until the time is up."""
-    if rounds is not None:
-        yield from range(rounds)
-        return
-    deadline = time.perf_counter() + seconds
-    for number in range(MAX_ROUNDS):
-        if number >= MIN_ROUNDS and time.perf_counter() > deadline:
-            return
-        yield number
 
 
 def _orders(names: list[str]) -> Iterator[list[str]]:
