@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from hirelc_deploy import (
 )
 from hirelc_deploy.config import ExportSettings
 from hirelc_deploy.errors import UserError
+from hirelc_deploy.search.finish import Finishing
+from hirelc_deploy.search.space import Evaluation
 
 hasten()
 
@@ -46,7 +49,24 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory, target: str) -> verification.Outcome:
+def promising() -> Iterator[list[list[str]]]:
+    """Digests of what the search found worth timing, after each part of it; by luck it can be nothing."""
+    told: list[list[str]] = []
+    asked = Finishing.promising
+
+    def noted(self: Finishing, seen: Sequence[Evaluation], count: int) -> list[Evaluation]:
+        found = asked(self, seen, count)
+        if count == choosing.TIMED:
+            told.append([each.policy.digest()[: costing.DIGITS] for each in found])
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Finishing, "promising", noted)
+        yield told
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory, target: str, promising: list[list[str]]) -> verification.Outcome:
     return export(
         tmp_path_factory.mktemp("searched") / "out",
         trained_digit_net(),
@@ -69,14 +89,18 @@ def test_a_search_ends_in_a_judged_artifact(searched: verification.Outcome) -> N
     assert manifest.predicted.size_bytes == manifest.artifact.size_bytes
 
 
-def test_files_of_what_a_search_finds_are_timed_after_each_part_of_it(searched: verification.Outcome) -> None:
+def test_files_of_what_a_search_finds_are_timed_after_each_part_of_it(
+    searched: verification.Outcome, promising: list[list[str]]
+) -> None:
     """And so what it believes in the end is corrected by them."""
     journal = (searched.folder / "run" / "journal.jsonl").read_text(encoding="utf-8")
     steps = [json.loads(line)["entry"].get("step", "") for line in journal.splitlines()]
     batches = [step.split("/")[2:] for step in steps if step.startswith("search/times")]
     assert batches[0] == [], "recipes, before anything was evaluated"
-    assert len(batches) >= 2
-    assert all(1 <= len(batch) <= choosing.TIMED for batch in batches[1:])
+    timed = list(chain.from_iterable(batches))
+    first, second = promising[:2]
+    assert timed == list(dict.fromkeys(first + second)), "each once, and none that was not found"
+    assert max(len(first), len(second)) <= choosing.TIMED
 
 
 def test_what_else_was_found_can_be_built(searched: verification.Outcome, tmp_path: Path, target: str) -> None:
