@@ -2,7 +2,7 @@
 
 `wide` with a quarter of its channels, in floats and in integers, beside the whole network in fp32: timed as often as
 asked for, each time for as long as an export does, once with rounds beside a neighbour left out (`verify/quiet.py`) and
-once with all of them.  On a machine of its own both say the same.  Writes benchmarks/results/neighbours_CPU.json; three
+once with all of them.  On a machine of its own both say the same.  Writes benchmarks/results/neighbours_CPU.json; two
 minutes and more.
 """
 
@@ -54,7 +54,7 @@ def measure(sessions: dict[str, Session], inputs: Arrays, times: int) -> list[di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--times", type=int, default=16)
+    parser.add_argument("--times", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/neighbours"))
     options = parser.parse_args()
     with workbench("wide", options.out / "wide" / "run", post_training=()) as bench:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from exporting import hasten, relative_error
 from torch import Tensor, nn
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import SwinConfig, SwinForImageClassification
 from written_networks import (
     EXAMPLES,
@@ -29,7 +28,6 @@ from written_networks import (
 )
 
 from hirelc_deploy.errors import UserError
-from hirelc_deploy.exporters import _translations
 from hirelc_deploy.exporters._calibrate import Range
 from hirelc_deploy.exporters._plan import plan
 from hirelc_deploy.exporters._tidy import tidy
@@ -501,21 +499,3 @@ def test_a_range_holds_zero_and_its_grid_spans_it() -> None:
 def optimised_operators(path: Path) -> list[str]:
     """The operators that a session runs."""
     return [node.op_type for node in optimised(path, threads=1).node]
-
-
-def test_the_exporter_reads_its_translations_once_and_is_left_as_it_was(monkeypatch):
-    """1,500 of them, which takes longer than writing a small network."""
-    read, calls = _translations._from_torchlib, []
-    monkeypatch.setattr(_translations, "_from_torchlib", lambda **version: calls.append(version) or read(**version))
-    _translations._read.cache_clear()
-    before = ONNXRegistry.__dict__["from_torchlib"]
-    for outputs in (3, 5):
-        RUNTIME.float_graph(nn.Linear(4, outputs).eval(), {"input": floats(4)}, opset=18)
-    assert len(calls) == 1
-    assert ONNXRegistry.__dict__["from_torchlib"] is before
-
-
-def test_a_pytorch_that_keeps_its_translations_elsewhere_writes_files_all_the_same(monkeypatch):
-    monkeypatch.setattr(_translations, "ONNXRegistry", None)
-    graph = RUNTIME.float_graph(nn.Linear(4, 3).eval(), {"input": floats(4)}, opset=18)
-    assert len(graph.weights) == 1

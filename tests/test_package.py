@@ -132,7 +132,7 @@ SHORT_DEMO = """
 import sys
 from hirelc_deploy import choosing, cli, costing, demo, effects
 from hirelc_deploy.verify import quiet
-quiet.CORE.left_s = quiet.CORE.patience = 0.0
+quiet.CORE.loop_ns = lambda: 1
 costing.SIZE_SAMPLES, effects.COUNTS_TRIED, effects.LOOKED_AT = 60, 3, 64
 demo.EVALUATIONS, demo.EPOCHS, choosing.FINALISTS = 6, 6, 2
 sys.exit(cli.main(["demo", "--out", "demo"]))

@@ -15,7 +15,6 @@ from hirelc_deploy.verify.manifest import (
     MeasuredBasis,
     Percentiles,
     Record,
-    Rounds,
     sha256,
 )
 
@@ -192,7 +191,7 @@ def measure(
             compression=sizes["baseline"] / sizes["artifact"],
             speedup=speedup.value,
             speedup_ci95=(speedup.lo, speedup.hi),
-            rounds=_rounds(times["artifact"]),
+            rounds=times["artifact"].rounds,
             drop_points=compared.drop,
             drop_ci95=compared.drop_ci95,
             agreement=compared.agreement,
@@ -232,10 +231,6 @@ def foretold(
         "basis": {"size": "measured" if is_final else "estimate", "accuracy": "simulated", "latency": "estimate"},
     }
     return Measurement.model_validate(figures | {"p50_ms": artifact_ms})
-
-
-def _rounds(seen: timing.Timing) -> Rounds | None:
-    return None if seen.rounds is None else Rounds(**asdict(seen.rounds))
 
 
 def _needs(place: Place, path: Path, inputs: "Arrays") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from hirelc_deploy.verify import quiet
+from hirelc_deploy.verify.manifest import Rounds
 
 if TYPE_CHECKING:
     from hirelc_deploy.exporters._base import Arrays, Session
@@ -47,16 +48,6 @@ class Visit:
     """Of every run."""
     cpu_ms: float
     """Of one run: the mean over the visit, so that the clock is read twice and not twice a run."""
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """How many rounds were made, in how many of them nothing else ran on the core, and how many count."""
-
-    all: int
-    quiet: int
-    counted: int
-    """The quiet ones, or all where those were too few."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +149,7 @@ def interleave(
             made_s += sum(each.seconds for each in made[-1].values())
     alone = [each for each in made if core.is_quiet(max(watched.loop_ns for watched in each.values()))]
     counting = alone if len(alone) >= (rounds or MIN_ROUNDS) else made
-    seen = Rounds(len(made), len(alone), len(counting))
+    seen = Rounds(all=len(made), quiet=len(alone), counted=len(counting))
     return {name: Timing(tuple(each[name].visit for each in counting), seen) for name in sessions}
 
 
