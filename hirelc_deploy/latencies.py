@@ -110,6 +110,18 @@ class Latencies:
             is_final=not self._subject.runtime.builds_on_device,
         )
 
+    @property
+    def notes_on_tables(self) -> tuple[str, ...]:
+        """For people: what tables told that may not be so."""
+        shared = self.pricing.shared(self.network)
+        if not shared:
+            return ()
+        return (
+            f"the table of {self._subject.target.name} has {shared} of the kernels that the network can become as they "
+            "were beside something else on the core, and may tell them to be slower than they are: `hirelc-deploy "
+            "profile` measures them again",
+        )
+
     def notes(self, policy: Policy) -> tuple[str, ...]:
         """For people: the kernels that no table of a device has which is not this machine."""
         if self.pricing.is_device:

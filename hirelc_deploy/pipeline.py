@@ -70,10 +70,10 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
             lambda: bench.simulated_outputs(compressed.model, policy),
         )
         told = predicted(choice, pace=seen.pace)
-        if bench.pricing.is_device:
-            run.step(f"learned/{policy.digest()}", lambda: bench.latencies.learn(policy, seen.p50_ms))
-        else:
+        if not bench.pricing.is_device:
             seen = bench.latencies.as_foretold(seen, bench.predict(policy))
+        elif seen.is_quiet:
+            run.step(f"learned/{policy.digest()}", lambda: bench.latencies.learn(policy, seen.p50_ms))
 
         manifest = Manifest(
             schema=manifests.SCHEMA,
@@ -109,6 +109,7 @@ def export(settings: ExportSettings, *, model: "nn.Module | None" = None, task: 
                 *([written.note] if written.note else []),
                 *bench.files.notes_on_rounding(policy),
                 *bench.trainer.notes(policy),
+                *bench.latencies.notes_on_tables,
             ),
             notes_on_measurement=(*inspected, *bench.latencies.notes(policy)),
         )

@@ -10,7 +10,7 @@ from hirelc_deploy.cost.needs import families
 from hirelc_deploy.cost.predictor import Predictor, add_artifact, read_artifacts
 from hirelc_deploy.cost.prices import times_of
 from hirelc_deploy.cpu import cpu_flags
-from hirelc_deploy.profiles._table import Row
+from hirelc_deploy.profiles._table import SHARED, Row
 from hirelc_deploy.verify import profiling
 
 if TYPE_CHECKING:
@@ -87,6 +87,12 @@ class Pricing:
             return False
         add_artifact(self._tables.own, predictor.artifact(policy, latency_ms))
         return True
+
+    def shared(self, network: "Network") -> int:
+        """How many of the network's kernels have something else on the core in the tables."""
+        needed = {family.kernel.family for family in families(network)}
+        rows = [row for row in self._tables.rows() if row.core == SHARED]
+        return sum(kernel.family in needed for kernel in times_of(rows, threads=self._machine.where.threads))
 
     def _measure(self, network: "Network", seconds: float | None) -> None:
         """What no table has, where this machine is the target."""

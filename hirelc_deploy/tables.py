@@ -22,7 +22,7 @@ from hirelc_deploy.exporters import load_runtime
 from hirelc_deploy.exporters._base import Arrays
 from hirelc_deploy.graph.attention import with_plain_attention
 from hirelc_deploy.profiles import Target, load_target
-from hirelc_deploy.profiles._table import read_table
+from hirelc_deploy.profiles._table import SHARED, read_table
 from hirelc_deploy.rundir import disk_errors
 from hirelc_deploy.verify import profiling, remote
 from hirelc_deploy.verify.machines import Here, Machine, check_flags, check_version
@@ -76,6 +76,8 @@ class Profiled:
     families: int
     kernels: int
     """Rows that the table has for them."""
+    shared: int
+    """Of those, measured beside something else on the core."""
     without: dict[str, str]
     """Families that the runtime has no kernel for, with the reason."""
 
@@ -83,13 +85,18 @@ class Profiled:
         """For people."""
         lines = [f"{self.kernels} kernels, {self.families} kinds of them needed here: {self.table}"]
         lines += [f"no kernel, told from others: {reason}" for reason in self.without.values()]
+        if self.shared:
+            lines.append(
+                f"{self.shared} kernels were measured beside something else on the core, and may seem slower by a half "
+                "or more: `hirelc-deploy profile` measures those again"
+            )
         return "\n".join(lines)
 
 
 def profile(settings: ProfileSettings) -> Profiled:
     """Measure the kernels that a network, or a list, needs on a target, and write them to its table.
 
-    What the table has is not measured again; a run that was stopped goes on.
+    What the table has is not measured again, unless something else was on the core; a run that was stopped goes on.
     """
     target = load_target(settings.target)
     wanted = _listed(settings.shapes) if settings.shapes is not None else families(_network(settings, target))
@@ -98,9 +105,10 @@ def profile(settings: ProfileSettings) -> Profiled:
         if settings.table is not None:
             tables = replace(tables, own=settings.table)
         with console.progress("measuring kernels", len(wanted)) as advance:
-            without = profiling.profile(wanted, tables, machine, seconds=settings.seconds, advance=advance)
-    kept = {row.key for row in read_table(tables.own)}
-    return Profiled(tables.own, len(wanted), len(kept), without)
+            without = profiling.profile(wanted, tables, machine, seconds=settings.seconds, advance=advance, anew=True)
+    kept = {row.key: row for row in read_table(tables.own)}.values()
+    shared = sum(row.core == SHARED for row in kept)
+    return Profiled(tables.own, len(wanted), len(kept), shared, without)
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from pathlib import Path
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.rundir import disk_errors, write_atomic
 
+ALONE, SHARED = "alone", "shared"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -32,6 +34,9 @@ class Row:
     flags: str
     """The CPU's, as far as they decide which kernels run, with + between."""
     power_mode: str
+    core: str = ""
+    """ALONE or SHARED: whether the rounds that count had the core for themselves; empty where that was not looked at,
+    on a device."""
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -40,6 +45,8 @@ class Row:
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
+_HEADS = (COLUMNS, COLUMNS[:-1])
+"""The second of tables that were measured before the core was watched."""
 _NUMBERS = {"threads": int, "p50_us": float, "p90_us": float, "spread_pct": float, "runs": int}
 _DIGITS = 4
 """Significant ones of a time: more than any measurement holds."""
@@ -58,12 +65,12 @@ def read_table(path: Path) -> list[Row]:
             ) from error
     lines = csv.reader(io.StringIO(text))
     head = next(lines, [])
-    if tuple(head) != COLUMNS:
+    if tuple(head) not in _HEADS:
         raise UserError(
             f"{path.name}, line 1: the columns are {', '.join(head) or 'none'}",
             fix=f"a table begins with {','.join(COLUMNS)}",
         )
-    return [_row(path, number, cells) for number, cells in enumerate(lines, start=2) if cells]
+    return [_row(path, number, head, cells) for number, cells in enumerate(lines, start=2) if cells]
 
 
 def write_table(path: Path, rows: Iterable[Row]) -> None:
@@ -87,14 +94,14 @@ def _cells(row: Row) -> Sequence[object]:
     return [f"{value:.{_DIGITS}g}" if isinstance(value, float) else value for value in astuple(row)]
 
 
-def _row(path: Path, number: int, cells: Sequence[str]) -> Row:
-    if len(cells) != len(COLUMNS):
+def _row(path: Path, number: int, head: Sequence[str], cells: Sequence[str]) -> Row:
+    if len(cells) != len(head):
         raise UserError(
-            f"{path.name}, line {number} has {len(cells)} cells instead of {len(COLUMNS)}",
+            f"{path.name}, line {number} has {len(cells)} cells instead of {len(head)}",
             fix="mend or delete the line; `hirelc-deploy profile` measures it again",
         )
     values: dict[str, object] = {}
-    for name, cell in zip(COLUMNS, cells, strict=True):
+    for name, cell in zip(head, cells, strict=True):
         try:
             values[name] = _NUMBERS[name](cell) if name in _NUMBERS else cell
         except ValueError:

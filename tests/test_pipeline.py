@@ -25,6 +25,7 @@ from exporting import (
     trained_digit_net,
     write_policy,
 )
+from neighbour import beside_a_neighbour
 from torch import Tensor, nn
 
 from hirelc_deploy import graph, verification
@@ -43,7 +44,7 @@ from hirelc_deploy.exporters._memory import LOAD_LAW
 from hirelc_deploy.latencies import Latencies
 from hirelc_deploy.policy import FP32, INT8, Policy
 from hirelc_deploy.profiles import load_target
-from hirelc_deploy.profiles._table import read_table, write_table
+from hirelc_deploy.profiles._table import SHARED, read_table, write_table
 from hirelc_deploy.task import ArraySource, Batch
 from hirelc_deploy.verify import accuracy, manifest as manifests, profiling
 from hirelc_deploy.verify.machines import Machine
@@ -122,6 +123,20 @@ def test_what_is_fastest_here_is_resolved_before_it_is_a_policy(tmp_path: Path) 
     assert set(computes.values()) <= {"fp32", "int8", "int8_dynamic"}
     assert {record.name: record.runs_as for record in outcome.manifest.layers} == computes
     assert {record.name: record.compute for record in outcome.manifest.layers} == computes
+
+
+def test_what_is_timed_beside_a_neighbour_is_said_and_nothing_is_learned_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside_a_neighbour(monkeypatch)
+    target = quick_target(tmp_path)
+    outcome = export(tmp_path / "out", DigitNet(8), digits(), target=target, recipe="compute=fastest", epochs=0)
+    table = Path(target).with_suffix(".csv")
+    assert {row.core for row in read_table(table)} == {SHARED}
+    assert read_artifacts(table) == []
+    (on_the_table,) = [note for note in outcome.manifest.notes if "table of quick has" in note]
+    assert "`hirelc-deploy profile` measures them again" in on_the_table
+    assert any("verify measures again" in note for note in outcome.manifest.notes)
 
 
 @pytest.mark.parametrize("recipe", ["keep=50%,compute=int8", "compute=fastest"])

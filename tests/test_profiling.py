@@ -5,14 +5,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from neighbour import beside_a_neighbour
 
+from hirelc_deploy.cost.correction import Artifact
 from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.cost.needs import Family
+from hirelc_deploy.cost.predictor import add_artifact, read_artifacts
 from hirelc_deploy.cost.prices import MeasuredPrices, kernel_of
 from hirelc_deploy.exporters._base import NoKernelError
 from hirelc_deploy.exporters.onnxruntime import RUNTIME
 from hirelc_deploy.profiles import Tables, tables_of
-from hirelc_deploy.profiles._table import Row, read_table
+from hirelc_deploy.profiles._table import ALONE, SHARED, Row, read_table
 from hirelc_deploy.verify import profiling
 from hirelc_deploy.verify.machines import Here
 from hirelc_deploy.verify.profiling import ANCHOR, makers, measure, profile
@@ -104,10 +107,48 @@ def test_a_profile_is_written_goes_on_and_measures_nothing_twice(
     assert len(rows) == 4 + 1  # and the anchor
     assert {row.runtime for row in rows} == {f"onnxruntime {RUNTIME.version()}"}
     assert all(row.p50_us > 0 and row.runs > 0 and row.flags == "+".join(machine.where.flags) for row in rows)
+    assert {row.core for row in rows} == {ALONE}
     wanted = conv((8, 16))
     monkeypatch.setattr(profiling, "measure", None)
     assert profile([wanted], tables, machine) == {}
     assert wanted.known == {kernel.channels: us for kernel, us in _times(rows).items() if kernel.family in _names()}
+
+
+@pytest.mark.usefixtures("hasty")
+def test_what_was_measured_beside_a_neighbour_is_measured_again_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = Tables(tmp_path / "own.csv", tmp_path / "own.csv")
+    machine = Here(RUNTIME, threads=1)
+    profile([conv((8,))], tables, machine)
+    with monkeypatch.context() as patch:
+        beside_a_neighbour(patch)
+        profile([conv((8, 16))], tables, machine)
+    before = read_table(tables.own)
+    assert [row.core for row in before].count(SHARED) == 3
+    profile([conv((8, 16))], tables, machine)
+    assert read_table(tables.own) == before, "a search goes on with what there is"
+    profile([conv((8, 16))], tables, machine, anew=True)
+    after = read_table(tables.own)
+    assert [row.key for row in after] == [row.key for row in before]
+    assert {row.core for row in after} == {ALONE}
+    assert set(after) >= {row for row in before if row.core == ALONE}
+
+
+@pytest.mark.usefixtures("hasty")
+def test_where_the_unit_was_measured_beside_a_neighbour_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = Tables(tmp_path / "own.csv", tmp_path / "own.csv")
+    machine = Here(RUNTIME, threads=1)
+    with monkeypatch.context() as patch:
+        beside_a_neighbour(patch)
+        profile([conv((8,))], tables, machine)
+    add_artifact(tables.own, Artifact({"Conv": 1.0}, 2.0))
+    profile([conv((16,))], tables, machine, anew=True)
+    assert {kernel_of(row).channels for row in read_table(tables.own)} == {(16, 16), ANCHOR.channels}
+    assert {row.core for row in read_table(tables.own)} == {ALONE}
+    assert read_artifacts(tables.own) == []
 
 
 @pytest.mark.usefixtures("hasty")

@@ -54,6 +54,15 @@ def test_tables_of_other_threads_are_apart(tmp_path: Path) -> None:
     assert MeasuredPrices.of(read_table(path), threads=4)(kernel) == 9.0
 
 
+def test_a_table_from_before_the_core_was_watched_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "board.csv"
+    write_table(path, [row(8, 1.0), row(64, 30.0)])
+    today = path.read_text()
+    path.write_text("".join(f"{line.rpartition(',')[0]}\n" for line in today.splitlines()))
+    write_table(path, read_table(path))
+    assert path.read_text() == today
+
+
 def test_no_file_is_no_rows(tmp_path: Path) -> None:
     assert read_table(tmp_path / "none.csv") == []
 
@@ -64,7 +73,7 @@ def test_no_file_is_no_rows(tmp_path: Path) -> None:
         (("30,", "fast,"), r"board.csv, line 3: p50_us is 'fast'"),
         (("30,", "-30,"), r"board.csv, line 3: p50_us is '-30'"),
         (("30,", "nan,"), r"board.csv, line 3: p50_us is 'nan'"),
-        (("30,33", "30"), r"board.csv, line 3 has 12 cells instead of 13"),
+        (("30,33", "30"), r"board.csv, line 3 has 13 cells instead of 14"),
         (("op,", "operator,"), r"board.csv, line 1: the columns are operator, "),
     ],
 )

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from neighbour import beside_a_neighbour
 
 from hirelc_deploy import cli
 from hirelc_deploy.cost.kernel import Kernel
@@ -62,6 +63,19 @@ def test_a_list_of_kernels_is_measured(model: str, tmp_path: Path) -> None:
     shapes.write_text("op,attributes,operands,compute\nConv,,x:1x16x4x4 w:8x16x1x1,fp32\nAdd,,x:1x9 x:1x9,fp32\n")
     assert profile("--shapes", shapes, "--table", tmp_path / "own.csv") == ExitStatus.OK
     assert {row.operands for row in read_table(tmp_path / "own.csv")} >= {"x:1x16x4x4 w:8x16x1x1", "x:1x9 x:1x9"}
+
+
+def test_what_had_to_be_measured_beside_a_neighbour_is_told_until_it_is_measured_again(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--model", model, "--input", "3x8x8", "--table", tmp_path / "own.csv")
+    with monkeypatch.context() as patch:
+        beside_a_neighbour(patch)
+        assert profile(*arguments) == ExitStatus.OK
+    kernels = len(read_table(tmp_path / "own.csv"))
+    assert f"{kernels} kernels were measured beside something else on the core" in capsys.readouterr().out
+    assert profile(*arguments) == ExitStatus.OK
+    assert "beside" not in capsys.readouterr().out
 
 
 def test_a_target_of_ones_own_keeps_its_table_beside_it(model: str, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def warnings(budget: Budget, measured: Measured, baseline_fp16: Baseline | None 
     if own is not None and halves is not None and own > halves:
         found.append(f"slower than fp16: {text.milliseconds(own)}, and {text.milliseconds(halves)} as it was in fp16")
     rounds = measured.rounds
-    if rounds is not None and rounds.counted > rounds.quiet:
+    if rounds is not None and not rounds.are_quiet:
         found.append(
             f"the core was slower than it can be in all but {rounds.quiet} of {rounds.all} rounds, which are too few: "
             "something else ran on it, or its clock was lowered. Ratios may be off by a half; verify measures again"

@@ -134,6 +134,11 @@ class Rounds(Record):
     counted: int
     """The quiet ones, or all where those were too few."""
 
+    @property
+    def are_quiet(self) -> bool:
+        """Whether those that count had the core for themselves."""
+        return self.counted <= self.quiet
+
 
 class MeasuredBasis(Record):
     size: Basis

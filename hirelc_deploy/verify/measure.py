@@ -49,6 +49,11 @@ class Measurement(Record):
     pace: float = 1.0
     """How many times slower the machine was than when its tables were made."""
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing else ran on the core, as far as that was looked at: later files are told by it then."""
+        return self.measured.rounds is None or self.measured.rounds.are_quiet
+
 
 @dataclass(frozen=True)
 class OnDevice:

@@ -10,19 +10,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import ceil
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from hirelc_deploy.cost.kernel import Kernel
 from hirelc_deploy.cost.needs import Family, Place, neglect
-from hirelc_deploy.cost.prices import times_of
+from hirelc_deploy.cost.predictor import artifacts_path
+from hirelc_deploy.cost.prices import kernel_of, times_of
 from hirelc_deploy.cpu import RELEVANT_FLAGS
 from hirelc_deploy.exporters._base import KernelFile, KernelMaker, NoKernelError, Request
 from hirelc_deploy.profiles import Tables, Target, tables_of
-from hirelc_deploy.profiles._table import Row, read_table, write_table
+from hirelc_deploy.profiles._table import ALONE, SHARED, Row, read_table, write_table
 from hirelc_deploy.verify import timing
 from hirelc_deploy.verify.machines import Machine, Where
+from hirelc_deploy.verify.manifest import Rounds
 
 ANCHOR = Kernel.parse("Conv", "pads=1,1,1,1", "x:1x64x14x14 w:64x64x3x3 w:64", "fp32")
 """Some 200 us of multiply-accumulates in the caches of any CPU."""
@@ -54,6 +57,8 @@ class Sample:
     p90_us: float
     spread_pct: float
     runs: int
+    core: str = ""
+    """As a row has it."""
 
 
 def tables_at(name_or_path: str, target: Target, where: Where) -> Tables:
@@ -122,6 +127,7 @@ class _Rounds:
     in_anchors: np.ndarray
     """In units of the anchor's, (rounds,)."""
     runs: int
+    core: str
 
 
 def _timed(
@@ -134,7 +140,15 @@ def _timed(
         for (kernel, file), each in zip(files.items(), times, strict=True)
     }
     runs = {kernel: sum(len(visit.wall_ms) for visit in each.visits) for kernel, each in zip(files, times, strict=True)}
-    return {kernel: _Rounds(each, each / us[ANCHOR], runs[kernel]) for kernel, each in us.items()}
+    core = _core(nothing.rounds)
+    return {kernel: _Rounds(each, each / us[ANCHOR], runs[kernel], core) for kernel, each in us.items()}
+
+
+def _core(rounds: Rounds | None) -> str:
+    """Of what was timed side by side."""
+    if rounds is None:
+        return ""
+    return ALONE if rounds.are_quiet else SHARED
 
 
 def _of_some_length(able: Mapping[Kernel, KernelMaker], machine: Machine) -> dict[Kernel, KernelFile]:
@@ -151,7 +165,7 @@ def _of_some_length(able: Mapping[Kernel, KernelMaker], machine: Machine) -> dic
 
 def _sample(kernel: Kernel, rounds: _Rounds, unit_us: float) -> Sample:
     p50, p90 = np.maximum(np.percentile(rounds.in_anchors * unit_us, (50, 90)), SHORTEST_US).tolist()
-    return Sample(kernel, p50, p90, 100 * _spread(rounds.in_anchors), rounds.runs)
+    return Sample(kernel, p50, p90, 100 * _spread(rounds.in_anchors), rounds.runs, rounds.core)
 
 
 def _spread(rounds: np.ndarray) -> float:
@@ -173,15 +187,19 @@ def profile(
     *,
     seconds: float | None = None,
     advance: Advance = lambda detail="": None,
+    anew: bool = False,
 ) -> dict[str, str]:
     """Measure what families still need and write it to the table, batch by batch: a run that is killed goes on.
 
-    It ends after `seconds`, with all families equally fine by then.  Returns what the runtime has no kernel for, by
-    family, with the reason.
+    It ends after `seconds`, with all families equally fine by then.  `anew` measures again what was measured beside
+    something else on the core.  Returns what the runtime has no kernel for, by family, with the reason.
     """
-    rows = read_table(tables.own)
-    times_us = times_of(tables.rows(), threads=machine.where.threads)
-    anchor_us = times_us.get(ANCHOR)
+    threads = machine.where.threads
+    if anew:
+        _drop_a_shared_unit(tables.own, threads)
+    rows, all_rows = read_table(tables.own), tables.rows()
+    anchor_us = times_of(all_rows, threads=threads).get(ANCHOR)
+    times_us = times_of((row for row in all_rows if not (anew and row.core == SHARED)), threads=threads)
     deadline = None if seconds is None else time.monotonic() + seconds
     refused: dict[str, str] = {}
     for batch in _batches(wanted, times_us, refused, advance):
@@ -199,6 +217,15 @@ def profile(
         if deadline is not None and time.monotonic() > deadline:
             break
     return refused
+
+
+def _drop_a_shared_unit(table: Path, threads: int) -> None:
+    """Where the anchor was measured beside something else, all times are too long by as much, and what corrects them
+    too: nothing of that is kept."""
+    rows = read_table(table)
+    if any(row.core == SHARED and kernel_of(row) == ANCHOR for row in rows if row.threads == threads):
+        write_table(table, [row for row in rows if row.threads != threads])
+        artifacts_path(table).unlink(missing_ok=True)
 
 
 def _batches(
@@ -253,4 +280,5 @@ def _row(sample: Sample, where: Where) -> Row:
         runtime=where.runtime,
         flags="+".join(where.flags),
         power_mode=where.power_mode,
+        core=sample.core,
     )
