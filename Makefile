@@ -60,7 +60,7 @@ $(OPENVINO)/.installed: | $(VENV)/.installed
 test: lint
 	-$(MAKE) modelopt
 	-$(MAKE) openvino
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # mypy knows nothing of setuptools' package-dir, so it is shown the packages where they are installed.
 TYPED := build/typed/hirelc_deploy

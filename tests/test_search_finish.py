@@ -175,6 +175,14 @@ def test_other_limits_come_first() -> None:
     assert choice.best.policy.keep["g"] == 4
 
 
+@pytest.mark.parametrize(("size_bytes", "expected"), [(550, [5, 6, 7, 8]), (580, [4, 5, 6, 7, 8])])
+def test_what_misses_another_limit_is_not_finished_where_others_hold_it(size_bytes: int, expected: list[int]) -> None:
+    """Neither as the milder one beside another, nor for want of anything better; but what may hold it after all is."""
+    problem = replace(posed(), budget=Budget(drop=1.0, size_bytes=size_bytes), at_once=2)
+    finishing = Finishing(problem, lambda policy: LADDER[policy.keep["g"] - 1])
+    assert sorted(each.policy.keep["g"] for each in finishing.choice(LADDER).finished) == expected
+
+
 def test_without_a_limit_on_the_drop_the_best_score_under_the_others_is_taken() -> None:
     choice, order = finished(Budget(size_bytes=600), LADDER, gain=0.5)
     assert choice.best.policy.keep["g"] == 4, "the first that is small enough"

@@ -51,6 +51,10 @@ UNHARMED = 1 / 10
 POWER, POWERS = 1.5, (1.0, 4.0)
 """What is left grows with this power of hardness, as long as one policy is known, and between these with more."""
 
+ALMOST = 0.05
+"""By how much, as a logarithm, another limit may be told to be missed by what is finished all the same: how far off a
+told latency may be."""
+
 TINY = 1e-6
 
 Pair = tuple[Evaluation, Evaluation]
@@ -187,15 +191,16 @@ class Finishing:
 
     def _apart(self, ordered: Sequence[Evaluation], count: int) -> list[Evaluation]:
         """The first, and others for the case that it fails, so many in all: each is the first that is milder by a
-        further step on the way from its hardness to what was mended already."""
+        further step on the way from its hardness to what was mended already, and misses the other limits by no more."""
         if not ordered or not self._is_limited:
             return list(ordered[:count])
-        found = [ordered[0]]
+        found, over = [ordered[0]], self._over(ordered[0])
         hard = max(self._hardness(found[0]), TINY)
         mended = min(max(self._mended(self._safe), self._goal.drop_max), hard)
         for step in range(1, count):
             milder = hard * (mended / hard) ** (step / count)
-            found += [e for e in ordered if self._hardness(e) < milder and e not in found][:1]
+            milder_ones = (e for e in ordered if self._hardness(e) < milder and self._over(e) <= over)
+            found += [e for e in milder_ones if e not in found][:1]
         return found
 
     def choice(self, seen: Sequence[Evaluation]) -> Choice:
@@ -303,12 +308,12 @@ class Finishing:
         goal, budget = self._goal, self._problem.budget
         open_ = [each for each in seen if each.policy.digest() not in self._pairs]
         if budget.drop is None:
-            return sorted(open_, key=lambda each: (excess(budget, each.figures), -_reward(each, goal)))
+            return sorted(open_, key=lambda each: (self._over(each), -_reward(each, goal)))
         ends = [after for _, after in self._pairs.values()]
         holding = [after for after in ends if met(budget, after.figures) and after.drop <= self._safe]
         cheapest = min((_cost(each, goal) for each in holding), default=float("inf"))
         # of figures that are not judged yet the search's own predictions stand for what will be seen
-        cheaper = [e for e in open_ if not excess(budget, e.figures) and _cost(e, goal) < cheapest]
+        cheaper = [e for e in open_ if not self._over(e) and _cost(e, goal) < cheapest]
         hopeful = [e for e in cheaper if self._is_hopeful(e)]
         if holding and not hopeful:  # what fails now costs time alone
             held, failed = self._mended(self._safe), self._failed
@@ -319,7 +324,13 @@ class Finishing:
             return sorted((e for e in cheaper if self._hardness(e) <= untried), key=lambda e: _cost(e, goal))
         if hopeful:
             return sorted(hopeful, key=lambda each: (_cost(each, goal), each.drop))
-        return sorted(open_, key=lambda each: (excess(budget, each.figures), self._hardness(each)))
+        if any(not self._over(after) for after in ends):  # one that misses a limit takes the place of none of these
+            open_ = [each for each in open_ if self._over(each) <= ALMOST]
+        return sorted(open_, key=lambda each: (self._over(each), self._hardness(each)))
+
+    def _over(self, evaluation: Evaluation) -> float:
+        """By how much limits other than the drop's are missed."""
+        return excess(self._problem.budget, evaluation.figures)
 
     def _is_hopeful(self, evaluation: Evaluation) -> bool:
         """Whether fine-tuning is told to leave of it what is safe, or it is a step that is worth trying."""
