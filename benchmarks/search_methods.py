@@ -149,18 +149,19 @@ policy made real, trained for 4,096 images, scored on 2,000 search images) and t
 drop, log bytes and log milliseconds of what was really evaluated, below a drop of twice the allowed one and the
 original's size and latency: 0 is the front of the hand recipes, 1 that of all methods together.  *Smaller* and
 *faster* are those of the policy with the least bytes times milliseconds that holds the drop, in the middle of the
-seeds; the drop is that of an evaluation, before anything is finished.  A drop below nought counts as nought: a standard
-error of a score is 0.7 to 0.8 points (of `wide`, scored on 6,000 images, 0.35), and who is allowed a drop has no use for the luck of a mild policy.  The last
-column counts it, as all of this was counted before 2026-11-28.
+seeds; the drop is that of an evaluation, before anything is finished.  A drop below nought counts as nought: a
+standard error of a score is 0.7 to 0.8 points (of `wide`, scored on 6,000 images, 0.35), and who is allowed a drop
+has no use for the luck of a mild policy.  The last column counts it, as all of this was counted before 2026-11-28.
 
 What the hierarchical search evaluates next was settled on a model of `small14`, fitted to the other methods'
 evaluations of it (docs/findings.md), so `small14` is no network that it has never seen.
 
 `wide`, which no rule was settled on, was evaluated last, as a search evaluates today.  All else was evaluated before
-channels that stay told those that go ([compensation.md](compensation.md), 2026-11-30): evaluations of narrow networks drop less now, for every method alike.  That of `vit14` was done before whole heads, and
-with them its residual width, could go as well.  The rate of an evaluation's training follows from
-the network's distance to the original ([fine-tuning.md](fine-tuning.md)).  Where all methods together gain
-little on the recipes, a unit is little as well, and one lucky evaluation is a part of it.
+channels that stay told those that go ([compensation.md](compensation.md), 2026-11-30): evaluations of narrow networks
+drop less now, for every method alike.  That of `vit14` was done before whole heads, and with them its residual width,
+could go as well.  The rate of an evaluation's training follows from the network's distance to the original
+([fine-tuning.md](fine-tuning.md)).  Where all methods together gain little on the recipes, a unit is little as well,
+and one lucky evaluation is a part of it.
 """
 
 
