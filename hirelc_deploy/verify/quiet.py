@@ -20,10 +20,10 @@ SHARED = 1.45
 FLUKES = 4
 """Loops that may be faster than a fast one: a clock that was read at a lucky moment says nothing of the core."""
 
-PATIENCE = 20.0
+PATIENCE = 5.0
 """Seconds that may be waited for a quiet second: a core that is never quiet is soon put up with."""
 
-FIRST_S, MOST_S = 60.0, 240.0
+FIRST_S, MOST_S = 30.0, 60.0
 """What may be waited before anything was quiet, and what is saved up at most."""
 
 
