@@ -125,12 +125,10 @@ def test_what_is_fastest_here_is_resolved_before_it_is_a_policy(tmp_path: Path) 
     assert {record.name: record.compute for record in outcome.manifest.layers} == computes
 
 
-def test_what_is_timed_beside_a_neighbour_is_said_and_nothing_is_learned_from_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    beside_a_neighbour(monkeypatch)
+def test_what_is_timed_beside_a_neighbour_is_said_and_nothing_is_learned_from_it(tmp_path: Path) -> None:
     target = quick_target(tmp_path)
-    outcome = export(tmp_path / "out", DigitNet(8), digits(), target=target, recipe="compute=fastest", epochs=0)
+    with beside_a_neighbour():
+        outcome = export(tmp_path / "out", DigitNet(8), digits(), target=target, recipe="compute=fastest", epochs=0)
     table = Path(target).with_suffix(".csv")
     assert {row.core for row in read_table(table)} == {SHARED}
     assert read_artifacts(table) == []

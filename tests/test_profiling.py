@@ -115,14 +115,11 @@ def test_a_profile_is_written_goes_on_and_measures_nothing_twice(
 
 
 @pytest.mark.usefixtures("hasty")
-def test_what_was_measured_beside_a_neighbour_is_measured_again_where_that_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_measured_beside_a_neighbour_is_measured_again_where_that_is_asked_for(tmp_path: Path) -> None:
     tables = Tables(tmp_path / "own.csv", tmp_path / "own.csv")
     machine = Here(RUNTIME, threads=1)
     profile([conv((8,))], tables, machine)
-    with monkeypatch.context() as patch:
-        beside_a_neighbour(patch)
+    with beside_a_neighbour():
         profile([conv((8, 16))], tables, machine)
     before = read_table(tables.own)
     assert [row.core for row in before].count(SHARED) == 3
@@ -136,13 +133,10 @@ def test_what_was_measured_beside_a_neighbour_is_measured_again_where_that_is_as
 
 
 @pytest.mark.usefixtures("hasty")
-def test_where_the_unit_was_measured_beside_a_neighbour_nothing_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_the_unit_was_measured_beside_a_neighbour_nothing_is_kept(tmp_path: Path) -> None:
     tables = Tables(tmp_path / "own.csv", tmp_path / "own.csv")
     machine = Here(RUNTIME, threads=1)
-    with monkeypatch.context() as patch:
-        beside_a_neighbour(patch)
+    with beside_a_neighbour():
         profile([conv((8,))], tables, machine)
     add_artifact(tables.own, Artifact({"Conv": 1.0}, 2.0))
     profile([conv((16,))], tables, machine, anew=True)

@@ -66,11 +66,10 @@ def test_a_list_of_kernels_is_measured(model: str, tmp_path: Path) -> None:
 
 
 def test_what_had_to_be_measured_beside_a_neighbour_is_told_until_it_is_measured_again(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("--model", model, "--input", "3x8x8", "--table", tmp_path / "own.csv")
-    with monkeypatch.context() as patch:
-        beside_a_neighbour(patch)
+    with beside_a_neighbour():
         assert profile(*arguments) == ExitStatus.OK
     kernels = len(read_table(tmp_path / "own.csv"))
     assert f"{kernels} kernels were measured beside something else on the core" in capsys.readouterr().out

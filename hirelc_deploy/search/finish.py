@@ -194,13 +194,13 @@ class Finishing:
         further step on the way from its hardness to what was mended already, and misses the other limits by no more."""
         if not ordered or not self._is_limited:
             return list(ordered[:count])
-        found, over = [ordered[0]], self._over(ordered[0])
+        found = [ordered[0]]
+        able = [e for e in ordered if self._over(e) <= self._over(found[0])]
         hard = max(self._hardness(found[0]), TINY)
         mended = min(max(self._mended(self._safe), self._goal.drop_max), hard)
         for step in range(1, count):
             milder = hard * (mended / hard) ** (step / count)
-            milder_ones = (e for e in ordered if self._hardness(e) < milder and self._over(e) <= over)
-            found += [e for e in milder_ones if e not in found][:1]
+            found += [e for e in able if self._hardness(e) < milder and e not in found][:1]
         return found
 
     def choice(self, seen: Sequence[Evaluation]) -> Choice:
