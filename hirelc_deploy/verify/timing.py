@@ -132,7 +132,7 @@ def interleave(
     session (`pause_s`).
 
     A visit beside something else on the `core` is made again, as long as there is patience for that.  Rounds without
-    one count; where they are too few, all of them do.
+    one count; where those are at most half of what was asked for, or of MIN_ROUNDS, all of them do.
     """
     if rounds is not None and rounds < 1:
         raise ValueError(f"{rounds} rounds")
@@ -148,7 +148,7 @@ def interleave(
             made.append({name: _watched(sessions[name], inputs, runs[name], threads, core) for name in next(orders)})
             made_s += sum(each.seconds for each in made[-1].values())
     alone = [each for each in made if core.is_quiet(max(watched.loop_ns for watched in each.values()))]
-    counting = alone if len(alone) >= (rounds or MIN_ROUNDS) else made
+    counting = alone if 2 * len(alone) > (rounds or MIN_ROUNDS) else made
     seen = Rounds(all=len(made), quiet=len(alone), counted=len(counting))
     return {name: Timing(tuple(each[name].visit for each in counting), seen) for name in sessions}
 
