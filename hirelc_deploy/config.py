@@ -219,9 +219,13 @@ class ExportSettings:
                 "modelopt proposes factors that smooth may take, and smooth is not among the steps of post-training",
                 fix="name smooth as well, or leave modelopt out",
             )
-        if self.search is not None and (self.recipe is not None or self.policy is not None):
-            given = "recipe" if self.recipe is not None else "policy"
-            raise UserError(f"{given} says what is built, and search {self.search} looks for it", fix="leave one out")
+        given = "recipe" if self.recipe is not None else "policy" if self.policy is not None else None
+        for name in ("search", "evaluations", "tensorboard"):
+            if given is not None and getattr(self, name) is not None:
+                raise UserError(
+                    f"{given} says what is built, and {name} {getattr(self, name)} is for a search",
+                    fix="leave one out",
+                )
         if Path(str(self.out).strip()) == Path():  # as an empty variable makes it
             raise UserError("out is the folder that you are in", fix="name one for the artifact: --out out/net")
         if self.augment and not self.epochs:

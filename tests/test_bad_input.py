@@ -139,6 +139,7 @@ def assert_refused(changed: Mapping[str, str | None], what: str, fix: str, capsy
         ({"data": "sizes.npz"}, "x_test holds float32 of the shape (1, 6, 8) an example", "as the model takes them"),
         ({"model": "net.py:pixels", "checkpoint": None}, "shape (10, 1, 1) an example", "flatten"),
         ({"policy": "foreign.json", "search": "recipe"}, "policy says what is built", "leave one out"),
+        ({"recipe": "keep=50%", "evaluations": 7}, "recipe says what is built, and evaluations 7", "leave one out"),
         ({"out": "theirs"}, "theirs holds policy.json and no run that made it", "choose another --out"),
         ({"checkpoint": "whole.pt"}, "stem.weight of whole.pt holds torch.int32, not floats", "quantised"),
         ({"out": "."}, "out is the folder that you are in", "--out out/net"),

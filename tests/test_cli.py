@@ -51,10 +51,16 @@ def test_the_status_of_the_pipeline_is_the_status_of_the_command(pipeline, capsy
     assert capsys.readouterr().out == "before, after\n"
 
 
+@pytest.mark.parametrize(("option", "value"), [("recipe", "keep=50%"), ("policy", Path("policy.json"))])
+def test_what_is_built_instead_of_searched_reaches_the_pipeline(pipeline, option, value):
+    assert main([*EXPORT, f"--{option}", str(value)]) == 0
+    assert getattr(pipeline.asked, option) == value
+
+
 def test_every_option_reaches_the_pipeline_in_its_unit(pipeline):
     limits = "--max-latency 5ms --min-speedup 3 --max-size 400KB --max-memory 2MiB --max-drop 1.5 --allow-estimates"
     rest = (
-        "--checkpoint net.pt --recipe keep=50% --importance taylor --evaluations 7 "
+        "--checkpoint net.pt --search recipe --importance taylor --evaluations 7 "
         "--epochs 0 --seed 1 --threads 3 --batch 4 --out here --resume "
         "--host user@orin --host-trtexec /opt/trtexec"
     )
@@ -69,7 +75,7 @@ def test_every_option_reaches_the_pipeline_in_its_unit(pipeline):
         max_size_bytes=400_000,
         max_memory_bytes=2 * 1024 * 1024,
         max_drop=1.5,
-        recipe="keep=50%",
+        search="recipe",
         importance="taylor",
         allow_estimates=True,
         evaluations=7,
