@@ -1,6 +1,7 @@
 """Latencies told from a target's table, against files: python benchmarks/latency_prediction.py measure NETWORK…
 
-    python benchmarks/latency_prediction.py profile wide resnet18 mobilenetv2 vit   what the table lacks for them
+    python benchmarks/latency_prediction.py profile wide resnet18 mobilenetv2 vit   what the table lacks for them, or
+                                                                                    was seen beside something else
     python benchmarks/latency_prediction.py measure wide resnet18 mobilenetv2 vit   files of random policies, timed
     python benchmarks/latency_prediction.py price wide resnet18 mobilenetv2 vit     those files again, by a newer table
     python benchmarks/latency_prediction.py budgets resnet18                        tables that less time was spent on
@@ -53,6 +54,8 @@ OUT = Path("out/benchmarks/latency_prediction")
 POLICIES = 60
 SIDE_BY_SIDE = 6
 SECONDS = 4.0
+PATIENCE_S = 600.0
+"""Waited for a core that nothing else runs on: beside something, whole networks are 10 % and more off."""
 BUDGETS_S = (15.0, 30.0, 60.0, None)
 """For profiling; None is all that interpolation asks for."""
 
@@ -123,7 +126,7 @@ def profile(networks: Sequence[str], out: Path, setting: Setting, seconds: float
             began = time.monotonic()
             with console.progress(f"{name}: measuring kernels", len(wanted)) as advance:
                 tables = Tables(table, table)
-                without = profiling.profile(wanted, tables, machine, seconds=seconds, advance=advance)
+                without = profiling.profile(wanted, tables, machine, seconds=seconds, anew=True, advance=advance)
             kernels = sum(len(family.known) for family in wanted)
             print(f"{name}: {len(wanted)} families, {kernels} kernels, {time.monotonic() - began:.0f} s; {without}")
 
@@ -225,7 +228,9 @@ def _timed(bench: Workbench, policies: Sequence[Policy], setting: Setting) -> li
         }
         sessions["anchor"] = bench.runtime.kernel_session(anchor.file(1), threads=threads)
         sessions["nothing"] = bench.runtime.kernel_session(bench.runtime.nothing().file(1), threads=threads)
-        times = timing.interleave(sessions, {}, threads=threads, seconds=SECONDS)
+        times = timing.interleave(sessions, {}, threads=threads, seconds=SECONDS, patience_s=PATIENCE_S)
+        if not times["anchor"].is_quiet:
+            sys.exit("the core was hardly ever quiet: go on when it is, what was measured so far is kept")
         seen = {name: each.rounds_ms(clock) for name, each in times.items()}
     table = table_of(here())
     anchor_us = MeasuredPrices.of(Tables(table, table).rows(), threads=threads)(profiling.ANCHOR)

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 SIZE_SAMPLES = 160
 """Files whose size is told exactly; the additive prediction is fitted to them."""
 
+ORIGINAL = Policy({}, {})
+"""The network as it was trained."""
+
 DIGITS = 12
 """Of a policy's digest, to tell a run's policies apart."""
 
@@ -48,8 +51,8 @@ class Costing:
     ) -> None:
         """Memory is told only where it has a limit: it takes files to know what a network needs.
 
-        `timed` are policies whose files correct the latencies beside those of recipes; policies that stand together are
-        timed side by side.
+        `timed` are policies whose files are timed, and correct the latencies of others, beside those of recipes;
+        policies that stand together are timed side by side.
         """
         self._bench = bench
         self._limits_memory = limits_memory
@@ -68,16 +71,41 @@ class Costing:
         told = bench.pricing.told_by(bench.latencies.network, known)
         if not bench.pricing.is_device or told.unknown:
             return told
-        batches: dict[str, Sequence[Policy]] = {"search/times": self._offers.timed_policies()}
-        for batch in self._timed:
-            batches["/".join(["search/times", *(policy.digest()[:DIGITS] for policy in batch)])] = batch
-        own = []
-        for step, policies in batches.items():
-            times_ms: list[float] | None = bench.run.step(step, partial(bench.latencies.times_ms, policies))
-            if times_ms is not None:
-                pairs = zip(policies, times_ms, strict=True)
-                own += [told.artifact(policy, latency_ms) for policy, latency_ms in pairs]
+        own = [told.artifact(policy, latency_ms) for policy, latency_ms in self._seen]
         return bench.pricing.told_by(bench.latencies.network, known, own)
+
+    def latency_ms(self, policy: Policy) -> float:
+        """As the policy's file was timed, else as tables and the files that were timed tell it."""
+        seen_ms = self._seen_ms.get(policy.digest())
+        return float(self.predictor.foretell([policy]).ms[0]) if seen_ms is None else seen_ms
+
+    @cached_property
+    def _seen(self) -> list[tuple[Policy, float]]:
+        """Policies of this network whose files were timed, and milliseconds in units of the tables.
+
+        What is timed at another hour is compared by the original's file, which is timed beside it each time.
+        """
+        bench = self._bench
+        batches: dict[str, Sequence[Policy]] = {"search/timed": self._offers.timed_policies()}
+        for batch in self._timed:
+            batches["/".join(["search/timed", *(policy.digest()[:DIGITS] for policy in batch)])] = batch
+        seen: list[tuple[Policy, float]] = []
+        for step, policies in batches.items():
+            times_ms: list[float] | None = bench.run.step(
+                step, partial(bench.latencies.times_ms, [ORIGINAL, *policies])
+            )
+            if times_ms is not None:
+                now_ms, *each_ms = times_ms
+                if not seen:
+                    seen.append((ORIGINAL, now_ms))
+                (_, before_ms), *_ = seen
+                seen += zip(policies, (before_ms / now_ms * ms for ms in each_ms), strict=True)
+        return seen
+
+    @cached_property
+    def _seen_ms(self) -> dict[str, float]:
+        is_told = not self._bench.pricing.is_device or self.predictor.unknown
+        return {} if is_told else {policy.digest(): ms for policy, ms in self._seen}
 
     def corrected_by(self, policies: Sequence[Policy]) -> "Costing":
         """The same, corrected by these policies' files as well, which are timed where this machine is the target."""
@@ -90,10 +118,10 @@ class Costing:
     def before(self) -> Figures:
         """Of the network as it was trained."""
         return Figures(
-            latency_ms=float(self.predictor.foretell([Policy({}, {})]).ms[0]),
+            latency_ms=self.latency_ms(ORIGINAL),
             speedup=1.0,
             size_bytes=len(self._bench.files.baseline().data),
-            memory_bytes=self.memory_bytes(Policy({}, {})),
+            memory_bytes=self.memory_bytes(ORIGINAL),
             drop=0.0,
         )
 

@@ -69,7 +69,11 @@ class Latencies:
         inputs = example(self._subject.task, self._subject.batch)
         with self._files.on_disk({"baseline": self._files.baseline(), "policy": self._files.draft(policy)}) as paths:
             times = timing.interleave(
-                self._files.sessions(paths), inputs, threads=self._subject.threads, seconds=PREDICTION_SECONDS
+                self._files.sessions(paths),
+                inputs,
+                threads=self._subject.threads,
+                seconds=PREDICTION_SECONDS,
+                patience_s=timing.PATIENCE_S,
             )
             needs = self._footprint(paths["policy"])
         clock = timing.clock_for(self._subject.threads)
@@ -84,10 +88,15 @@ class Latencies:
         }
 
     def times_ms(self, policies: Sequence[Policy]) -> list[float] | None:
-        """Of the policies' files, side by side, in units of the target's tables; None where those are empty."""
+        """Of the policies' files, side by side, in units of the target's tables.
+
+        None where those are empty, and where something else had the core too often for the times to say much.
+        """
         seen = self._timed([self._files.draft(policy) for policy in policies])
         unit = self.pricing.unit()
-        return None if unit is None else [each * unit for each in seen]
+        if unit is None or not all(each.is_quiet for each in seen):
+            return None
+        return [self._ms(each) * unit for each in seen]
 
     def learn(self, policy: Policy, latency_ms: float) -> bool:
         """Let a file that was measured just now correct the predictor, if the target's tables have its kernels.
@@ -200,7 +209,7 @@ class Latencies:
             alike = {layer: compute if compute in able else able[0] for layer, able in allowed.items()}
             if alike not in candidates:
                 candidates.append(alike)
-        times_ms = self._timed(self._in_computes(keep, candidates))
+        times_ms = [self._ms(each) for each in self._timed(self._in_computes(keep, candidates))]
         return candidates[min(range(len(candidates)), key=times_ms.__getitem__)]
 
     def _in_computes(self, keep: Mapping[str, int], candidates: Sequence[Mapping[str, Compute]]) -> "list[Exported]":
@@ -215,13 +224,17 @@ class Latencies:
         ]
         return [self._files.drafted(graph, policy, grids) for policy in policies]
 
-    def _timed(self, files: "Sequence[Exported]") -> list[float]:
-        """Milliseconds of each, side by side."""
+    def _timed(self, files: "Sequence[Exported]") -> list[timing.Timing]:
+        """Of each, side by side."""
         with self._files.loaded({str(i): file for i, file in enumerate(files)}) as sessions:
             seen = timing.interleave(
                 sessions,
                 example(self._subject.task, self._subject.batch),
                 threads=self._subject.threads,
                 seconds=PREDICTION_SECONDS,
+                patience_s=timing.PATIENCE_S,
             )
-        return [each.p50_ms(timing.clock_for(self._subject.threads)) for each in seen.values()]
+        return list(seen.values())
+
+    def _ms(self, seen: timing.Timing) -> float:
+        return seen.p50_ms(timing.clock_for(self._subject.threads))

@@ -68,7 +68,8 @@ class Posing:
         """The problem with latencies as the files of these policies correct them, which are timed now.
 
         A search goes where the tables are too hopeful, so that what it finds has to be timed; `repriced` tells its
-        evaluations anew.  Where the target is another machine nothing can be learned, and the problem is the same.
+        evaluations anew, those that were timed as they were seen.  Where the target is another machine nothing can be
+        learned, and the problem is the same.
         """
         corrected = self._costing.corrected_by(policies)
         if corrected is self._costing:
@@ -83,7 +84,7 @@ class Posing:
 
     def _latency(self, policy: Policy) -> tuple[float, float]:
         """Milliseconds, and the speed-up."""
-        ms, before = float(self.predictor.foretell([policy]).ms[0]), self._costing.before.latency_ms
+        ms, before = self._costing.latency_ms(policy), self._costing.before.latency_ms
         assert before is not None
         return ms, before / ms
 

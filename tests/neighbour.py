@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from hirelc_deploy.verify import quiet
+from hirelc_deploy.verify import quiet, timing
 
 
 @contextmanager
@@ -14,4 +14,5 @@ def beside_a_neighbour() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"loop_ns": lambda: 2, "_fastest_ns": [1] * (quiet.FLUKES + 1), "left_s": 0.0}.items():
             patch.setattr(quiet.CORE, name, value)
+        patch.setattr(timing, "PATIENCE_S", 0.0)
         yield

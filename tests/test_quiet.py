@@ -85,6 +85,16 @@ def test_where_half_of_the_rounds_or_more_are_shared_all_of_them_count(
     assert set(seen["small"].rounds_ms("cpu")) == {0.25} | beside
 
 
+def test_what_is_measured_once_is_waited_for_by_whoever_has_no_patience_left(
+    two: tuple[Machine, dict[str, Network]],
+) -> None:
+    machine, networks = two
+    core = Core(machine.loop_ns, left_s=-3.0, patience=0.0)
+    seen = interleave(networks, {}, rounds=40, core=core, patience_s=1.0)
+    assert seen["small"].rounds == Rounds(all=40, quiet=40, counted=40)
+    assert core.left_s < 1.0
+
+
 def test_a_core_that_is_never_quiet_is_put_up_with() -> None:
     """The first loops were fast; nothing after them is."""
     core = core_of(chain([ALONE_NS] * (FLUKES + 1), repeat(SHARED_NS)), left_s=0.01)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exporting import hasten
+from neighbour import beside_a_neighbour
 from torch import Tensor, nn
 
 from hirelc_deploy import latencies, trainer
@@ -442,6 +443,18 @@ def test_ranges_of_activations_are_those_that_score_best_on_the_search_split(
         assert f"{best} 80.00" in str(written.note)
         monkeypatch.setattr(bench.files, "_score", None)  # journalled: a resumed run scores nothing again
         assert bench.files.write(made.model, policy, made.grids) == written
+
+
+def test_files_that_were_timed_beside_a_neighbour_tell_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened("tokens", tmp_path) as bench:
+        monkeypatch.setattr(bench.pricing, "unit", lambda: 2.0)
+        policies = [Policy({}, {}), Policy({}, {})]
+        times_ms = bench.latencies.times_ms(policies)
+        assert times_ms is not None
+        assert len(times_ms) == 2
+        assert min(times_ms) > 0
+        with beside_a_neighbour():
+            assert bench.latencies.times_ms(policies) is None
 
 
 def test_what_is_fastest_is_measured_once_and_can_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

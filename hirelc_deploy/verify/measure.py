@@ -130,7 +130,14 @@ class InProcess:
         return self.runtime.load(path, threads=self.threads)
 
     def timed(self, sessions: "Mapping[str, Session]", inputs: "Arrays") -> dict[str, timing.Timing]:
-        return timing.interleave(sessions, inputs, threads=self.threads, warmup=self.warmup, seconds=self.seconds)
+        return timing.interleave(
+            sessions,
+            inputs,
+            threads=self.threads,
+            warmup=self.warmup,
+            seconds=self.seconds,
+            patience_s=timing.PATIENCE_S,
+        )
 
     def batches(self, split: "Iterable[Batch]") -> "Iterable[Batch]":
         return split

@@ -34,6 +34,8 @@ SETTLE_S = 0.001
 MIN_ROUNDS, MAX_ROUNDS = 11, 2000
 ORDERS_SEED = 0
 RESAMPLES = 2000
+PATIENCE_S = 60.0
+"""Of what is timed for its own sake, and not one of hundreds: an artifact, or what a search has found."""
 BLOCKS = 10
 """A resample is put together from about so many runs of consecutive rounds.  What disturbs a machine lasts for many
 rounds: to draw them one by one takes them for independent, and the interval comes out too narrow."""
@@ -57,6 +59,11 @@ class Timing:
     visits: tuple[Visit, ...]
     rounds: Rounds | None = None
     """None where that is not looked at: on a device."""
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing else is known to have run on the core in the rounds that count."""
+        return self.rounds is None or self.rounds.are_quiet
 
     @cached_property
     def wall_ms(self) -> np.ndarray:
@@ -123,6 +130,7 @@ def interleave(
     rounds: int | None = None,
     seconds: float = SECONDS,
     core: quiet.Core = quiet.CORE,
+    patience_s: float = 0.0,
 ) -> dict[str, Timing]:
     """Time sessions side by side, on both clocks, so that whatever disturbs the machine disturbs all of them.
 
@@ -131,11 +139,13 @@ def interleave(
     `rounds`, as many are made as fit into `seconds`, between MIN_ROUNDS and MAX_ROUNDS.  `threads` are those of each
     session (`pause_s`).
 
-    A visit beside something else on the `core` is made again, as long as there is patience for that.  Rounds without
+    A visit beside something else on the `core` is made again, as long as there is patience for that, and that is at
+    least `patience_s` of waiting: what little is measured once may take its time.  Rounds without
     one count; where those are at most half of what was asked for, or of MIN_ROUNDS, all of them do.
     """
     if rounds is not None and rounds < 1:
         raise ValueError(f"{rounds} rounds")
+    core.left_s = max(core.left_s, patience_s)
     runs = {
         name: _runs_a_visit(_warm_up(session, inputs, warmup, WARMUP_SHARE * seconds / len(sessions)))
         for name, session in sessions.items()
