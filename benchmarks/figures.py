@@ -84,12 +84,13 @@ PREDICTIONS = ROOT / "docs" / "predictions.md"
 PREDICTIONS_HEAD = """# What was predicted, and what was measured
 
 Written by `python benchmarks/figures.py --write` from `benchmarks/results/export_*.json`.  Predicted: size from shapes
-and formats; speed-up and milliseconds of a search from the target's tables, as the search went by them, and of a recipe
-from a draft of its file; the score from the simulation in PyTorch, on the search split, as is the one that was measured
-on the file.  In brackets by how much the prediction was the larger.  Milliseconds move with the machine's own speed,
-which on a shared machine differs by the hour: both files of a ratio move together.  What a search's tables tell in
-milliseconds is brought to the machine's pace at the measurement by one kernel that is always the same; records from
-before 2026-11-29 are not.  Those from before 2026-11-30, 20:00, were timed beside whatever else ran on the core.
+and formats; speed-up and milliseconds of a search as it went by them, which is by the target's tables or, since
+2026-12-01, by a draft of the file where that was timed in the course of it; of a recipe from a draft of its file; the
+score from the simulation in PyTorch, on the search split, as is the one that was measured on the file.  In brackets by
+how much the prediction was the larger.  Milliseconds move with the machine's own speed, which on a shared machine
+differs by the hour: both files of a ratio move together.  What a search tells in milliseconds is brought to the
+machine's pace at the measurement by one kernel that is always the same; records from before 2026-11-29 are not.  Those
+from before 2026-11-30, 20:00, were timed beside whatever else ran on the core.
 
 """
 
