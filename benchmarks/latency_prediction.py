@@ -9,9 +9,10 @@
 
 Random policies: every layer any compute and a storage that needs no search for its values, every prune group any
 count.  Every second file of a network corrects the sum over kernels, the others are held out; once more a whole network
-is held out.  Files are timed side by side with the kernel that the table's times are in units of: a machine that is
-slow for a while is so for both.  The target is that which this machine can stand for: x86-avx2 or x86-vnni.  Writes
-profiles/TARGET.csv and benchmarks/results/latency_prediction_TARGET.json.
+is held out.  Files are timed side by side with the kernel that the table's times are in units of, and with the
+original's, whose median in those units holds for all of them: a machine that is slow for a while is so for all.  The
+target is that which this machine can stand for: x86-avx2 or x86-vnni.  Writes profiles/TARGET.csv and
+benchmarks/results/latency_prediction_TARGET.json.
 
 --batch N and --threads N, of any step but the last, take other settings than one example on one thread, each with a
 result file of its own.  Several threads are timed by the wall clock, which wants an idle machine.
@@ -51,7 +52,7 @@ from hirelc_deploy.workbench import Workbench
 
 TARGETS = ("x86-avx2", "x86-vnni")
 OUT = Path("out/benchmarks/latency_prediction")
-POLICIES = 60
+POLICIES = 36
 SIDE_BY_SIDE = 6
 SECONDS = 4.0
 PATIENCE_S = 600.0
@@ -145,12 +146,18 @@ def measure(network: str, out: Path, setting: Setting, policies: int) -> dict[st
     """Time files of random policies, and price the same policies; what was measured before is not again."""
     with setting.bench(network, out) as bench:
         chosen = random_policies(bench.space, policies)
+        before_us: list[float] = []
         measured_us: list[float] = []
         for start in range(0, len(chosen), SIDE_BY_SIDE):
             some = chosen[start : start + SIDE_BY_SIDE]
-            measured_us += bench.run.step(f"latency/{start}", partial(_timed, bench, some, setting))
+            now_us, *each_us = bench.run.step(
+                f"beside the original/{start}", partial(_timed, bench, [Policy({}, {}), *some], setting)
+            )
+            before_us.append(now_us)
+            measured_us += [us / now_us for us in each_us]
             print(f"{network} {len(measured_us)}/{len(chosen)}", flush=True)
-        return _priced(bench, measured_us, setting)
+        unit_us = float(np.median(before_us))
+        return _priced(bench, [unit_us * part for part in measured_us], setting)
 
 
 def price(network: str, out: Path, setting: Setting, measured_us: Sequence[float]) -> dict[str, Any]:
@@ -283,7 +290,9 @@ of that script says what makes those, and the targets' tables in `profiles/`.
 Files of random policies, each layer in any compute and each prune group with any count, against what the table of a
 target told of them: the sum over their kernels alone; corrected by every second file of the network and judged on the
 others; and corrected by the files of the other networks alone.  CPU time of one thread at batch 1, where nothing else
-is said, in units of a kernel that is timed in the same rounds; with several threads by the wall clock.
+is said, in units of a kernel that is timed in the same rounds; with several threads by the wall clock.  With AVX2 every
+file was timed with the core to itself and beside the original's, through which those of different minutes are compared
+(since 2026-12-01, 36 files a network); with VNNI neither, and the machine's own changes count as errors.
 """
 
 
