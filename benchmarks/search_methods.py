@@ -156,12 +156,11 @@ has no use for the luck of a mild policy.  The last column counts it, as all of 
 What the hierarchical search evaluates next was settled on a model of `small14`, fitted to the other methods'
 evaluations of it (docs/findings.md), so `small14` is no network that it has never seen.
 
-`wide`, which no rule was settled on, was evaluated last, as a search evaluates today.  All else was evaluated before
-channels that stay told those that go ([compensation.md](compensation.md), 2026-11-30): evaluations of narrow networks
-drop less now, for every method alike.  That of `vit14` was done before whole heads, and with them its residual width,
-could go as well.  The rate of an evaluation's training follows from the network's distance to the original
-([fine-tuning.md](fine-tuning.md)).  Where all methods together gain little on the recipes, a unit is little as well,
-and one lucky evaluation is a part of it.
+`wide`, which no rule was settled on, and `vit14` were evaluated last, as a search evaluates today, `vit14` with whole
+heads and its residual width among what can go.  `depthwise14` and `small14`, and parts and targets, were evaluated
+before channels that stay told those that go ([compensation.md](compensation.md), 2026-11-30): evaluations of narrow
+networks drop less now, for every method alike.  The rate of an evaluation's training follows from the network's
+distance to the original ([fine-tuning.md](fine-tuning.md)).
 """
 
 
