@@ -131,6 +131,9 @@ def test_quiet_seconds_earn_patience_and_others_use_it_up() -> None:
     assert core.left_s == 5.0
     core.spent(1000.0, is_quiet=True)
     assert core.left_s == MOST_S
+    core.left_s = 10 * MOST_S
+    core.spent(1000.0, is_quiet=True)
+    assert core.left_s == 10 * MOST_S, "who was given more keeps it"
 
 
 def test_a_loop_takes_as_long_as_a_clock_can_tell() -> None:

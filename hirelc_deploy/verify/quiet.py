@@ -72,8 +72,11 @@ class Core:
             self.left_s -= time.perf_counter() - began_s
 
     def spent(self, seconds: float, *, is_quiet: bool) -> None:
-        """So long was measured: quiet seconds earn patience, others use it up."""
-        self.left_s = min(MOST_S, self.left_s + (self.patience * seconds if is_quiet else -seconds))
+        """So long was measured: quiet seconds earn patience, up to MOST_S, others use it up."""
+        if is_quiet:
+            self.left_s = max(self.left_s, min(MOST_S, self.left_s + self.patience * seconds))
+        else:
+            self.left_s -= seconds
 
 
 CORE = Core()
