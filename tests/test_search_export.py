@@ -95,7 +95,7 @@ def test_files_of_what_a_search_finds_are_timed_after_each_part_of_it(
     """And so what it believes in the end is corrected by them."""
     journal = (searched.folder / "run" / "journal.jsonl").read_text(encoding="utf-8")
     steps = [json.loads(line)["entry"].get("step", "") for line in journal.splitlines()]
-    batches = [step.split("/")[2:] for step in steps if step.startswith("search/times")]
+    batches = [step.split("/")[2:] for step in steps if step.startswith("search/timed")]
     assert batches[0] == [], "recipes, before anything was evaluated"
     timed = list(chain.from_iterable(batches))
     first, second = promising[:2]
