@@ -9,7 +9,7 @@ import pytest
 from scipy.special import ndtr
 from toy_search import BEST_COST, COUNTS, DROP_MAX, MENDED, TIED, chosen, toy
 
-from hirelc_deploy.budget import Budget
+from hirelc_deploy.budget import Budget, excess
 from hirelc_deploy.search import hierarchical
 from hirelc_deploy.search.additive import DropModel, recipe_ladder
 from hirelc_deploy.search.agents import OwnGame
@@ -294,16 +294,29 @@ def test_hard_budgets_of_size_and_latency_are_held() -> None:
     assert min(drop for drop in held if drop is not None) < 2.2
 
 
-def test_limits_that_nothing_meets_are_approached_to_the_last_evaluation() -> None:
+def test_where_limits_clash_those_of_size_and_latency_are_held() -> None:
+    """Nothing holds all three; what holds one by missing another by a little is of no use to anyone."""
+    before = toy().problem.before
+    assert before.size_bytes
+    assert before.latency_ms
+    budget = Budget(drop=DROP_MAX, size_bytes=before.size_bytes // 16, latency_ms=before.latency_ms / 5)
+    clashing = toy(budget).problem
+    evaluations = Evaluations(clashing, EVALUATIONS)
+    search(clashing, evaluations, seed=0)
+    searched = evaluations.seen[RECIPES:]
+    held = [each.drop for each in searched if not excess(budget, each.figures)]
+    assert len(held) > len(searched) / 2
+    assert DROP_MAX < min(held) < 2.3 * DROP_MAX
+
+
+def test_a_limit_that_nothing_meets_is_approached_as_long_as_something_new_is_proposed() -> None:
     """There is no front then, and no volume that a cycle could add to."""
-    limited, many = toy(Budget(drop=DROP_MAX, size_bytes=1000)), 20
-    evaluations = Evaluations(limited.problem, many)
-    search(limited.problem, evaluations, seed=0)
-    assert len(evaluations.seen) == many
-    goal = Goal.of_problem(limited.problem)
-    drops = np.array([each.drop for each in evaluations.seen])
-    rewards = goal.reward(drops, prices_of(evaluations.seen), HARD)
-    assert rewards[RECIPES:].max() > rewards[:RECIPES].max()
+    limited, notes = toy(Budget(drop=DROP_MAX, size_bytes=1000)).problem, list[str]()
+    evaluations = Evaluations(limited, EVALUATIONS, note=notes.append)
+    search(limited, evaluations, seed=0)
+    assert len(evaluations.seen) == EVALUATIONS or "evaluated already" in notes[-1]
+    sizes = prices_of(evaluations.seen).size_bytes
+    assert sizes[RECIPES:].max() < sizes[:RECIPES].min() / 5
 
 
 def test_every_block_can_have_an_agent_of_its_own() -> None:

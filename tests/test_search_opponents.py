@@ -316,10 +316,19 @@ def test_a_limit_on_speedup_is_one_on_latency() -> None:
 
 
 def test_multipliers_grow_while_a_limit_is_missed() -> None:
-    after = Multipliers(drop=10.0, latency=10.0, size=90.0).after({"drop", "size"})
-    assert (after.drop, after.latency, after.size) == pytest.approx((15.0, 9.0, MOST))
+    after = Multipliers(latency=10.0, size=90.0).after({"size"})
+    assert (after.drop, after.latency, after.size) == pytest.approx((9.0, 9.0, MOST))
+    assert Multipliers(drop=10.0).after({"drop"}).drop == pytest.approx(15.0)
     kept = Multipliers(1.05, 1.05, 1.05).after(())
     assert kept == Multipliers(LEAST, LEAST, LEAST, 9.0)
+
+
+def test_a_drop_weighs_the_least_until_what_is_known_is_held() -> None:
+    before = Figures(latency_ms=100.0, size_bytes=1000)
+    assert Multipliers.first(Goal.of(Budget(drop=0.5), before)) == Multipliers()
+    for other in (Budget(drop=0.5, size_bytes=400), Budget(drop=0.5, speedup=2.0)):
+        assert Multipliers.first(Goal.of(other, before)) == Multipliers(drop=LEAST)
+    assert Multipliers(drop=10.0, size=10.0).after({"drop", "size"}) == Multipliers(9.0, 9.0, 15.0, 9.0)
 
 
 def test_a_policy_is_a_row_and_back() -> None:

@@ -36,16 +36,28 @@ LEAST, MOST = 1.0, 100.0
 
 @dataclass(frozen=True)
 class Multipliers:
-    """What missing a budget costs: the paper has them fixed, here they follow what happens."""
+    """What missing a budget costs: the paper has them fixed, here they follow what happens.
+
+    Where budgets clash, those of bytes, milliseconds and memory come first: they are known before anything is
+    evaluated, and a drop is told.  What misses all of them by a little is of no use to anyone, and teaches nothing.
+    """
 
     drop: float = 10.0
     latency: float = 10.0
     size: float = 10.0
     memory: float = 10.0
 
+    @classmethod
+    def first(cls, goal: "Goal[float]") -> "Multipliers":
+        """Those to begin with: a drop's is the least where anything else has a budget as well."""
+        others = (goal.latency_ms_max, goal.size_bytes_max, goal.memory_bytes_max)
+        return cls() if others == (None, None, None) else cls(drop=LEAST)
+
     def after(self, missed: Collection[str]) -> "Multipliers":
-        """Those of the next cycle; the budgets that are missed are named like the multipliers."""
-        return Multipliers(**{name: _moved(value, name in missed) for name, value in asdict(self).items()})
+        """Those of the next cycle; the budgets that are missed are named like the multipliers.  A drop's grows only
+        while no other is missed."""
+        grow = set(missed) - {"drop"} or set(missed)
+        return Multipliers(**{name: _moved(value, name in grow) for name, value in asdict(self).items()})
 
 
 def _moved(multiplier: float, missed: bool) -> float:

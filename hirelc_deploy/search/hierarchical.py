@@ -42,8 +42,8 @@ fine-tuning that follows and makes few of them real."""
 MENDING = 30
 """Rounds of changes that are tried on every proposal when an evaluation has moved the surrogate."""
 
-HARD = Multipliers(100.0, 100.0, 100.0, 100.0)
-"""Of a pick for the goal: what misses a budget is not wanted."""
+HARD = Multipliers(drop=1e2, latency=1e4, size=1e4, memory=1e4)
+"""Of a pick for the goal: what misses a budget is not wanted, and what is known to miss one least of all."""
 
 HIGH_AGENTS = ("ppo", "ppo", "a2c")
 HIGH_STEPS, LOW_STEPS = 4_000, 16_000
@@ -130,7 +130,7 @@ class _Search:
         self._random = np.random.default_rng(seed)
         self._goal = Goal.of_problem(problem)
         self._reference = reference(self._goal)
-        self._multipliers = Multipliers()
+        self._multipliers = Multipliers.first(self._goal)
         self._surrogate = Surrogate(problem, seed=seed, learned=parts.surrogate)
         self._board = Board(problem, corrected_by_fisher=parts.fisher)
         low: list[LowGame]
