@@ -137,7 +137,7 @@ PAGE = ROOT / "docs" / "search.md"
 
 WITHOUT_RECIPES = (
     "  Without recipes beside them, 0 is nothing found, and 1 what all of these found together.  A part that changes "
-    "no evaluation has the figures of the whole: networks of the surrogate count only while they have told new "
+    "no evaluation has the figures of the whole: networks of the surrogate count only while they have predicted new "
     "evaluations better than the formula that they correct."
 )
 
@@ -145,20 +145,21 @@ INTRODUCTION = """# Methods of search side by side
 
 Written by `python benchmarks/search_methods.py page` from `benchmarks/results/search_*.json`; the head of that script
 says what makes those.  Every method has the same space, the same predictors, the same number of real evaluations (a
-policy made real, trained for 4,096 images, scored on 2,000 search images) and the same seeds.  Hypervolume is that of
-drop, log bytes and log milliseconds of what was really evaluated, below a drop of twice the allowed one and the
-original's size and latency: 0 is the front of the hand recipes, 1 that of all methods together.  *Smaller* and
-*faster* are those of the policy with the least bytes times milliseconds that holds the drop, in the middle of the
-seeds; the drop is that of an evaluation, before anything is finished.  A drop below nought counts as nought: a
-standard error of a score is 0.7 to 0.8 points (of `wide`, scored on 6,000 images, 0.35), and who is allowed a drop
-has no use for the luck of a mild policy.  The last column counts it, as all of this was counted before 2026-11-28.
+policy made real, trained for 4,096 images, scored on 2,000 search images, of `wide` on 6,000) and the same seeds.
+Hypervolume is that of drop, log bytes and log milliseconds of what was really evaluated, below a drop of twice the
+allowed one and the original's size and latency: 0 is the front of the hand recipes, 1 that of all methods together.
+*Smaller* and *faster* are those of the policy with the least bytes times milliseconds that holds the drop, in the middle
+of the seeds; the drop is that of an evaluation, before anything is finished.  A drop below nought counts as nought: a
+standard error of a score is 0.7 to 0.8 points (of `wide` 0.35), and a mild policy that happens to score above the
+original is worth nothing to who allows a drop.  The last column counts it, as all of this was counted before
+2026-11-28.
 
 What the hierarchical search evaluates next was settled on a model of `small14`, fitted to the other methods'
 evaluations of it (docs/findings.md), so `small14` is no network that it has never seen.
 
-`wide`, which no rule was settled on, and `vit14` were evaluated last, as a search evaluates today, `vit14` with whole
+`wide`, on which no rule was tuned, and `vit14` were evaluated last, as a search evaluates today, `vit14` with whole
 heads and its residual width among what can go.  `depthwise14` and `small14`, and parts and targets, were evaluated
-before channels that stay told those that go ([compensation.md](compensation.md), 2026-11-30): evaluations of narrow
+before removed channels were reconstructed ([compensation.md](compensation.md), 2026-11-30): evaluations of narrow
 networks drop less now, for every method alike.  The rate of an evaluation's training follows from the network's
 distance to the original ([fine-tuning.md](fine-tuning.md)).
 """

@@ -329,7 +329,7 @@ def _close(outcome: "Outcome") -> ExitStatus:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command, by default that of `sys.argv`, and return its exit status (DESIGN: the command line)."""
+    """Run one command, by default that of `sys.argv`, and return its exit status."""
     # torch's threads spin while they wait for one another: beside other work that makes training four times as long
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):  # a terminal without some sign is no reason to end

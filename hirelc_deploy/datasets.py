@@ -29,7 +29,7 @@ def load_task(spec: str, *, seed: int = 0, batch: int = BATCH) -> Task:
 
     `seed` cuts the search split of data that brings none, and `batch` is its batch size; a Task that the user's
     callable returns has made both choices itself.  Raises UserError for anything that cannot be used; train and
-    search data are looked through, the test data is not (DESIGN section 4).
+    search data are looked through, the test data is not.
     """
     task = _load(spec, seed, batch)
     task.spec = spec

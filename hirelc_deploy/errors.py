@@ -6,7 +6,7 @@ from typing import Any
 
 
 class ExitStatus(IntEnum):
-    """The exit statuses of the command line (DESIGN: the command line)."""
+    """The exit statuses of the command line."""
 
     OK = 0
     USER_ERROR = 1

@@ -21,7 +21,11 @@ MaxSize = Annotated[
 ]
 MaxMemory = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Memory of an inference, such as 8MB.", rich_help_panel=LIMITS),
+    typer.Option(
+        metavar="SIZE",
+        help="Peak memory of loading and running the file, beyond the runtime's own, such as 20MB.",
+        rich_help_panel=LIMITS,
+    ),
 ]
 MaxDrop = Annotated[
     float | None,

@@ -1,4 +1,4 @@
-"""The path of a model, from a checkpoint to a judged artifact (DESIGN: the path of a model)."""
+"""The path of a model, from a checkpoint to a judged artifact."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The order of the modules (DESIGN: folders), read from their imports, and what loading them costs."""
+"""The order of the modules, read from their imports, and what loading them costs."""
 
 import ast
 import json

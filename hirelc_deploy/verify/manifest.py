@@ -1,4 +1,4 @@
-"""manifest.json: what was asked for, what was predicted, what was measured, and where (DESIGN: the artifact folder)."""
+"""manifest.json: what was asked for, what was predicted, what was measured, and where."""
 
 import json
 from datetime import UTC, datetime

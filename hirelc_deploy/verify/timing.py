@@ -1,4 +1,4 @@
-"""How long an inference takes, and how much faster one file is than another (DESIGN: how figures are taken)."""
+"""How long an inference takes, and how much faster one file is than another."""
 
 import gc
 import math
