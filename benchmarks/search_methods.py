@@ -149,10 +149,10 @@ policy made real, trained for 4,096 images, scored on 2,000 search images, of `w
 Hypervolume is that of drop, log bytes and log milliseconds of what was really evaluated, below a drop of twice the
 allowed one and the original's size and latency: 0 is the front of the hand recipes, 1 that of all methods together.
 *Smaller* and *faster* are those of the policy with the least bytes times milliseconds that holds the drop, in the
-middle of the seeds; the drop is that of an evaluation, before anything is finished.  A drop below nought counts as nought: a
-standard error of a score is 0.7 to 0.8 points (of `wide` 0.35), and a mild policy that happens to score above the
-original is worth nothing to who allows a drop.  The last column counts it, as all of this was counted before
-2026-11-28.
+middle of the seeds; the drop is that of an evaluation, before anything is finished.  A drop below nought counts as
+nought: a standard error of a score is 0.7 to 0.8 points (of `wide` 0.35), and a mild policy that happens to score
+above the original is worth nothing to who allows a drop.  The last column counts it, as all of this was counted
+before 2026-11-28.
 
 What the hierarchical search evaluates next was settled on a model of `small14`, fitted to the other methods'
 evaluations of it (docs/findings.md), so `small14` is no network that it has never seen.
