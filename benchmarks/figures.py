@@ -18,6 +18,11 @@ FASHION = "`python benchmarks/fashion_mnist.py {}`"
 ROWS = (
     ("digits (`demo`)", "demo", "`make demo`"),
     ("`wide`", "wide_hierarchical", FASHION.format("wide --search hierarchical")),
+    (
+        "`wide`, 90 × and 10 × as limits",
+        "wide_hierarchical_goals",
+        FASHION.format("wide --search hierarchical --goals"),
+    ),
     ("`wide`, recipe by hand", "wide", FASHION.format("wide")),
     ("`small`", "small_hierarchical", FASHION.format("small --search hierarchical")),
     (

@@ -6,16 +6,20 @@ speed alone, by all of them, by the drop times powers of how many times smaller 
 over powers of the part of its layers that is whole (`Problem.whole`).  One of the first of these is hardness
 (`search/finish.py`).  Each is a line in logarithms with one slope for all networks and a constant for each, which is
 another where the evaluation's channels were told by those that stay (`compress/compensate.py`), since it then drops by
-less, and where the policy was trained at the rate of its own batches (`compress/distil.py`), which leaves less; errors
-are of every policy held out in turn, of networks with three at least.  The result file also has policies that only the
-logs of searches told of; how fast they are, or how much of them is whole, is not always known, and they are then not
-judged.
+less, and where the policy was trained at the rate of its own batches (`compress/distil.py`), for so many epochs, which
+leaves less; errors are of every policy held out in turn, of networks with three at least.
+
+And it says how well a policy between two others, the milder of which held a limit that the harder did not, is told by
+the line through both: a straight one, and one in logarithms.
+
+The result file also has policies that only the logs of searches told of; how fast they are, or how much of them is
+whole, is not always known, and they are then not judged.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,9 @@ WHOLE_POWERS, CHEAPER_POWERS = (0.0, 0.5, 1.0, 2.0, 3.0), (0.0, 0.25, CHEAPER)
 
 LEAST_LEFT = 0.1
 """In points: less is not told apart by a few thousand images."""
+
+BETWEEN = 0.3
+"""In points: the limit that the milder of two holds and the harder does not."""
 
 LEAST_POLICIES = 3
 """Of a network: the constant takes one."""
@@ -59,6 +66,7 @@ def finished_in(manifest: Path) -> list[Row]:
             "whole": each.whole_part,
             "told": found.created >= TOLD_SINCE,
             "own_rate": found.created >= OWN_RATE_SINCE,
+            "epochs": found.training.epochs if found.training and found.created >= OWN_RATE_SINCE else None,
             "drop_points": each.drop_points,
             "left_points": each.finished_drop_points,
         }
@@ -69,7 +77,8 @@ def finished_in(manifest: Path) -> list[Row]:
 
 def kind(row: Row) -> str:
     """What has a constant of its own."""
-    return f"{row['network']}{', told' * row.get('told', False)}{', own rate' * row.get('own_rate', False)}"
+    epochs = f", {row['epochs']} epochs" if row.get("epochs") else ""
+    return f"{row['network']}{', told' * row.get('told', False)}{', own rate' * row.get('own_rate', False)}{epochs}"
 
 
 def held_out_error(networks: Sequence[str], told: np.ndarray, left: np.ndarray) -> float:
@@ -118,11 +127,35 @@ def judged_by_whole(rows: Sequence[Row]) -> dict[str, float]:
     return errors_of(told, kept)
 
 
+def judged_between(rows: Sequence[Row]) -> dict[str, Any]:
+    """Root mean square, in points, of what is left of a policy whose hardness lies between those of two others."""
+    errors: dict[str, list[tuple[float, float]]] = {}
+    known = with_known(rows, "speedup")
+    for name in sorted({kind(row) for row in known}):
+        ordered = sorted((_hardness(row), float(row["left_points"])) for row in known if kind(row) == name)
+        for (mild, held), (hard, left), (harder, failed) in combinations(ordered, 3):
+            if held <= BETWEEN < failed and mild < hard < harder:
+                straight = float(np.interp(hard, (mild, harder), (held, failed)))
+                ends = np.log(np.maximum((held, failed), LEAST_LEFT))
+                in_logs = float(np.exp(np.interp(np.log(hard), np.log((mild, harder)), ends)))
+                errors.setdefault(name, []).append((straight - left, in_logs - left))
+    return {
+        name: {"triples": len(each), "straight": round(straight, 3), "in logarithms": round(in_logs, 3)}
+        for name, each in errors.items()
+        for straight, in_logs in [np.sqrt(np.mean(np.square(each), axis=0)).tolist()]
+    }
+
+
 def errors_of(told: dict[str, np.ndarray], rows: Sequence[Row]) -> dict[str, float]:
     """How far what was left is off by each of these."""
     networks, (left,) = [kind(row) for row in rows], logs(rows, "left_points")
     errors = {name: round(held_out_error(networks, each, left), 3) for name, each in told.items()}
     return {"policies": len(rows), **errors}
+
+
+def _hardness(row: Row) -> float:
+    """But for a factor that is the network's."""
+    return float(row["drop_points"] * (row["speedup"] / row["size_bytes"]) ** CHEAPER)
 
 
 def _key(row: Row) -> tuple[Any, ...]:
@@ -141,7 +174,11 @@ def main() -> None:
         told = {name: value for name, value in row.items() if value is not None}
         known[_key(row)] = known.get(_key(row), {}) | told
     rows = sorted(known.values(), key=_key)
-    found = {"error": judged(rows), "error_by_what_is_whole": judged_by_whole(rows)}
+    found = {
+        "error": judged(rows),
+        "error_by_what_is_whole": judged_by_whole(rows),
+        "error_between_points": judged_between(rows),
+    }
     save({**found, "finished": rows}, RESULT)
     print(json.dumps(found, indent=1))
 

@@ -67,28 +67,36 @@ Prepare = Callable[[Sequence[Policy]], None]
 
 @dataclass(frozen=True)
 class Mending:
-    """What fine-tuning leaves of an evaluation's drop: as was seen, and around that factor x hardness ** power."""
+    """What fine-tuning leaves of an evaluation's drop: between two that were seen a straight line, and beyond them
+    factor x hardness ** power.
+
+    What is left rises ever faster with hardness, so that a straight line says rather too much of it; and it begins
+    below nought, where fine-tuning makes a network better than it was, of which a logarithm knows nothing
+    (benchmarks/mending.py holds the two beside each other).
+    """
 
     seen: tuple[tuple[float, float], ...]
     """Hardness, and what was left."""
     power: float
+    least: float
+    """In a power of hardness less than this counts as this."""
 
     @classmethod
     def seen_in(
         cls, pairs: Sequence[Pair], limit: float, score_error: float, hardness: Callable[[Evaluation], float]
     ) -> "Mending | None":
-        """As far as it was seen, drops below half of what a score can tell counting as that half; None where no
-        evaluation dropped by more."""
+        """As far as it was seen, what is least being half of what a score can tell; None where no evaluation dropped by
+        more."""
         # never above what is safe: what held is shown to hold
         least = max(min(score_error / 2, LEAST_SAFE * limit), limit / 20)
-        seen = tuple((hardness(e), max(after.drop, least)) for e, after in pairs if e.drop > least)
+        seen = tuple((hardness(e), after.drop) for e, after in pairs if e.drop > least)
         if not seen:
             return None
-        before, after = np.log(seen).T
+        before, after = np.log([(hard, max(left, least)) for hard, left in seen]).T
         power = POWER
         if np.ptp(before) > 0:
             power = float(np.clip(np.polyfit(before, after, 1)[0], *POWERS))
-        return cls(seen, power)
+        return cls(seen, power, least)
 
     def hardest(self, left: float) -> float:
         """The hardness of which so much is left: between the largest that left no more and the smallest that did, else
@@ -96,8 +104,9 @@ class Mending:
         held = max((pair for pair in self.seen if pair[1] <= left), default=None)
         failed = min((pair for pair in self.seen if pair[1] > left), default=None)
         if held is not None and failed is not None and held[0] < failed[0]:
-            return float(np.exp(np.interp(np.log(left), *np.log([held, failed]).T[::-1])))
-        before, after = min(self.seen, key=lambda pair: (abs(np.log(pair[1] / left)), -pair[0]))
+            return float(np.interp(left, (held[1], failed[1]), (held[0], failed[0])))
+        counted = [(before, max(after, self.least)) for before, after in self.seen]
+        before, after = min(counted, key=lambda pair: (abs(np.log(pair[1] / left)), -pair[0]))
         return float(before * (left / after) ** (1 / self.power))
 
 
