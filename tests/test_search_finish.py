@@ -11,7 +11,15 @@ from toy_search import toy
 from hirelc_deploy.budget import Budget, Figures
 from hirelc_deploy.policy import FP32, INT8, Compute, PerChannel, Policy, Precision, Storage
 from hirelc_deploy.search.additive import recipe_ladder
-from hirelc_deploy.search.finish import FINALISTS, FIRST_HARDNESS, MOST_TIMES, RECIPES, Finishing, Mending
+from hirelc_deploy.search.finish import (
+    FINALISTS,
+    FIRST_HARDNESS,
+    LATENCY_MARGIN,
+    MOST_TIMES,
+    RECIPES,
+    Finishing,
+    Mending,
+)
 from hirelc_deploy.search.problem import Evaluations, GroupVariable, LayerVariable, Prices, Problem, Rows
 from hirelc_deploy.search.space import Choice, Evaluation
 
@@ -151,6 +159,24 @@ def test_files_that_were_timed_at_different_times_are_compared_by_their_speed_up
     choice.some([second])
     choice.some([first])
     assert choice.choice([]).best is slow
+
+
+def test_a_latency_that_holds_by_a_hair_is_not_relied_on() -> None:
+    """Measured again it may miss its limit; of drops the second has twice as much, and both are safe."""
+    near, apart = evaluation(1, 0.1, 500, latency_ms=4.99), evaluation(2, 0.2, 500, latency_ms=4.8)
+    for limits in (Budget(drop=1.0, latency_ms=5.0), Budget(drop=1.0, speedup=2.0), Budget(speedup=2.0)):
+        choice, _ = finished(limits, [near, apart], gain=1.0)
+        assert choice.best.policy.keep["g"] == 2
+        choice, _ = finished(limits, [near], gain=1.0)
+        assert choice.best.policy.keep["g"] == 1, "it holds all the same"
+
+
+def test_a_search_aims_where_a_latency_is_relied_on() -> None:
+    problem = replace(posed(), budget=Budget(drop=1.0, latency_ms=5.0, speedup=2.0, size_bytes=700))
+    aimed = Finishing(problem, lambda _: evaluation(1, 0.0, 500)).aim.budget
+    assert aimed.latency_ms == pytest.approx((1 - LATENCY_MARGIN) * 5.0)
+    assert aimed.speedup == pytest.approx(2.0 / (1 - LATENCY_MARGIN))
+    assert replace(aimed, latency_ms=5.0, speedup=2.0) == problem.budget, "other limits are as they were"
 
 
 def test_what_has_a_limit_is_not_made_smaller_than_that() -> None:

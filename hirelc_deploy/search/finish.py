@@ -31,6 +31,10 @@ one on the test split, which has other examples, both together; never less than 
 a difference of two scores on the same examples is 0.6 to 0.9 of one score's (`drop_ci95` of the recorded manifests),
 and 1.28 of these errors hold nine times of ten."""
 
+LATENCY_MARGIN = 0.03
+"""Below its limit a latency has to be by such a part of it to be relied on: two measurements of one file, each with the
+core to itself, differed by 3.6 % (docs/findings.md), and a gate measures again."""
+
 FIRST_PART = 2 / 3
 """Of the evaluations, before what they led to is finished and the rest is spent by what that has shown."""
 
@@ -165,14 +169,15 @@ class Finishing:
 
     @property
     def aim(self) -> Problem:
-        """The problem with what is known of mending: drops of evaluations as they will be left, and the limit where it
+        """The problem with what is known of mending: drops of evaluations as they will be left, and limits where they
         may be relied on.  Where what was finished has lost nothing that a score can tell, drops are taken as they are.
         """
         limit, mending = self._goal.drop_max, self._mending
+        problem = replace(self._problem, budget=_relied_on(self._problem.budget))
         if mending is None:
-            return self._problem
+            return problem
         part = limit / self._told(mending)
-        return replace(self._problem, part_left=lambda prices: np.minimum(1.0, part * self._times(prices)))
+        return replace(problem, part_left=lambda prices: np.minimum(1.0, part * self._times(prices)))
 
     def promising(self, seen: Sequence[Evaluation], count: int) -> list[Evaluation]:
         """Those that were evaluated and are most worth finishing, so many at most."""
@@ -319,7 +324,7 @@ class Finishing:
         if budget.drop is None:
             return sorted(open_, key=lambda each: (self._over(each), -_reward(each, goal)))
         ends = [after for _, after in self._pairs.values()]
-        holding = [after for after in ends if met(budget, after.figures) and after.drop <= self._safe]
+        holding = [after for after in ends if met(budget, after.figures) and not _risks(after, budget, self._safe)]
         cheapest = min((_cost(each, goal) for each in holding), default=float("inf"))
         # of figures that are not judged yet the search's own predictions stand for what will be seen
         cheaper = [e for e in open_ if not self._over(e) and _cost(e, goal) < cheapest]
@@ -357,18 +362,34 @@ def _safe(drop: float, error: float) -> float:
     return drop - min(MARGIN * error, (1 - LEAST_SAFE) * abs(drop))
 
 
+def _relied_on(budget: Budget) -> Budget:
+    """The same with limits on latency that leave room for the next measurement."""
+    return replace(
+        budget,
+        latency_ms=None if budget.latency_ms is None else (1 - LATENCY_MARGIN) * budget.latency_ms,
+        speedup=None if budget.speedup is None else budget.speedup / (1 - LATENCY_MARGIN),
+    )
+
+
+def _risks(evaluation: Evaluation, budget: Budget, safe: float) -> int:
+    """How many limits are held so nearly that they may be missed when they are measured again."""
+    is_near = excess(_relied_on(budget), evaluation.figures) > excess(budget, evaluation.figures)
+    return is_near + (evaluation.drop > safe)
+
+
 def _rank(evaluation: Evaluation, goal: Goal[float], budget: Budget, safe: float) -> tuple[float, ...]:
-    """The lower, the better: limits that are missed, and by how much; whether the drop is safe; then what it is for.
+    """The lower, the better: limits that are missed, and by how much; what is held by a hair; then what it is for.
 
     A drop that has a limit is not traded against anything once it is safe: it decides between equals.
     """
     missed = sum(check.ok is False for check in judge(budget, evaluation.figures))
     over = excess(budget, evaluation.figures)
+    risks = _risks(evaluation, budget, safe)
     if budget.drop is None:
-        return (missed > 0, over, -_reward(evaluation, goal))
+        return (missed > 0, over, risks, -_reward(evaluation, goal))
     over += max(0.0, evaluation.drop - budget.drop)
     risk = evaluation.drop if evaluation.drop > safe else -np.inf
-    return (missed > 0, over, risk, _cost(evaluation, goal), evaluation.drop)
+    return (missed > 0, over, risks, risk, _cost(evaluation, goal), evaluation.drop)
 
 
 def _reward(evaluation: Evaluation, goal: Goal[float]) -> float:
