@@ -18,12 +18,16 @@ VIEWS = 8
 be kept, so that not every epoch costs a pass through it."""
 
 
+NUMBERS = "biuf"
+"""Kinds of arrays, as numpy has them, that a batch is made of."""
+
+
 @dataclass(frozen=True, eq=False)
 class Batches:
     """One split: batches in a fixed order, as often as they are asked for.  Reading them is what opens the data.
 
     Every batch is checked as it is read.  Raises UserError, naming the example, for NaN or infinity, for a label
-    outside `labels` and for an augmentation that changes more than values.
+    outside `labels`, for what is no array of numbers, and for an augmentation that changes more than values.
     """
 
     split: str
@@ -81,6 +85,8 @@ class Batches:
                 f"{type(error).__name__}: {error}",
                 fix="take(indices) returns inputs by name and targets, both as arrays with a row an index",
             ) from error
+        for name, array in (*inputs.items(), ("target", target)):
+            self._check_array(name, array)
         if view and self.augment is not None:
             inputs = self._changed(inputs, indices, view)
         for name, array in (*inputs.items(), ("target", target)):
@@ -105,6 +111,14 @@ class Batches:
             for name, array in example.items():
                 changed[name][row] = array
         return changed
+
+    def _check_array(self, name: str, array: object) -> None:
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in NUMBERS:
+            what = f"an array of {array.dtype}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
+            raise UserError(
+                f"the {self.split} data's {name} is {what}",
+                fix="give numpy arrays of numbers (of a torch tensor: tensor.numpy())",
+            )
 
     def _check_finite(self, name: str, array: np.ndarray, indices: np.ndarray) -> None:
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():

@@ -231,11 +231,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     with reading(path):
         path.open("rb").close()  # safetensors words a missing permission in its own way
         try:
-            return load_file(path)
+            found = load_file(path)
         except SafetensorError as error:
             raise UserError(
                 f"{path.name} is no whole .safetensors file: {error}", fix="copy or save it again"
             ) from error
+    if not found:
+        raise UserError(f"{path.name} holds no weights", fix="save them with save_file(model.state_dict(), FILE)")
+    return found
 
 
 def _read_pickle(path: Path) -> Any:

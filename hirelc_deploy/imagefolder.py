@@ -1,7 +1,8 @@
 """A folder of images as a task: train/CLASS/*.png, and val/ or test/ as the test split.
 
-Images are read when a batch asks for them and never kept: a folder may be larger than the memory.  Headers of the
-train and search images are read at once, so that a broken or odd file is named before the work begins.
+Images are read when a batch asks for them and never kept: a folder may be larger than the memory.  All headers are read
+at once, so that a broken or odd file is named before the work begins; what images become follows from those of train
+and search alone.
 """
 
 from collections import Counter
@@ -34,6 +35,8 @@ def image_folder(folder: Path, *, seed: int = 0, batch: int = BATCH) -> Classifi
     files = {split: _files(split, classes) for split in (train, search, test) if split is not None}
     headers = [header for split in (train, search) if split is not None for header in _headers(files[split])]
     form = _form(headers)
+    for header in _headers(files[test]):
+        _check(header, form)
     sources = {split: ImageSource(split, files[split], form) for split in files}
     return Classification(
         sources[train], sources[test], sources[search] if search is not None else None, batch=batch, seed=seed
@@ -88,9 +91,7 @@ class ImageSource:
 def read_image(path: Path, form: Form) -> np.ndarray:
     """(C, H, W) float32 in [0, 1].  Raises UserError for a broken image or one of another size."""
     with _open(path) as image:
-        _check_size(Header(path, image.mode, image.size), form)
-        if form.channels == 1 and image.mode not in GRAY:
-            raise UserError(f"{path} is in colour and the train images are gray", fix=f"convert it; {OWN_TASK}")
+        _check(Header(path, image.mode, image.size), form)
         try:
             pixels = np.asarray(image.convert("L" if form.channels == 1 else "RGB"))
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken pixels
@@ -190,9 +191,12 @@ def _form(headers: Sequence[Header]) -> Form:
     return form
 
 
-def _check_size(header: Header, form: Form) -> None:
+def _check(header: Header, form: Form) -> None:
+    """Raises UserError unless the image can become what every image becomes."""
     if header.size != (form.width, form.height):
         raise UserError(
             f"{header.path} is {header.size[0]}x{header.size[1]} and the train images are {form.width}x{form.height}",
             fix=f"resize it; {OWN_TASK}",
         )
+    if form.channels == 1 and header.mode not in GRAY:
+        raise UserError(f"{header.path} is in colour and the train images are gray", fix=f"convert it; {OWN_TASK}")

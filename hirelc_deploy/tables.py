@@ -137,7 +137,8 @@ def plot(target: str, path: Path) -> None:
 def _network(settings: ProfileSettings, target: Target) -> Network:
     """All that policies of the model can make a runtime run."""
     assert settings.model is not None
-    model = checkpoint.load(settings.model).model.eval()
+    # its weights do not matter
+    model = checkpoint.of(checkpoint.build(settings.model, with_weights=False), settings.model).model
     if settings.data is not None:
         example = datasets.load_task(settings.data).example
     else:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hirelc_deploy import datasets, report as reports
+from hirelc_deploy.augment import augmented
 from hirelc_deploy.budget import Check
 from hirelc_deploy.config import TRTEXEC, Elsewhere
 from hirelc_deploy.cpu import cpu_flags, relevant_flags, stands_for
@@ -57,8 +58,8 @@ def verify(
         batch=manifest.environment.batch,
         seed=manifest.search.seed,
     )
-    if manifest.measured.basis.latency == "estimate" and manifest.measured.latency_ms and manifest.baseline.latency_ms:
-        # this machine is still not the device
+    is_foretold = manifest.measured.basis.latency == "estimate" and not _is_the_target(manifest)
+    if is_foretold and manifest.measured.latency_ms and manifest.baseline.latency_ms:
         seen = foretold(
             seen,
             manifest.baseline.latency_ms.p50,
@@ -193,6 +194,19 @@ def _can_be_measured_here(manifest: Manifest) -> None:
         )
 
 
+def _is_the_target(manifest: Manifest) -> bool:
+    """Whether this machine is the device that the artifact was made for: a processor that is told by its flags.
+
+    A target of the user's own is a file that the manifest does not name.
+    """
+    if manifest.target not in target_names():
+        return False
+    target = load_target(manifest.target)
+    if target.kind != "cpu" or target.cpu is None:
+        return False
+    return stands_for(cpu_flags(), target.flags(cpu_flags()))
+
+
 def _provider_of(elsewhere: Elsewhere) -> Provider | None:
     return None if elsewhere.provider is None else PROVIDERS[elsewhere.provider]
 
@@ -252,6 +266,8 @@ def _same_task(manifest: Manifest, task: "Task | None", data: str | None) -> "Ta
     """The data of an artifact, loaded anew if it is not given.  Raises UserError if it is other data."""
     spec = manifest.task.spec if data is None else data
     task = task or datasets.load_task(spec, seed=manifest.search.seed)
+    if manifest.training is not None and task.train.augment is None:
+        task = augmented(task, manifest.training.augment)  # it is a part of the fingerprint
     if task.fingerprint() != manifest.task.sha256:
         raise UserError(
             f"{spec} is not the data that this artifact was measured on",

@@ -4,11 +4,14 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from hirelc_deploy.batches import Batches
 from hirelc_deploy.datasets import load_task
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.task import ArraySource, Classification, check_labels
@@ -235,10 +238,22 @@ def test_an_image_of_another_size(images: Path) -> None:
     assert "train/dog/03.png is 5x4" in message
 
 
-def test_a_test_image_of_another_size_is_named_when_it_is_read(images: Path) -> None:
-    Image.new("L", (5, 4)).save(images / "test" / "dog" / "03.png")
-    task = load_task(str(images))
-    assert "test/dog/03.png is 5x4" in refusal(lambda: list(task.test))
+@pytest.mark.parametrize(("mode", "size", "said"), [("L", (5, 4), "is 5x4"), ("RGB", (6, 4), "is in colour")])
+def test_a_test_image_of_another_form_is_named_before_the_work_begins(
+    images: Path, mode: str, size: tuple[int, int], said: str
+) -> None:
+    """Its header alone is read."""
+    Image.new(mode, size).save(images / "test" / "dog" / "03.png")
+    assert f"test/dog/03.png {said}" in refusal(lambda: load_task(str(images)))
+
+
+@pytest.mark.parametrize(
+    ("target", "said"), [(torch.zeros(40), "is a Tensor"), (np.array([[0]] * 40, object), "is an array of object")]
+)
+def test_what_is_no_array_of_numbers_is_named(target: Any, said: str) -> None:
+    source = ArraySource(np.zeros((40, 3), np.float32), target)
+    with pytest.raises(UserError, match=f"target {said}"):
+        Batches("train", source, 8, np.arange(40)).take(np.arange(4))
 
 
 def test_a_file_that_is_no_image(images: Path) -> None:

@@ -226,6 +226,14 @@ def test_weights_that_are_not_finite(spec: str, tmp_path: Path, name: str, value
     assert f"NaN or infinity in {name}" in refusal(lambda: load(spec, save(tmp_path / "c.pt", state)))
 
 
+@pytest.mark.parametrize("name", ["c.pt", "c.safetensors"])
+def test_a_file_without_weights(name: str, spec: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    save_file({}, path) if path.suffix == ".safetensors" else torch.save({}, path)
+    with pytest.raises(UserError, match="holds no weights"):
+        load(spec, path)
+
+
 @pytest.mark.parametrize("name", ["c.pt", "c.pth", "c.safetensors"])
 def test_files_that_break_off(spec: str, tmp_path: Path, name: str) -> None:
     path = tmp_path / name

@@ -262,6 +262,19 @@ def test_an_option_is_no_host() -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    ("status", "said"), [(255, "does not let you in"), (126, "--host-python"), (1, "Permission denied")]
+)
+def test_who_refuses_permission_is_told_apart(status: int, said: str, tmp_path: Path) -> None:
+    """A login is refused by ssh itself, a file by the device's shell or a program there."""
+    words = f"import sys; print('mktemp: /opt: Permission denied', file=sys.stderr); sys.exit({status})"
+    ssh = tmp_path / "ssh.py"
+    ssh.write_text(words)
+    with pytest.raises(UserError) as refused:
+        remote._call([sys.executable, str(ssh)], "device", "true", b"")
+    assert said in f"{refused.value} {refused.value.fix}"
+
+
 def test_each_attempt_waits_longer_than_the_last() -> None:
     waited: list[float] = []
 

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 from neighbour import beside_a_neighbour
+from torch import nn
 
-from hirelc_deploy import cli
+from hirelc_deploy import cli, tables
 from hirelc_deploy.cost.kernel import Kernel
+from hirelc_deploy.cost.needs import families
 from hirelc_deploy.cost.prices import kernel_of
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.errors import ExitStatus, UserError
@@ -56,6 +58,14 @@ def test_a_networks_kernels_are_measured_once(
     monkeypatch.setattr(profiling, "measure", None)
     assert profile(*arguments) == ExitStatus.OK
     assert table.read_bytes() == before
+
+
+def test_weights_of_a_network_that_is_profiled_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network of a library has none, and is refused for that where it is compressed."""
+    monkeypatch.setattr("hirelc_deploy.checkpoint._from_torchvision", lambda name: nn.Sequential(nn.Linear(4, 2)))
+    settings = tables.ProfileSettings(target="host", model="torchvision:tiny", input="4")
+    network = tables._network(settings, load_target("host"))
+    assert "Gemm" in {family.kernel.op for family in families(network)}
 
 
 def test_a_list_of_kernels_is_measured(model: str, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from hirelc_deploy.errors import ExitStatus, UserError
 from hirelc_deploy.exporters import _trt_build
 from hirelc_deploy.exporters._trt_exec import failure_of, inferences_per_s, outputs_of, runs_as, times_of, version_of
 from hirelc_deploy.policy import INT8
-from hirelc_deploy.verify import manifest as manifests, remote
+from hirelc_deploy.verify import accuracy, manifest as manifests, remote
 from hirelc_deploy.verify.power import Power, drawn
 from hirelc_deploy.verify.remote import ATTEMPTS, SSH_VARIABLE
 
@@ -208,6 +208,22 @@ def test_a_device_that_stays_away_leaves_the_artifact_as_it_was(
     assert verify(artifact, trtexec) == ExitStatus.USER_ERROR
     assert f"failed {ATTEMPTS} times" in capsys.readouterr().err
     assert (artifact / "manifest.json").read_bytes() == before
+
+
+def test_an_engine_that_was_measured_stays_until_another_is(
+    device: Device, artifact: Path, trtexec: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert verify(artifact, trtexec) == ExitStatus.OK
+    before = [(artifact / name).read_bytes() for name in ("model.engine", "manifest.json")]
+    stand_in = trtexec.with_name("stand_in.py")
+    stand_in.write_text(stand_in.read_text().replace("stand-in engine", "another stand-in engine"))
+
+    def cut(*_: object) -> None:
+        raise UserError("the connection to device failed", fix="is the device on?")
+
+    monkeypatch.setattr(accuracy, "compare", cut)
+    assert verify(artifact, trtexec) == ExitStatus.USER_ERROR
+    assert [(artifact / name).read_bytes() for name in ("model.engine", "manifest.json")] == before
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,11 @@ from exporting import (
 )
 
 from hirelc_deploy import verification
+from hirelc_deploy.augment import augmented
 from hirelc_deploy.cli import main
+from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.errors import ExitStatus, UserError
+from hirelc_deploy.profiles import load_target
 from hirelc_deploy.verify import judge, manifest as manifests
 from hirelc_deploy.verify.measure import Measurement
 
@@ -36,6 +39,40 @@ def test_verify_measures_again_and_keeps_what_was_believed(copied: Path) -> None
     assert outcome.manifest.created != "long ago"
     for kept in ("predicted", "artifact", "layers", "budget", "search"):
         assert getattr(outcome.manifest, kept) == getattr(before, kept)
+
+
+def test_verify_knows_data_whose_train_images_were_changed_at_random(copied: Path) -> None:
+    """Its fingerprint has the changes in it, and the data is loaded without them."""
+    augment = ("flip", "shift")
+    before = manifests.read(copied)
+    assert before.training is not None
+    changed = {
+        "training": before.training.model_copy(update={"augment": augment}),
+        "task": before.task.model_copy(update={"sha256": augmented(digits(), augment).fingerprint()}),
+    }
+    manifests.write(before.model_copy(update=changed), copied)
+    assert verification.verify(copied, data="digits").status == ExitStatus.OK
+    assert verification.verify(copied, task=augmented(digits(), augment)).status == ExitStatus.OK
+    with pytest.raises(UserError, match="not the data"):
+        verification.verify(copied, task=augmented(digits(), ("flip",)))
+
+
+@pytest.mark.parametrize(("is_here", "basis"), [(True, "measured"), (False, "estimate")])
+def test_an_estimate_is_replaced_on_the_device_itself(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, is_here: bool, basis: str
+) -> None:
+    """The folder was copied there, and what is timed is the device's own."""
+    before = manifests.read(copied)
+    told = before.measured.basis.model_copy(update={"latency": "estimate"})
+    forged = {"target": "raspberry-pi-5", "measured": before.measured.model_copy(update={"basis": told})}
+    manifests.write(before.model_copy(update=forged), copied)
+    flags = load_target("raspberry-pi-5").flags(cpu_flags()) if is_here else frozenset({"asimd"})
+    monkeypatch.setattr(verification, "cpu_flags", lambda: flags)
+    after = verification.verify(copied, task=digits())
+    assert after.manifest.measured.basis.latency == basis
+    assert (after.status == ExitStatus.UNVERIFIED) == (not is_here)
+    earlier, later = (manifests.p50(each.measured.latency_ms) for each in (before, after.manifest))
+    assert (later == earlier) == (not is_here)
 
 
 def test_verify_measures_no_other_file(copied: Path) -> None:

@@ -110,6 +110,29 @@ def test_a_score_where_lower_is_better() -> None:
     assert found.agreement is None
 
 
+@pytest.mark.parametrize("answer", ["raises", "is not a number"])
+@pytest.mark.parametrize(("needed", "interval"), [(1, (2.0, 2.0)), (9, None)])
+def test_an_interval_is_of_the_resamples_that_have_a_score(
+    answer: str, needed: int, interval: tuple[float, float] | None
+) -> None:
+    """A third of them lack the one positive; hardly any has it nine times."""
+    labels = np.eye(1, 40)[0]
+
+    class OfBothKinds(Regression):
+        def score(self, outputs: Mapping[str, np.ndarray], targets: np.ndarray) -> float:
+            if np.array_equal(targets, labels) or targets.sum() >= needed:
+                return super().score(outputs, targets)
+            if answer == "raises":
+                raise ValueError("only one class is present")
+            return float("nan")
+
+    source = ArraySource(np.zeros((40, 3), np.float32), labels)
+    compared = compare(
+        OfBothKinds(source, source, source), {"output": labels + 1.0}, {"output": labels + 3.0}, labels, seed=0
+    )
+    assert (compared.drop, compared.drop_ci95) == (2.0, interval)
+
+
 def test_a_score_that_is_no_number_is_not_passed_on() -> None:
     targets = np.zeros(EXAMPLES, np.float32)
     before, after = ({"output": np.full(EXAMPLES, error, np.float32)} for error in (0.5, np.nan))

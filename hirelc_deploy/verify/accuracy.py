@@ -27,7 +27,8 @@ class Comparison:
     before: float
     after: float
     drop: float
-    drop_ci95: tuple[float, float]
+    drop_ci95: tuple[float, float] | None
+    """None where most resamples have no score, since it needs examples of every kind."""
     agreement: float | None
     """Percent of equal decisions; None where outputs are no decisions."""
 
@@ -76,24 +77,32 @@ def side_by_side(
 
 def compare(task: "Task", before: Outputs, after: Outputs, targets: np.ndarray, seed: int) -> Comparison:
     """Score two models' outputs on the same examples.  Raises UserError if a score is not a finite number."""
-    was, now = (_score(task, name, o, targets) for name, o in (("original", before), ("compressed", after)))
+    was, now = (score_of(task, name, o, targets) for name, o in (("original", before), ("compressed", after)))
     interval = paired_interval(task, before, after, targets, seed)
     return Comparison(was, now, task.drop(was, now), interval, task.agreement(before, after))
 
 
 def paired_interval(
     task: "Task", before: Outputs, after: Outputs, targets: np.ndarray, seed: int
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """The 95 % interval of the drop, by a paired bootstrap: a resample draws the same examples for both.
 
-    What two models have in common (hard examples, above all) cancels, so it is far narrower than two intervals.
+    What two models have in common (hard examples, above all) cancels, so it is far narrower than two intervals.  None
+    unless most of the resamples have a score.
     """
     random = np.random.default_rng(seed)
-    drops = [
-        task.drop(task.score(_rows(before, picks), targets[picks]), task.score(_rows(after, picks), targets[picks]))
-        for picks in (random.integers(len(targets), size=len(targets)) for _ in range(RESAMPLES))
-    ]
-    lo, hi = np.percentile(drops, INTERVAL_PCT).tolist()
+    drops = []
+    for _ in range(RESAMPLES):
+        picks = random.integers(len(targets), size=len(targets))
+        try:
+            was, now = (task_score(task, _rows(each, picks), targets[picks]) for each in (before, after))
+        except UserError:  # a score may need examples of every kind
+            continue
+        drops.append(task.drop(was, now))
+    finite = [drop for drop in drops if math.isfinite(drop)]
+    if len(finite) <= RESAMPLES / 2:
+        return None
+    lo, hi = np.percentile(finite, INTERVAL_PCT).tolist()
     return lo, hi
 
 
@@ -114,7 +123,8 @@ def task_score(task: "Task", of: Outputs, targets: np.ndarray) -> float:
         ) from error
 
 
-def _score(task: "Task", name: str, of: Outputs, targets: np.ndarray) -> float:
+def score_of(task: "Task", name: str, of: Outputs, targets: np.ndarray) -> float:
+    """What the task says of the outputs of the `name` model.  Raises UserError unless it is a finite number."""
     score = task_score(task, of, targets)
     if not math.isfinite(score):
         raise UserError(

@@ -167,17 +167,15 @@ def measure_on(
     Raises UserError if the device's TensorRT is older than `min_version`, or refuses a file.
     """
     shapes = {name: array.shape[1:] for name, array in example(task, batch).items()}
-    built = {}
+    built, engine = {}, {}
     files = {ARTIFACT: file, BASELINE: BASELINE_FILE, HALVES: BASELINE_FP16_FILE}
     for name, source in files.items():
-        built[name], engine = board.build(name, folder / source, shapes, batch=batch)
+        built[name], engine[name] = board.build(name, folder / source, shapes, batch=batch)
         if numbers_of(built[name].version) < numbers_of(min_version):
             raise UserError(
                 f"{board.link.host} has TensorRT {built[name].version}, and the target begins with {min_version}",
                 fix="install a newer JetPack there, or lower runtime.min_version in a target of your own",
             )
-        if name == ARTIFACT:
-            write_atomic(folder / ENGINE_FILE, engine)
     sessions = {name: _Session(board, name) for name in built}
     searched, search_targets = accuracy.outputs(sessions[ARTIFACT], together(task.search))
     outputs, targets = accuracy.side_by_side(sessions, together(task.test))
@@ -195,7 +193,7 @@ def measure_on(
         ),
         baseline_fp16=Baseline(
             size_bytes=built[HALVES].size_bytes,
-            accuracy=task.score(outputs[HALVES], targets),
+            accuracy=accuracy.score_of(task, "fp16", outputs[HALVES], targets),
             latency_ms=latencies[HALVES],
             energy_mj=built[HALVES].energy_mj,
             sha256=sha256(folder / BASELINE_FP16_FILE),
@@ -203,7 +201,7 @@ def measure_on(
         measured=Measured(
             size_bytes=artifact.size_bytes,
             accuracy=compared.after,
-            accuracy_search=task.score(searched, search_targets),
+            accuracy_search=accuracy.score_of(task, "compressed", searched, search_targets),
             latency_ms=latencies[ARTIFACT],
             compression=baseline.size_bytes / artifact.size_bytes,
             speedup=latencies[BASELINE].p50 / latencies[ARTIFACT].p50,
@@ -217,6 +215,8 @@ def measure_on(
         clock="wall",
         p50_ms=latencies[ARTIFACT].p50,
     )
+    # only now: an engine that was measured before is the artifact until this one is
+    write_atomic(folder / ENGINE_FILE, engine[ARTIFACT])
     return OnDevice(
         seen=seen,
         environment=Environment(

@@ -181,7 +181,7 @@ def measure(
     compared = accuracy.compare(task, outputs["baseline"], outputs["artifact"], targets, seed)
     scores = {"baseline": compared.before}
     if "halves" in paths:
-        scores["halves"] = task.score(outputs["halves"], targets)
+        scores["halves"] = accuracy.score_of(task, "fp16", outputs["halves"], targets)
     baselines = {
         name: Baseline(
             size_bytes=sizes[name],
@@ -198,7 +198,7 @@ def measure(
         measured=Measured(
             size_bytes=sizes["artifact"],
             accuracy=compared.after,
-            accuracy_search=task.score(searched, search_targets),
+            accuracy_search=accuracy.score_of(task, "compressed", searched, search_targets),
             latency_ms=Percentiles.model_validate(times["artifact"].latency_ms()),
             compression=sizes["baseline"] / sizes["artifact"],
             speedup=speedup.value,

@@ -37,7 +37,7 @@ OPTIONS = shlex.split(
 """Nobody is there to type a password; a device that says nothing for 45 s is gone.  Host keys are checked as always."""
 
 SSH_FAILED = 255
-NOT_FOUND = 127
+NOT_FOUND, NOT_EXECUTABLE = 127, 126
 RUNNER = "runner.py"
 ATTEMPTS = 4
 PAUSE_S = 2.0
@@ -56,9 +56,11 @@ FINAL = (
         "log in once by hand and check the key: ssh {host}",
     ),
     ("No space left on device", "{host} has no room left", "free some in its temporary folder"),
-    ("Permission denied", "{host} does not let you in", "does `ssh {host} true` work without a password?"),
 )
 """What ssh says where trying again would not help, what that means, and what to do."""
+
+NOT_LET_IN = ("Permission denied", "{host} does not let you in", "does `ssh {host} true` work without a password?")
+"""The same, but only of ssh itself: a program on the device says it of files."""
 
 
 class LostError(Exception):
@@ -307,14 +309,14 @@ def _call(ssh: Sequence[str], host: str, command: str, sent: bytes) -> bytes:
     said = done.stderr.decode(errors="replace").strip()
     if done.returncode == 0:
         return done.stdout
-    for words, what, fix in FINAL:
+    for words, what, fix in (*FINAL, *([NOT_LET_IN] if done.returncode == SSH_FAILED else [])):
         if words in said:
             name = host.rpartition("@")[2]
             raise UserError(what.format(host=host, name=name), fix=fix.format(host=host, name=name))
     last = said.splitlines()[-1] if said else f"status {done.returncode}"
     if done.returncode == SSH_FAILED:
         raise LostError(last)
-    if done.returncode == NOT_FOUND:
+    if done.returncode in (NOT_FOUND, NOT_EXECUTABLE):
         raise UserError(f"{host}: {last}", fix="it needs tar, and Python with onnxruntime and numpy (--host-python)")
     raise UserError(f"{host} failed: {last}", fix="is there room in its temporary folder, and tar?")
 
