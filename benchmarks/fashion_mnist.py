@@ -6,9 +6,10 @@
                                                                          evaluations and the same fine-tuning
     python benchmarks/fashion_mnist.py NETWORK… --search … --goals       with the size and the speed that the project
                                                                          has set itself as limits as well
+    python benchmarks/fashion_mnist.py NETWORK --policy FILE --epochs 30     a policy that was found, trained for longer
 
-Artifacts go to out/benchmarks/NAME, the manifest of each to benchmarks/results/export_NAME_CPU.json, where NAME
-is the network's, with _SEARCH and _goals behind it, and CPU is avx2 or vnni.  Run it on a quiet machine: fine-tuning
+Artifacts go to out/benchmarks/NAME, the manifest of each to benchmarks/results/export_NAME_CPU.json, where NAME is the
+network's, with _SEARCH and _goals or _policy behind it, and CPU is avx2 or vnni.  Run it on a quiet machine: fine-tuning
 may share the cores, the figures are taken at the end.
 """
 
@@ -59,10 +60,29 @@ EPOCHS = {"wide": 6, "small": 12, "depthwise": 6, "vit": 2, "small14": 6}
 OUT = Path("out/benchmarks")
 
 
-def settings_of(network: str, search: str | None, *, goals: bool, out: Path, workers: int) -> ExportSettings:
-    """The network by its recipe, or as a search finds it, with its limits."""
-    searched = {"search": search, "epochs": EPOCHS[network], "max_drop": MAX_DROP[network]}
-    how = BY_HAND[network] if search is None else searched | (GOALS[network] if goals else {})
+def searched(network: str, method: str) -> dict[str, Any]:
+    """As a search finds it, with its limit on the drop."""
+    return {"search": method, "epochs": EPOCHS[network], "max_drop": MAX_DROP[network]}
+
+
+def how_of(network: str, options: argparse.Namespace) -> dict[str, Any]:
+    """By its recipe, by a policy, or searched, with its limits."""
+    if options.policy is not None:
+        return {"policy": options.policy, "epochs": options.epochs, "max_drop": MAX_DROP[network]}
+    if options.search is None:
+        return BY_HAND[network]
+    return searched(network, options.search) | (GOALS[network] if options.goals else {})
+
+
+def name_of(network: str, options: argparse.Namespace) -> str:
+    """Of the artifact and its result file."""
+    if options.policy is not None:
+        return f"{network}_policy"
+    return network if options.search is None else f"{network}_{options.search}{'_goals' * options.goals}"
+
+
+def settings_of(network: str, how: dict[str, Any], *, out: Path, workers: int) -> ExportSettings:
+    """The network from its checkpoint."""
     task = "task14" if network.endswith("14") else "task"
     return ExportSettings(
         target="host",
@@ -81,17 +101,21 @@ def main() -> None:
     parser.add_argument("networks", nargs="+", choices=MAX_DROP)
     parser.add_argument("--search", choices=("hierarchical", "recipe"))
     parser.add_argument("--goals", action="store_true")
+    parser.add_argument("--policy", type=Path)
+    parser.add_argument("--epochs", type=int, help="of --policy")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     for network in options.networks:
-        if options.search is None and network not in BY_HAND:
+        if options.policy is None and options.search is None and network not in BY_HAND:
             parser.error(f"there is no recipe for {network}: give --search")
+        if (options.policy is None) != (options.epochs is None) or (options.policy and options.search):
+            parser.error("--policy and --epochs go together, and without --search")
         if options.goals and (options.search is None or network not in GOALS):
             parser.error(f"--goals is for a search of {', '.join(GOALS)}")
-        name = network if options.search is None else f"{network}_{options.search}{'_goals' * options.goals}"
-        out, workers = options.out / name, options.workers
-        outcome = export(settings_of(network, options.search, goals=options.goals, out=out, workers=workers))
+        name = name_of(network, options)
+        settings = settings_of(network, how_of(network, options), out=options.out / name, workers=options.workers)
+        outcome = export(settings)
         record_export(outcome.folder, name)
         print(f"{name}: {outcome.manifest.verdict}, {outcome.folder}")
 

@@ -23,6 +23,11 @@ ROWS = (
         "wide_hierarchical_goals",
         FASHION.format("wide --search hierarchical --goals"),
     ),
+    (
+        "`wide`, that policy trained for longer",
+        "wide_policy",
+        FASHION.format("wide --policy benchmarks/results/policy_wide_goals.json --epochs 30"),
+    ),
     ("`wide`, recipe by hand", "wide", FASHION.format("wide")),
     ("`small`", "small_hierarchical", FASHION.format("small --search hierarchical")),
     (

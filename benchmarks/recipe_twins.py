@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from _bench import RESULTS, cpu_kind, machine, save
-from fashion_mnist import MAX_DROP, OUT, settings_of
+from fashion_mnist import MAX_DROP, OUT, searched, settings_of
 
 from hirelc_deploy.cpu import cpu_flags
 from hirelc_deploy.opening import POLICY_FILE, budget_of, opened
@@ -30,7 +30,7 @@ EVALUATED = 8
 
 
 def measure(network: str, folder: Path) -> dict[str, Any]:
-    settings = settings_of(network, "hierarchical", goals=False, out=folder, workers=1)
+    settings = settings_of(network, searched(network, "hierarchical"), out=folder, workers=1)
     policy = Policy.from_dict(json.loads((folder / POLICY_FILE).read_text(encoding="utf-8")))
     with opened(settings) as (bench, _, _):
         posing = Posing(bench, budget_of(settings))
