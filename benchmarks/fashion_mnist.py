@@ -9,8 +9,8 @@
     python benchmarks/fashion_mnist.py NETWORK --policy FILE --epochs 30     a policy that was found, trained for longer
 
 Artifacts go to out/benchmarks/NAME, the manifest of each to benchmarks/results/export_NAME_CPU.json, where NAME is the
-network's, with _SEARCH and _goals or _policy behind it, and CPU is avx2 or vnni.  Run it on a quiet machine: fine-tuning
-may share the cores, the figures are taken at the end.
+network's, with _SEARCH and _goals or _policy behind it, and CPU is avx2 or vnni.  Run it on a quiet machine:
+fine-tuning may share the cores, the figures are taken at the end.
 """
 
 import argparse
