@@ -24,6 +24,15 @@ settings.load_profile("here")
 quiet.CORE.loop_ns = lambda: 1
 
 
+LONG = ("test_package.py", "test_readme.py", "test_resume.py", "test_search_export.py", "test_search_hierarchical.py")
+"""Files with tests that take half a minute and more."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: of two workers none then waits for one that the other has begun last."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Latencies that tests measure, for a moment and on a busy machine, are no user's."""
