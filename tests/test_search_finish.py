@@ -161,6 +161,23 @@ def test_files_that_were_timed_at_different_times_are_compared_by_their_speed_up
     assert choice.choice([]).best is slow
 
 
+def test_while_nothing_has_failed_the_mildest_of_what_is_cheaper_is_tried() -> None:
+    """Seen on a network: one recipe was finished, lost nothing of two points, and all else was three times as hard."""
+    seen = [evaluation(1, 16.0, 900), evaluation(2, 60.0, 700), evaluation(3, 90.0, 600)]
+    drops = {1: 0.0, 2: 0.3, 3: 1.4}
+    order: list[int] = []
+
+    def complete(policy: Policy) -> Evaluation:
+        order.append(number := policy.keep["g"])
+        return replace(seen[number - 1], figures=replace(seen[number - 1].figures, drop=drops[number]))
+
+    finishing = Finishing(posed(limit=1.0), complete)
+    finishing.some(seen[:1])
+    choice = finishing.choice(seen)
+    assert order == [1, 2, 3]
+    assert choice.best.policy.keep["g"] == 2
+
+
 def test_a_latency_that_holds_by_a_hair_is_not_relied_on() -> None:
     """Measured again it may miss its limit; of drops the second has twice as much, and both are safe."""
     near, apart = evaluation(1, 0.1, 500, latency_ms=4.99), evaluation(2, 0.2, 500, latency_ms=4.8)

@@ -275,7 +275,12 @@ class Finishing:
     @property
     def _further(self) -> float:
         """The hardness that is tried to learn whether it is mended as well, while another can be finished after it."""
-        return self._untried if len(self._pairs) + 1 < self._most else 0.0
+        return self._untried if self._can_follow else 0.0
+
+    @property
+    def _can_follow(self) -> bool:
+        """Whether another may be finished after the next one, to step back."""
+        return len(self._pairs) + 1 < self._most
 
     @property
     def _untried(self) -> float:
@@ -334,8 +339,12 @@ class Finishing:
             between = [e for e in cheaper if self._is_limited and held < self._hardness(e) < failed]
             if between:  # it fails the sooner the nearer it is to what did
                 return sorted(between, key=lambda e: (_cost(e, goal) - cheapest) * math.log(failed / self._hardness(e)))
-            untried = self._untried if self._is_limited else 0.0
-            return sorted((e for e in cheaper if self._hardness(e) <= untried), key=lambda e: _cost(e, goal))
+            if not self._is_limited:
+                return []
+            step = [e for e in cheaper if self._hardness(e) <= self._untried]
+            if failed or step or not self._can_follow:
+                return sorted(step, key=lambda e: _cost(e, goal))
+            return sorted(cheaper, key=self._hardness)[:1]  # nothing has failed yet, and the limit is unspent
         if hopeful:
             return sorted(hopeful, key=lambda each: (_cost(each, goal), each.drop))
         if any(not self._over(after) for after in ends):  # one that misses a limit takes the place of none of these
