@@ -402,6 +402,28 @@ def test_the_first_recipe_is_one_that_is_hard_enough_to_teach_something() -> Non
             assert finished.digest() == [*ladder][(len(ladder) - 1) // 2], "one alone is the middle"
 
 
+def test_the_first_recipe_keeps_the_other_limits_where_any_does() -> None:
+    """A milder one takes longer to train, and what it leaves says little of those that may be taken in the end."""
+    free = toy().problem
+    ladder = recipe_ladder(free)
+    sizes = free.costs(np.array([free.row(policy) for policy in ladder])).size_bytes
+    for kept in (3, 0):
+        most = round(sorted(sizes)[kept]) if kept else 1
+        problem = replace(free, budget=replace(free.budget, size_bytes=most))
+        evaluations, order = Evaluations(problem, 12), list[Policy]()
+
+        def complete(policy: Policy, order: list[Policy] = order) -> Evaluation:
+            order.append(policy)
+            return free.evaluate(policy)
+
+        Finishing(problem, complete).recipe(evaluations)
+        able = [policy for policy, size in zip(ladder, sizes, strict=True) if size <= most]
+        assert bool(able) == bool(kept)
+        assert {each.policy.digest() for each in evaluations.seen} <= {each.digest() for each in able or ladder}
+        assert not kept or order[0].digest() == able[0].digest(), "all are harder than is wanted: the mildest"
+        assert kept or len(evaluations.seen) == RECIPES
+
+
 def test_without_a_limit_on_the_drop_nothing_is_finished_before() -> None:
     assert aim(Budget(size_bytes=500), 4.0, 1.0) == (None, 0)
     assert aim(Budget(drop=0.0), 4.0, 1.0) == (0.0, 0)

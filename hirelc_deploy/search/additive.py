@@ -244,8 +244,12 @@ def recipe_ladder(problem: Problem) -> list[Policy]:
 
 def halved_ladder(evaluations: Evaluations, most: int, is_mild: Callable[[Evaluation], bool]) -> list[Evaluation]:
     """Recipes about where that ladder ceases to be mild, by halving: at most so many, and at most a third of all
-    evaluations, but one.  Raises Spent."""
-    ladder = recipe_ladder(evaluations.problem)
+    evaluations, but one.  Of those that keep the limits on prices, where any does: milder ones are trained for longer
+    and say little of these.  Raises Spent."""
+    problem = evaluations.problem
+    every = recipe_ladder(problem)
+    missed = excess(Goal.of_problem(problem), problem.costs(np.array([problem.row(policy) for policy in every])))
+    ladder = [policy for policy, over in zip(every, missed, strict=True) if not over] or every
     mild, harsh = 0, len(ladder) - 1
     found: list[Evaluation] = []
     while mild <= harsh and len(found) < max(1, min(most, evaluations.limit // 3)):

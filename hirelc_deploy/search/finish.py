@@ -159,7 +159,7 @@ class Finishing:
 
     def recipe(self, evaluations: Evaluations) -> None:
         """Where there is a limit on the drop, finish one of the recipes worth trying: that which comes nearest to
-        FIRST_HARDNESS, found by halving."""
+        FIRST_HARDNESS, found by halving among those that keep the other limits."""
         if not self._is_limited:
             return
         wanted = FIRST_HARDNESS * self._unit
