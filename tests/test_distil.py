@@ -100,6 +100,28 @@ class Several(Small):
         return {"logits": logits, "large": 100 * logits, "label": logits.argmax(1)}
 
 
+class Series(Small):
+    """The same of a line of sixteen values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(1, 4, 3, padding=1), nn.BatchNorm1d(4)  # type: ignore[assignment]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.flatten(2))
+
+
+class Volumes(Small):
+    """The same of a volume of one slice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4)  # type: ignore[assignment]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.unsqueeze(2))
+
+
 class LabelsOnly(Small):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).argmax(1)
@@ -522,9 +544,10 @@ def test_each_output_counts_in_units_of_its_own_variance_and_integers_do_not_cou
     torch.testing.assert_close(found.distance(half, original), expected / 2)
 
 
-def test_a_model_with_several_outputs_is_trained() -> None:
-    before = student_of(build(Several)).state_dict()
-    after = train(build(Several))
+@pytest.mark.parametrize("kind", [Several, Series, Volumes])
+def test_models_with_several_outputs_or_other_dimensions_are_trained(kind: type[Small]) -> None:
+    before = student_of(build(kind)).state_dict()
+    after = train(build(kind))
     assert not torch.equal(after["conv.weight"], before["conv.weight"])
     assert all(tensor.isfinite().all() for tensor in after.values())
 
