@@ -27,7 +27,7 @@ from hirelc_deploy.workbench import Workbench
 
 hasten()
 
-MULTIPLE = {"convolutions": 8, "tied": 2}
+MULTIPLE = {"convolutions": 8, "tied": 2, "volumes": 8}
 """Of channels: every count is measured once."""
 
 
@@ -54,7 +54,7 @@ def posed_under(name: str, budget: Budget, folder: Path) -> Iterator[Posing]:
         yield Posing(bench, budget)
 
 
-@pytest.fixture(scope="module", params=["convolutions", "tied"])
+@pytest.fixture(scope="module", params=["convolutions", "tied", "volumes"])
 def posed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Posing, Problem]]:
     with posed_under(str(request.param), Budget(drop=1.0), tmp_path_factory.mktemp("run")) as posing:
         yield posing, posing.problem()

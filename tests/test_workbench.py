@@ -79,10 +79,25 @@ class Tokens(nn.Module):
         return self.head(F.relu(self.last(x)).flatten(1))
 
 
+class Volumes(nn.Module):
+    """Convolutions of three dimensions, inputs (N, 1, 4, 4, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv3d(1, 16, 3, padding=1)
+        self.norm = nn.BatchNorm3d(16)
+        self.last = nn.Conv3d(16, 8, 3)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.last(F.relu(self.norm(self.inner(x))))).mean((2, 3, 4)))
+
+
 NETWORKS: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
     "convolutions": (Convolutions, (3, 6, 6)),
     "tokens": (Tokens, (3, 4)),
     "tied": (networks.TiedTwice, (6,)),
+    "volumes": (Volumes, (1, 4, 4, 4)),
 }
 """Networks and the shape of one example."""
 

@@ -20,6 +20,7 @@ from hirelc_deploy.compress.batchnorm import NORMS
 from hirelc_deploy.compress.simulate import Simulation, StoredWeight
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.graph import forward
+from hirelc_deploy.layout import channels_last
 from hirelc_deploy.task import LEAST_VARIANCE, Batches, Inputs, Task
 
 LOSS_TAKES = "it is called with outputs by name and targets, both as tensors, and returns the mean over the batch"
@@ -245,7 +246,7 @@ def distil(
     optimizer = torch.optim.AdamW(_groups(student, settings.weight_decay), lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     held = _Held(student, simulation, optimizer, schedule)
-    _put_channels_last(student)
+    channels_last(student)
     with torch.random.fork_rng():  # dropout draws from torch's own generator
         torch.manual_seed(settings.seed)
         done = held.restore(state)
@@ -349,17 +350,6 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def _of_grids(model: nn.Module) -> set[int]:
     """Identities of the parameters of number formats, which are trained but are no weights of the model."""
     return {id(p) for module in model.modules() if isinstance(module, StoredWeight) for p in module.parameters()}
-
-
-def _put_channels_last(model: nn.Module) -> None:
-    """Convolutions of images train half again as fast, and nothing else notices.
-
-    `Module.to` takes the weights of volumes for those of images, and fails at them.
-    """
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 4:
-                parameter.data = parameter.contiguous(memory_format=torch.channels_last)
 
 
 def _hold_statistics(model: nn.Module) -> None:

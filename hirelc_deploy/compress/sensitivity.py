@@ -14,6 +14,7 @@ from hirelc_deploy.graph import forward
 from hirelc_deploy.graph.calling import tensors
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.kernels._base import largest_integer
+from hirelc_deploy.layout import channels_last
 from hirelc_deploy.policy import Compute, Precision, Storage
 
 Outputs = Mapping[str, Tensor]
@@ -70,8 +71,7 @@ class Perturbations:
     ) -> None:
         """`energies` as `compress.inputs` has them; `largest` bounds the integers of int8 layers, and `is_symmetric`
         says that their activations are on grids about zero."""
-        # convolutions run half again as fast; nothing else notices
-        self._model = model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._model = channels_last(model.eval())
         self._batches = batches
         self._energies = energies
         self._divergence = divergence
@@ -81,7 +81,7 @@ class Perturbations:
 
     def of_model(self, other: nn.Module) -> float:
         """Of another network on the same inputs: a pruned one."""
-        other = other.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        other = channels_last(other.eval())
         return self._from_original(_outputs(other, self._batches))
 
     def of_storage(self, layer: str, precision: Precision) -> float:
