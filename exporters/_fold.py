@@ -65,11 +65,25 @@ def fold(model: ir.Model, *, unfolded: Collection[str]) -> None:
     for _ in range(FOLDING_ROUNDS):
         fold_constants(model, should_fold=should_fold)
         rewrite(model, REWRITES)
+    _forget_folded_bodies(model.graph)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     passes.LiftSubgraphInitializersToMainGraphPass()(model)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.OutputFixPass()(model)
     passes.NameFixPass()(model)
+
+
+def _forget_folded_bodies(graph: ir.Graph) -> None:
+    """Take what bodies of an If or a Loop read from nodes that were folded away together with them.
+
+    Folding takes out the node alone: what is in its bodies goes on counting among the uses of what they read.
+    """
+    there = set(ir.traversal.RecursiveGraphIterator(graph))
+    values = [*graph.inputs, *graph.initializers.values(), *(output for node in there for output in node.outputs)]
+    for value in values:
+        for use in tuple(value.uses()):
+            if use.node not in there:
+                use.node.replace_input_with(use.idx, None)
 
 
 def _fold_transposes_of_shared_weights(graph: ir.Graph) -> None:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from hirelc_deploy.cost.kernel import ABSENT, Kernel, Operand, number_text
 from hirelc_deploy.cost.network import Channels, Condition, Held, Network, State, Term
+from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters._base import NO_FLOATS, Floats
 from hirelc_deploy.exporters._float import FloatGraph
 from hirelc_deploy.exporters._graph import name_of, weight_of
@@ -98,8 +99,9 @@ class Lowering:
         """The kernels of a network by decision: what each node writes, what it runs as, what lies between kernels.
 
         `graph` is the whole network; `computes` and `counts` are what may be decided for its layers and prune groups,
-        and `floats` names operators that stay in floats, as in `plan`.
+        and `floats` names operators that stay in floats, as in `plan`.  Raises UserError for operators with bodies.
         """
+        _require_no_bodies(graph.model.graph)
         lowering = cls(graph, model, computes, batch, floats)
         for node in graph.model.graph:
             lowering.states_of(node)
@@ -473,6 +475,20 @@ def _folded(graph: ir.Graph) -> set[ir.Value]:
         if all(x is None or x.is_initializer() or x in found for x in node.inputs):
             found.update(node.outputs)
     return found
+
+
+def _require_no_bodies(graph: ir.Graph) -> None:
+    """What an operator with a body costs depends on what is in it and how often that runs: no table holds it."""
+    for node in graph:
+        if any(
+            attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+            for attribute in node.attributes.values()
+        ):
+            raise UserError(
+                f"the network is written with a {node.op_type}, {name_of(node.outputs[0])}, which cannot be priced",
+                fix="do without what becomes one: nn.EmbeddingBag (nn.Embedding and a mean do the same), torch.cond, "
+                "while_loop",
+            )
 
 
 def _keeps_its_input(node: ir.Node) -> bool:

@@ -372,6 +372,46 @@ def test_inputs_go_by_name_where_forward_has_them_and_by_position_otherwise() ->
     assert forward(Subtract(), {"first": one, "second": three})["output"] == -2
 
 
+class Together(nn.Module):
+    """Hands on whatever it is given, as nn.DataParallel does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        return self.inner(*inputs, **named)
+
+
+def test_a_wrapper_takes_inputs_by_the_names_of_what_it_wraps() -> None:
+    class Subtract(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a - b
+
+    class ByNameAlone(nn.Module):
+        def forward(self, **named: Tensor) -> Tensor:
+            return named["a"] - named["b"] if "b" in named else named["a"]
+
+    one, three = torch.tensor(1.0), torch.tensor(3.0)
+    assert forward(Together(Subtract()), {"b": one, "a": three})["output"] == 2
+    assert forward(ByNameAlone(), {"b": one, "a": three})["output"] == 2
+    assert forward(ByNameAlone(), {"a": three})["output"] == 3
+    assert forward(Together(nn.ReLU()), {"image": three})["output"] == 3, "one input goes by position"
+
+
+def test_a_network_may_work_on_its_input_in_place() -> None:
+    """Inputs are used again: for the original, the compressed one and every trial."""
+
+    class Normalised(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sub_(0.5).div_(0.25)
+
+    inputs = {"x": torch.ones(2, 3)}
+    for _ in range(2):
+        assert torch.equal(forward(Normalised(), inputs)["output"], torch.full((2, 3), 2.0))
+    assert torch.equal(inputs["x"], torch.ones(2, 3))
+
+
 def test_a_model_that_does_not_take_the_example_is_the_users_mistake() -> None:
     with pytest.raises(UserError, match="does not run on the task's example: RuntimeError"):
         trace(networks.Plain(), {"x": torch.zeros(1, 4, 8, 8)})

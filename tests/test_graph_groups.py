@@ -5,7 +5,7 @@ from functools import cache
 import networks
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hirelc_deploy.graph import trace
 from hirelc_deploy.graph.model_graph import Group, ModelGraph
@@ -75,6 +75,31 @@ def test_what_is_offered(name: str) -> None:
 
 def test_a_channel_last_flatten_is_left_out_with_its_error() -> None:
     assert "is not the same as not reading them (relative error" in reason(traced("channel_last"), "conv2")
+
+
+class InPascal(nn.Module):
+    """What a network says in the units of its data: a large constant, and little about it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 100 * self.inner(x) + 101_325
+
+
+def test_a_wrong_group_does_not_hide_behind_a_large_constant() -> None:
+    case = networks.build("channel_last")
+    plain, constant = (trace(model, case.example) for model in (case.model, InPascal(case.model)))
+    assert "relative error" in reason(constant, "inner.conv2")
+    assert {f"inner.{group.name}" for group in plain.groups} == {group.name for group in constant.groups}
+
+
+def test_nothing_is_said_of_the_one_unit_of_a_regressor() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1))
+    graph = trace(model, {"input": torch.randn(4, 4)})
+    assert [group.name for group in graph.groups] == ["0"]
+    assert graph.left_out == ()
 
 
 def test_a_group_that_works_on_half_its_channels_at_random_is_not_taken_for_right(

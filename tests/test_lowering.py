@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from hirelc_deploy.cost.latency import decisions_of
 from hirelc_deploy.cost.memory import Activations
 from hirelc_deploy.cost.needs import families
 from hirelc_deploy.cost.network import Network
+from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters._base import NoKernelError
 from hirelc_deploy.exporters._float import FloatGraph
 from hirelc_deploy.exporters._plan import MOVES
@@ -253,3 +255,26 @@ def test_what_lies_in_memory_at_once() -> None:
     in_floats, in_integers = Activations(network)(decisions_of(network, policies))
     assert in_floats == 4 * channels * (places + pooled)
     assert in_integers == ((4 + 1) * 3 + channels) * places
+
+
+class Bags(nn.Module):
+    """Means of embedded words: PyTorch's exporter writes a Loop over the bags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(20, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.bag(ids))
+
+
+def test_what_has_a_body_is_refused_by_name() -> None:
+    """And bodies that were folded away are no longer among those that read a value."""
+    model, ids = Bags().eval(), np.arange(8).reshape(2, 4)
+    floats = RUNTIME.float_graph(model, {"ids": ids}, opset=18)
+    there = set(ir.traversal.RecursiveGraphIterator(floats.model.graph))
+    values = [*floats.model.graph.inputs, *(output for node in there for output in node.outputs)]
+    assert all(use.node in there for value in values for use in value.uses())
+    with pytest.raises(UserError, match=r"is written with a Loop, \w+, which cannot"):
+        RUNTIME.network(floats, trace(model, {"ids": torch.from_numpy(ids)}), {}, {}, batch=1)

@@ -246,8 +246,8 @@ def distil(
     optimizer = torch.optim.AdamW(_groups(student, settings.weight_decay), lr=rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     held = _Held(student, simulation, optimizer, schedule)
-    channels_last(student)
     with torch.random.fork_rng():  # dropout draws from torch's own generator
+        channels_last(student, as_tensors(task.example))
         torch.manual_seed(settings.seed)
         done = held.restore(state)
         for _ in range(done // steps_per_epoch):

@@ -71,7 +71,7 @@ class Perturbations:
     ) -> None:
         """`energies` as `compress.inputs` has them; `largest` bounds the integers of int8 layers, and `is_symmetric`
         says that their activations are on grids about zero."""
-        self._model = channels_last(model.eval())
+        self._model = channels_last(model, batches[0])
         self._batches = batches
         self._energies = energies
         self._divergence = divergence
@@ -81,7 +81,7 @@ class Perturbations:
 
     def of_model(self, other: nn.Module) -> float:
         """Of another network on the same inputs: a pruned one."""
-        other = channels_last(other.eval())
+        other = channels_last(other, self._batches[0])
         return self._from_original(_outputs(other, self._batches))
 
     def of_storage(self, layer: str, precision: Precision) -> float:

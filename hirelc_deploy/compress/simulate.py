@@ -21,6 +21,7 @@ from hirelc_deploy.compress.grids import integer_bounds, output_axis
 from hirelc_deploy.graph import forward
 from hirelc_deploy.kernels import fp8, load_format
 from hirelc_deploy.kernels._base import Grid, floored, from_rows, rows_of
+from hirelc_deploy.layout import laid_like
 from hirelc_deploy.policy import CALIBRATED, Compute, Precision, Storage
 
 LEVELS = 255  # steps of a uint8 grid
@@ -71,7 +72,7 @@ class StoredWeight(nn.Module):
     def _rounded(self, weight: Tensor) -> Tensor:
         rows = rows_of(weight, self.axis)
         on_grid = self.format.quantise(rows, self.grid(), self.storage, largest=self.largest)
-        return from_rows(on_grid, tuple(weight.shape), self.axis)
+        return laid_like(from_rows(on_grid, tuple(weight.shape), self.axis), weight)
 
 
 class _Rounding(torch.autograd.Function):

@@ -56,7 +56,7 @@ class _Trial:
         self.modules = dict(model.named_modules())
         self.first = first_names(model)
         outputs, self.flow = _record_flow(model, self.inputs)
-        self.shapes = shapes(outputs)
+        self.outputs = {name: output.detach() for name, output in outputs.items()}
         self.reached = self._reached(outputs)
         self.roots = self._roots_of(self.reached)
 
@@ -92,16 +92,16 @@ class _Trial:
         outputs = self._silenced(branches)
         if outputs is None or not self._roots_of(self._reached(outputs)) >= self.roots:
             return False
-        return relative_error(outputs, self._masked(branches)) <= TOLERANCE
+        return relative_error(outputs, self._masked(branches), self.outputs) <= TOLERANCE
 
     def _silenced(self, branches: Sequence[Vanishing]) -> dict[str, Tensor] | None:
         """The outputs without the branches; None if the network does not run without, or its outputs change shape."""
         try:
             with self._without(branches):
-                outputs = forward(self.model, _clones(self.inputs))
+                outputs = forward(self.model, self.inputs)
         except Exception:  # in whatever way it fails: a network that cannot run without the branch keeps it
             return None
-        return outputs if shapes(outputs) == self.shapes else None
+        return outputs if shapes(outputs) == shapes(self.outputs) else None
 
     def _masked(self, branches: Sequence[Vanishing]) -> dict[str, Tensor]:
         ends = {name for branch in branches for name in (*branch.silenced, *branch.bypassed)}
@@ -110,7 +110,7 @@ class _Trial:
         ]
         try:
             with torch.no_grad():
-                return forward(self.model, _clones(self.inputs))
+                return forward(self.model, self.inputs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -222,7 +222,7 @@ def _record_flow(model: nn.Module, inputs: Inputs) -> tuple[dict[str, Tensor], F
     hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in names]
     hooks += [module.register_forward_hook(after) for module in names]
     try:
-        return forward(model, _clones(inputs)), flow
+        return forward(model, inputs), flow
     finally:
         for hook in hooks:
             hook.remove()
@@ -238,8 +238,3 @@ def _tensors_among(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
-
-
-def _clones(inputs: Inputs) -> dict[str, Tensor]:
-    """Not the leaves themselves: a network may work on its input in place."""
-    return {name: tensor.clone() for name, tensor in inputs.items()}

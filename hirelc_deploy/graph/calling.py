@@ -20,8 +20,10 @@ def forward(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     Inputs go by keyword where `forward` has parameters of these names, else by position in their order.
     A tensor is called `output`, the items of a tuple or list `output_0`, `output_1` …, those of a mapping
     (and of a transformers ModelOutput) by their keys; nested names are joined by dots.  None is dropped.
+    It is given copies: a network may work on its input in place (`x.sub_(mean)`), and inputs are used again.
     Raises UserError for a result that holds anything else, or nothing.
     """
+    inputs = {name: tensor.clone() for name, tensor in inputs.items()}
     result = model(**inputs) if goes_by_keyword(model, inputs) else model(*inputs.values())
     outputs = dict(_tensors_in(result, ""))
     if not outputs:
@@ -30,9 +32,20 @@ def forward(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def goes_by_keyword(model: nn.Module, names: Iterable[str]) -> bool:
-    """Whether `forward` has parameters of all these names."""
+    """Whether `forward` has parameters of all these names; one that hands on whatever it is given, as wrappers do, has
+    those of what it wraps."""
     accepted = inspect.signature(model.forward).parameters
-    return all(name in accepted for name in names)
+    wanted = list(names)
+    if all(name in accepted for name in wanted):
+        return True
+    kinds = {parameter.kind for parameter in accepted.values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds or kinds - {
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.VAR_KEYWORD,
+    }:
+        return False
+    # one input alone is not taken for another, and what is wrapped may call it by another name
+    return len(wanted) > 1 or inspect.Parameter.VAR_POSITIONAL not in kinds
 
 
 def _tensors_in(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:

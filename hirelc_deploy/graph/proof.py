@@ -33,7 +33,7 @@ def prove(
 
     All are tried together first: one wrong group among them spoils the outputs.  Then the halves, and so on, so
     that f wrong groups among n cost about 2 f log2(n) trials instead of n.  The network's own outputs are passed
-    over: that they stay needs no reason.
+    over, and a single unit that nothing reads, such as a regressor's: that they stay needs no reason.
     """
     trial = _Trial(jittered, inputs)
     unread = [group for group in groups if all(axis.role == "out" for axis in group.axes)]
@@ -42,7 +42,7 @@ def prove(
     wrong = sift(tried, trial)
     refused = {group.name for group, _ in wrong}
     left_out = (
-        *(LeftOut(group.name, UNREAD) for group in unread if trial([group]) != OUTPUT),
+        *(LeftOut(group.name, UNREAD) for group in unread if group.total > 1 and trial([group]) != OUTPUT),
         *(LeftOut(group.name, SINGLE) for group in single),
         *(LeftOut(group.name, reason) for group, reason in wrong),
     )
@@ -102,7 +102,7 @@ class _Trial:
         self.model = model
         self.inputs = inputs
         with torch.no_grad():
-            self.shapes = shapes(forward(model, inputs))
+            self.outputs = forward(model, inputs)
 
     @torch.no_grad()
     def __call__(self, groups: Sequence[Group]) -> str | None:
@@ -111,12 +111,12 @@ class _Trial:
             cut_copy = copied(self.model)
             remove(cut_copy, choices)
             outputs = forward(cut_copy, self.inputs)
-            if shapes(outputs) != self.shapes:
+            if shapes(outputs) != shapes(self.outputs):
                 return OUTPUT
             masked = self._masked(groups, cuts_of(choices))
         except Exception as error:  # a network may fail in any way; its own words are the reason
             return f"with half of its units removed the network fails: {first_line(error)}"
-        error_size = relative_error(outputs, masked)
+        error_size = relative_error(outputs, masked, self.outputs)
         if not error_size <= TOLERANCE:
             return f"removing its units is not the same as not reading them (relative error {error_size:.2g})"
         return None

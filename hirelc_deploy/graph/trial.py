@@ -52,14 +52,29 @@ def shapes(outputs: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(output.shape) for name, output in outputs.items()}
 
 
-def relative_error(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+LEAST_CHANGE = 1e-2
+"""Part of an output that a trial is taken to change at least: of less, rounding would be a wrong group."""
+
+
+def relative_error(
+    outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], unchanged: Mapping[str, Tensor] | None = None
+) -> float:
     """The largest over all outputs of |output - expected| / |expected| (Frobenius norms); NaN where one is not finite.
 
-    Shapes must be equal.
+    Shapes must be equal.  With the outputs before a change it is held against what the change does, |expected -
+    unchanged|, where that is less: a constant that is added in the end (kelvin, hectopascal) would hide any error.
     """
     errors = []
     for name, right in expected.items():
-        difference = torch.linalg.vector_norm(outputs[name].detach().double() - right.detach().double())
-        size = torch.linalg.vector_norm(right.detach().double())
+        difference = _norm(outputs[name].detach().double() - right.detach().double())
+        size = _norm(right.detach().double())
+        if unchanged is not None:
+            change = _norm(right.detach().double() - unchanged[name].detach().double())
+            size = torch.minimum(size, torch.maximum(change, LEAST_CHANGE * size))
         errors.append(float(difference / size) if difference > 0 or not difference.isfinite() else 0.0)
     return max(errors) if all(error == error for error in errors) else float("nan")
+
+
+def _norm(values: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.vector_norm(values)
+    return found
