@@ -157,12 +157,12 @@ before 2026-11-28.
 What the hierarchical search evaluates next was settled on a model of `small14`, fitted to the other methods'
 evaluations of it (docs/findings.md), so `small14` is no network that it has never seen.
 
-`small14`, `vit14` and `wide`, on which no rule was tuned, were evaluated last, as a search evaluates today, `vit14` with
-whole heads and its residual width among what can go.  `depthwise14`, and parts and targets, were evaluated before
+`small14`, `vit14` and `wide`, on which no rule was tuned, were evaluated last, as a search evaluates today, `vit14`
+with whole heads and its residual width among what can go.  `depthwise14`, and parts and targets, were evaluated before
 removed channels were reconstructed ([compensation.md](compensation.md), 2026-11-30): evaluations of narrow networks
 drop less now, those of uniform recipes most, so that there is less between these and what all methods find together.
-On `small14` that is little more than what the luck of a score moves (docs/findings.md).  The rate of an evaluation's training follows from the network's
-distance to the original ([fine-tuning.md](fine-tuning.md)).
+On `small14` that is little more than what the luck of a score moves (docs/findings.md).  The rate of an evaluation's
+training follows from the network's distance to the original ([fine-tuning.md](fine-tuning.md)).
 """
 
 

@@ -236,7 +236,7 @@ def spins() -> None:
 
 @pytest.mark.parametrize("step", [lambda: time.sleep(0.01), spins], ids=["waits", "computes"])
 def test_a_listing_that_never_ends_is_ended(step: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pruning, "_groups", lambda model, inputs: iter(step, 0))
+    monkeypatch.setattr(pruning, "_groups", lambda model, inputs: list(iter(step, 0)))
     monkeypatch.setattr(pruning, "WAITS", 1e6 if step is spins else 1)  # what computes is ended by its CPU time alone
     case = networks.build("plain")
     graph = trace(case.model, case.example, limit_s=0.3)

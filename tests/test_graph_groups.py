@@ -198,6 +198,27 @@ def test_a_branch_that_is_added_in_place_can_go() -> None:
     assert graph.group["conv1"].gone_at_zero == ("conv1", "conv2")
 
 
+class Sequence(nn.Module):
+    """A GRU, which torch-pruning fails at, between layers that it knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 16)
+        self.recurrent = nn.GRU(16, 16, batch_first=True)
+        self.wide = nn.Linear(16, 32)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, _ = self.recurrent(torch.tanh(self.embed(x)))
+        return self.head(torch.relu(self.wide(states[:, -1])))
+
+
+def test_what_cannot_be_followed_does_not_hide_the_rest() -> None:
+    graph = trace(Sequence(), {"x": torch.randn(2, 5, 6)})
+    assert {group.name: group.total for group in graph.groups} == {"wide": 32}
+    assert "torch-pruning cannot follow it: IndexError" in reason(graph, "embed")
+
+
 class Sum(nn.Module):
     """Two branches that only have each other: either can go, not both."""
 

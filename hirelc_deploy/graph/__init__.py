@@ -92,15 +92,15 @@ def _groups(
     """Found, proved, and tried without: the groups to offer, and the others with their reasons."""
     failed = None
     try:
-        touched = list_groups(model, one, limit_s=limit_s, limit_bytes=limit_bytes)
+        touched, unfollowed = list_groups(model, one, limit_s=limit_s, limit_bytes=limit_bytes)
     except UntraceableError as error:
-        touched, failed = [], str(error)
+        touched, unfollowed, failed = [], [], str(error)
     groups, unfit = candidates(model, touched, layers, found)
     proved, wrong = prove(jittered, batch, groups)
     proved, wrong_together = _with_heads(model, jittered, batch, layers, found, proved)
     heads = [group for group in proved if group.kind == "heads"]
     made = {member.module for group in heads for member in group.members if member.role == "out"}
-    without = [left for left in (*unfit, *wrong) if left.name.partition(":")[0] not in made]
+    without = [left for left in (*unfollowed, *unfit, *wrong) if left.name.partition(":")[0] not in made]
     if failed is not None:
         without.append(LeftOut("model", f"no channels{' but heads' * bool(heads)} can be removed: {failed}"))
     return with_vanishing(jittered, batch, proved, layers), (*without, *wrong_together)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hirelc_deploy.graph.calling import Inputs, forward
+from hirelc_deploy.graph.model_graph import LeftOut
 
 LIMIT_S = 60.0
 """Of CPU time.  DenseNet-121 with its 120 groups takes 12 s; torchvision's Swin never ends."""
@@ -45,7 +46,11 @@ class UntraceableError(Exception):
     """torch-pruning could not list the groups; the message says why."""
 
 
-def list_groups(model: nn.Module, inputs: Inputs, *, limit_s: float, limit_bytes: int) -> list[tuple[Touch, ...]]:
+Found = tuple[list[tuple[Touch, ...]], list[LeftOut]]
+"""Sets of channels, and layers whose set torch-pruning fails to find."""
+
+
+def list_groups(model: nn.Module, inputs: Inputs, *, limit_s: float, limit_bytes: int) -> Found:
     """Every set of channels that can only be removed together; the first touch is the root, with all its channels.
 
     Raises UntraceableError with the first line of torch-pruning's own error, or when a limit is reached.
@@ -75,7 +80,8 @@ def list_groups(model: nn.Module, inputs: Inputs, *, limit_s: float, limit_bytes
         receiver.close()
     if isinstance(answer, str):
         raise UntraceableError(answer)
-    return list(answer)
+    found: Found = answer
+    return found
 
 
 def _answer(sender: Connection, model: nn.Module, inputs: Inputs, limit_s: float, limit_bytes: int) -> None:
@@ -84,11 +90,11 @@ def _answer(sender: Connection, model: nn.Module, inputs: Inputs, limit_s: float
     _limit_memory(limit_bytes)
     _limit_time(limit_s)
     try:
-        answer: list[tuple[Touch, ...]] | str = list(_groups(model, inputs))
+        answer: Found | str = _groups(model, inputs)
     except MemoryError:
         answer = f"listing its groups takes more than {limit_bytes >> 30} GiB of memory"
     except Exception as error:  # whatever it is, it crosses to the parent as the reason that the user reads
-        answer = f"torch-pruning cannot follow it: {first_line(error)}"
+        answer = _unfollowed(error)
     sender.send(answer)
 
 
@@ -112,13 +118,32 @@ def _limit_time(limit_s: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 
 
-def _groups(model: nn.Module, inputs: Inputs) -> Iterator[tuple[Touch, ...]]:
+def _unfollowed(error: Exception) -> str:
+    return f"torch-pruning cannot follow it: {first_line(error)}"
+
+
+def _groups(model: nn.Module, inputs: Inputs) -> Found:
+    """One root after the other.
+
+    As `DependencyGraph.get_all_groups` does, which ends where one of them fails, such as the Linear before a GRU.
+    """
     import torch_pruning as tp
 
     graph = tp.DependencyGraph().build_dependency(model, inputs, forward_fn=_differentiable, verbose=False)
-    roots = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR, tp.ops.TORCH_EMBED)
-    for group in graph.get_all_groups(root_module_types=roots):
-        yield tuple(_touches(graph, group))
+    seen: set[nn.Module] = set()
+    groups, failed = [], []
+    for root in list(graph.module2node):
+        if not isinstance(root, (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR, tp.ops.TORCH_EMBED)) or root in seen:
+            continue
+        pruner = graph.get_pruner_of_module(root)
+        try:
+            group = graph.get_pruning_group(root, pruner.prune_out_channels, list(range(pruner.get_out_channels(root))))
+            groups.append(tuple(_touches(graph, group)))
+        except Exception as error:  # whatever it is, it is the reason that the user reads
+            failed.append(LeftOut(graph._module2name[root], _unfollowed(error)))
+            continue
+        seen |= {item.dep.target.module for item in group if graph.is_out_channel_pruning_fn(item.dep.handler)}
+    return groups, failed
 
 
 def _differentiable(model: nn.Module, inputs: Inputs) -> list[Tensor]:
