@@ -23,7 +23,7 @@ LAYERS = (
     ("sources",),
     ("batches",),
     ("graph", "profiles", "task", "usercode"),
-    ("augment", "checkpoint", "imagefolder"),
+    ("augment", "checkpoint", "imagefolder", "layout"),
     ("datasets",),
     ("cost", "compress"),
     ("exporters",),
