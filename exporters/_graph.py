@@ -30,6 +30,14 @@ def replace(old: ir.Value, new: ir.Value, *, except_in: ir.Node | None = None) -
         except_in.replace_input_with(0, old)
 
 
+SUBGRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+def has_body(node: ir.Node) -> bool:
+    """Whether an operator holds a graph of its own, as If, Loop and Scan do."""
+    return any(attribute.type in SUBGRAPHS for attribute in node.attributes.values())
+
+
 WEIGHT_INPUT = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}
 """At which input a layer's operator reads its weight."""
 

@@ -19,7 +19,7 @@ from hirelc_deploy.cost.network import Channels, Condition, Held, Network, State
 from hirelc_deploy.errors import UserError
 from hirelc_deploy.exporters._base import NO_FLOATS, Floats
 from hirelc_deploy.exporters._float import FloatGraph
-from hirelc_deploy.exporters._graph import name_of, weight_of
+from hirelc_deploy.exporters._graph import has_body, name_of, weight_of
 from hirelc_deploy.exporters._plan import ACTIVATIONS, INTEGER, MOVES, activation_behind, computed_by, writes_integers
 from hirelc_deploy.graph.model_graph import ModelGraph
 from hirelc_deploy.policy import Compute
@@ -480,10 +480,7 @@ def _folded(graph: ir.Graph) -> set[ir.Value]:
 def _require_no_bodies(graph: ir.Graph) -> None:
     """What an operator with a body costs depends on what is in it and how often that runs: no table holds it."""
     for node in graph:
-        if any(
-            attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-            for attribute in node.attributes.values()
-        ):
+        if has_body(node):
             raise UserError(
                 f"the network is written with a {node.op_type}, {name_of(node.outputs[0])}, which cannot be priced",
                 fix="do without what becomes one: nn.EmbeddingBag (nn.Embedding and a mean do the same), torch.cond, "

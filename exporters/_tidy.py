@@ -7,13 +7,13 @@ nothing any more.
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from hirelc_deploy.exporters._graph import constant, replace
+from hirelc_deploy.exporters._graph import constant, has_body, replace
 
 
 def tidy(model: ir.Model) -> None:
     """Drop what no runtime reads: metadata, value_info, attributes at their defaults, dead nodes."""
     passes.ClearMetadataAndDocStringPass()(model)
-    if not any(attribute.type in SUBGRAPHS for node in model.graph for attribute in node.attributes.values()):
+    if not any(map(has_body, model.graph)):
         passes.IdentityEliminationPass()(model)  # takes them from the ends of subgraphs as well
         passes.OutputFixPass()(model)  # a tensor that is two outputs needs one
         passes.NameFixPass()(model)
@@ -36,9 +36,6 @@ def tidy(model: ir.Model) -> None:
                 value.type = value.shape = None
     model.producer_name = model.producer_version = model.doc_string = None
     model.graph.doc_string = None
-
-
-SUBGRAPHS = {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS}
 
 
 DEFAULTS: dict[str, dict[str, object]] = {

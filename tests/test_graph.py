@@ -362,11 +362,12 @@ def test_outputs_have_names_whatever_a_network_returns() -> None:
         names(None)
 
 
-def test_inputs_go_by_name_where_forward_has_them_and_by_position_otherwise() -> None:
-    class Subtract(nn.Module):
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return a - b
+class Subtract(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a - b
 
+
+def test_inputs_go_by_name_where_forward_has_them_and_by_position_otherwise() -> None:
     one, three = torch.tensor(1.0), torch.tensor(3.0)
     assert forward(Subtract(), {"b": one, "a": three})["output"] == 2
     assert forward(Subtract(), {"first": one, "second": three})["output"] == -2
@@ -384,10 +385,6 @@ class Together(nn.Module):
 
 
 def test_a_wrapper_takes_inputs_by_the_names_of_what_it_wraps() -> None:
-    class Subtract(nn.Module):
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return a - b
-
     class ByNameAlone(nn.Module):
         def forward(self, **named: Tensor) -> Tensor:
             return named["a"] - named["b"] if "b" in named else named["a"]

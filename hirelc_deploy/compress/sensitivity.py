@@ -71,7 +71,7 @@ class Perturbations:
     ) -> None:
         """`energies` as `compress.inputs` has them; `largest` bounds the integers of int8 layers, and `is_symmetric`
         says that their activations are on grids about zero."""
-        self._model = channels_last(model, batches[0])
+        self._model = channels_last(model, tensors(batches[0], 1))
         self._batches = batches
         self._energies = energies
         self._divergence = divergence
@@ -81,13 +81,13 @@ class Perturbations:
 
     def of_model(self, other: nn.Module) -> float:
         """Of another network on the same inputs: a pruned one."""
-        other = channels_last(other, self._batches[0])
+        other = channels_last(other, tensors(self._batches[0], 1))
         return self._from_original(_outputs(other, self._batches))
 
     def of_storage(self, layer: str, precision: Precision) -> float:
         """A layer's weights on their grid, and nothing else changed."""
         with self.stored({layer: precision}) as model:
-            return self.of_model(model)
+            return self._from_original(_outputs(model, self._batches))
 
     def of_input(self, layer: str, compute: Compute, storage: Storage) -> float:
         """What a layer reads on a grid of 8 bits, and nothing else changed."""

@@ -17,7 +17,8 @@ Inputs = Mapping[str, Tensor]
 def forward(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """The network's outputs by name, whatever it returns.
 
-    Inputs go by keyword where `forward` has parameters of these names, else by position in their order.
+    Inputs go by keyword where `forward` has parameters of these names or hands on whatever it is given
+    (`goes_by_keyword`), else by position in their order.
     A tensor is called `output`, the items of a tuple or list `output_0`, `output_1` …, those of a mapping
     (and of a transformers ModelOutput) by their keys; nested names are joined by dots.  None is dropped.
     It is given copies: a network may work on its input in place (`x.sub_(mean)`), and inputs are used again.
@@ -39,13 +40,10 @@ def goes_by_keyword(model: nn.Module, names: Iterable[str]) -> bool:
     if all(name in accepted for name in wanted):
         return True
     kinds = {parameter.kind for parameter in accepted.values()}
-    if inspect.Parameter.VAR_KEYWORD not in kinds or kinds - {
-        inspect.Parameter.VAR_POSITIONAL,
-        inspect.Parameter.VAR_KEYWORD,
-    }:
-        return False
-    # one input alone is not taken for another, and what is wrapped may call it by another name
-    return len(wanted) > 1 or inspect.Parameter.VAR_POSITIONAL not in kinds
+    if kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        # one input alone is not taken for another, and what is wrapped may call it by another name
+        return len(wanted) > 1
+    return kinds == {inspect.Parameter.VAR_KEYWORD}
 
 
 def _tensors_in(result: Any, name: str) -> Iterator[tuple[str, Tensor]]:

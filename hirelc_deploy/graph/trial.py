@@ -65,11 +65,11 @@ def relative_error(
     unchanged|, where that is less: a constant that is added in the end (kelvin, hectopascal) would hide any error.
     """
     errors = []
-    for name, right in expected.items():
-        difference = _norm(outputs[name].detach().double() - right.detach().double())
-        size = _norm(right.detach().double())
+    for name, value in expected.items():
+        right = value.detach().double()
+        difference, size = _norm(outputs[name].detach().double() - right), _norm(right)
         if unchanged is not None:
-            change = _norm(right.detach().double() - unchanged[name].detach().double())
+            change = _norm(unchanged[name].detach().double() - right)
             size = torch.minimum(size, torch.maximum(change, LEAST_CHANGE * size))
         errors.append(float(difference / size) if difference > 0 or not difference.isfinite() else 0.0)
     return max(errors) if all(error == error for error in errors) else float("nan")
