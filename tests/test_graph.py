@@ -254,6 +254,18 @@ def test_a_listing_that_takes_all_memory_is_ended(monkeypatch: pytest.MonkeyPatc
     assert "memory" in graph.left_out[0].reason
 
 
+def test_a_layer_whose_listing_takes_all_memory_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no layer that cannot be followed, and those after it are not tried in turn."""
+    monkeypatch.setattr("torch_pruning.DependencyGraph.get_pruning_group", lambda *_: bytearray(1 << 30))
+    case = networks.build("plain")
+    graph = trace(case.model, case.example, limit_bytes=1 << 28)
+
+    assert graph.groups == ()
+    (left,) = graph.left_out
+    assert left.name == "model"
+    assert "memory" in left.reason
+
+
 def test_the_model_and_the_random_state_are_left_as_they_were() -> None:
     case = networks.build("residual")
     case.model.train()

@@ -139,6 +139,8 @@ def _groups(model: nn.Module, inputs: Inputs) -> Found:
         try:
             group = graph.get_pruning_group(root, pruner.prune_out_channels, list(range(pruner.get_out_channels(root))))
             groups.append(tuple(_touches(graph, group)))
+        except MemoryError:  # the limit is that of all, and was reached
+            raise
         except Exception as error:  # whatever it is, it is the reason that the user reads
             failed.append(LeftOut(graph._module2name[root], _unfollowed(error)))
             continue
